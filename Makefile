@@ -1,0 +1,32 @@
+# make demo, make test: each sets up what it needs. make test-full: the long tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test test-full lint clean
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	rm -rf out/demo out/demo.partial out/demo.rejected
+	$(BIN)/tailorbird fit demo --memory 30% --output out/demo
+	$(BIN)/tailorbird generate out/demo "def read_lines(path):" --max-tokens 64
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m 'not full'
+
+test-full: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache

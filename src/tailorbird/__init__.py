@@ -1,0 +1,3 @@
+"""Makes a neural network that somebody else trained fit a memory budget."""
+
+__version__ = "0.1.0"

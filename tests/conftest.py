@@ -1,0 +1,28 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(2)
+
+ASSETS = Path(os.environ.get("TAILORBIRD_ASSETS", Path(__file__).parents[2] / "shared" / "assets"))
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """Folder of small trained models and texts; tests that need them skip where it is absent."""
+    if not (ASSETS / "models").is_dir():
+        pytest.skip(f"no trained models at {ASSETS}; set TAILORBIRD_ASSETS to a folder that has them")
+    return ASSETS
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has a cache of its own, so that none reads what another left."""
+    monkeypatch.setenv("TAILORBIRD_CACHE", str(tmp_path / "tailorbird-cache"))
