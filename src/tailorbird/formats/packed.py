@@ -1,0 +1,310 @@
+"""The stored form of a linear: its coding, its tensors, their exact sizes.
+
+The layout is canonical, the same on every machine, and written down in `docs/formats.md`. Reading and
+writing of files happens in `model/`; running in `kernels/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tailorbird.errors import CheckpointError, SettingsError, nearest
+from tailorbird.kernels.packing import check_bits, pack_codes, packed_width
+from tailorbird.kernels.reference import dequantize, group_layout
+
+#: version of the stored layout; raised when an old reader would misread a new checkpoint
+SCHEMA_VERSION = 1
+
+GROUP_SIZES = (0, 32, 64, 96, 128, 160, 192, 224, 256)
+SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOAT_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+def _one_of(field: str, given: Any, allowed: Any) -> None:
+    if isinstance(given, bool) or given not in tuple(allowed):
+        raise SettingsError(
+            f"{field} {given!r}",
+            "one of " + ", ".join(map(str, allowed)),
+            f"choose another {field}",
+        )
+
+
+@dataclass(frozen=True)
+class IntegerCoding:
+    """Grouped integers: `scale * (code - zero)` with one scale and zero point per group of a row.
+
+    Parameters
+    ----------
+    bits : int
+        Bits per code: 2, 3, 4, 5, 6 or 8.
+    group_size : int
+        Consecutive stored columns that share a scale: 32 to 256 in steps of 32; 0 is one group per row.
+        The last group of a row may be shorter.
+    symmetric : bool
+        True: the zero point is `2**(bits - 1)` everywhere and isn't stored. False: one integer zero point
+        per group, packed with the same bits.
+    scale_dtype : str
+        "bfloat16" or "float16".
+    """
+
+    kind: ClassVar[str] = "integer"
+    bits: int
+    group_size: int
+    symmetric: bool = False
+    scale_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        _one_of("group_size", self.group_size, GROUP_SIZES)
+        _one_of("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+        if not isinstance(self.symmetric, bool):
+            raise SettingsError(f"symmetric {self.symmetric!r}", "true or false", "write one of the two")
+
+    @property
+    def label(self) -> str:
+        """Short name: `int4 g64`, `int4 g64 sym`, `int8 row`, `int3 g32 fp16`."""
+        parts = [f"int{self.bits}", f"g{self.group_size}" if self.group_size else "row"]
+        if self.symmetric:
+            parts.append("sym")
+        if self.scale_dtype != "bfloat16":
+            parts.append(_SHORT[self.scale_dtype])
+        return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class FloatCoding:
+    """Plain floating-point values.
+
+    Parameters
+    ----------
+    dtype : str
+        "bfloat16", "float16" or "float32".
+    """
+
+    kind: ClassVar[str] = "float"
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        _one_of("dtype", self.dtype, FLOAT_DTYPES)
+
+    @property
+    def bits(self) -> int:
+        """Bits per value: 16 or 32."""
+        return 8 * FLOAT_DTYPES[self.dtype].itemsize
+
+    @property
+    def label(self) -> str:
+        """Short name: `bf16`, `fp16`, `fp32`."""
+        return _SHORT[self.dtype]
+
+
+Coding = IntegerCoding | FloatCoding
+_KINDS: dict[str, type[IntegerCoding] | type[FloatCoding]] = {
+    IntegerCoding.kind: IntegerCoding,
+    FloatCoding.kind: FloatCoding,
+}
+
+
+def coding_to_dict(coding: Coding) -> dict[str, Any]:
+    """The coding as it stands in `config.json` and `plan.yaml`: `kind` and every field."""
+    return {"kind": coding.kind, **dataclasses.asdict(coding)}
+
+
+def coding_from_dict(data: Any) -> Coding:
+    """Inverse of `coding_to_dict`.
+
+    Raises
+    ------
+    CheckpointError
+        For anything but a mapping with a known kind and exactly that kind's fields, with allowed values.
+    """
+    if not isinstance(data, dict):
+        raise CheckpointError(
+            f"coding {data!r}", "a mapping with the key `kind`", "write the coding as a mapping"
+        )
+    kind = data.get("kind")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise CheckpointError(
+            f"coding of kind {kind!r}",
+            "one of " + ", ".join(f"`{known}`" for known in _KINDS),
+            "read it with a newer version of tailorbird, or correct the file",
+        )
+    fields = {field.name for field in dataclasses.fields(_KINDS[kind])}
+    given = {key for key in data if key != "kind"}
+    for key in sorted(given - fields, key=str):
+        raise CheckpointError(
+            f"unknown field {key!r} in a coding of kind `{kind}`",
+            ", ".join(sorted(fields)),
+            nearest(str(key), fields),
+        )
+    for key in sorted(fields - given):
+        raise CheckpointError(
+            f"a coding of kind `{kind}` without `{key}`",
+            ", ".join(sorted(fields)),
+            "add the missing field",
+        )
+    try:
+        return _KINDS[kind](**{key: data[key] for key in fields})
+    except SettingsError as error:
+        raise CheckpointError(f"coding with {error.given}", error.expected, error.remedy) from error
+
+
+def tensor_layout(
+    coding: Coding, out_features: int, in_features: int, has_order: bool = False
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name, shape and dtype of every stored tensor of a weight `[out_features, in_features]`.
+
+    `has_order` says whether the columns are stored in another order than that of the inputs.
+    """
+    if isinstance(coding, FloatCoding):
+        return {"weight": ((out_features, in_features), FLOAT_DTYPES[coding.dtype])}
+    groups, _ = group_layout(in_features, coding.group_size)
+    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "codes": ((out_features, packed_width(in_features, coding.bits)), torch.uint8),
+        "scales": ((out_features, groups), SCALE_DTYPES[coding.scale_dtype]),
+    }
+    if not coding.symmetric:
+        layout["zeros"] = ((out_features, packed_width(groups, coding.bits)), torch.uint8)
+    if has_order:
+        layout["order"] = ((in_features,), torch.int32)
+    return layout
+
+
+def stored_bytes(coding: Coding, out_features: int, in_features: int, has_order: bool = False) -> int:
+    """Exact bytes of the tensors of `tensor_layout`: codes, scales, zeros, order; or the float values."""
+    layout = tensor_layout(coding, out_features, in_features, has_order)
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A weight `[out_features, in_features]`, oriented as in `nn.Linear`, in its stored form.
+
+    Parameters
+    ----------
+    coding : Coding
+    out_features, in_features : int
+    tensors : dict[str, Tensor]
+        Integer coding: `codes` uint8 `[out, ceil(in * bits / 8)]`, `scales` `[out, groups]`, `zeros` uint8
+        `[out, ceil(groups * bits / 8)]` unless symmetric, and where columns are permuted `order` int32
+        `[in]` (stored column j is input `order[j]`). Float coding: `weight` `[out, in]`.
+
+    Raises
+    ------
+    CheckpointError
+        When a tensor is missing, unknown, of another shape or dtype, or `order` is no permutation.
+    """
+
+    coding: Coding
+    out_features: int
+    in_features: int
+    tensors: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        layout = tensor_layout(self.coding, self.out_features, self.in_features, "order" in self.tensors)
+        for name in sorted(self.tensors.keys() ^ layout.keys()):
+            state = "unknown tensor" if name in self.tensors else "no tensor"
+            raise CheckpointError(
+                f"{state} `{name}` in a packed weight of coding `{self.coding.label}`",
+                "exactly " + ", ".join(layout),
+                "check the file or the coding that is stated for it",
+            )
+        for name, (shape, dtype) in layout.items():
+            tensor = self.tensors[name]
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                raise CheckpointError(
+                    f"`{name}` {list(tensor.shape)} of {tensor.dtype}",
+                    f"{list(shape)} of {dtype} for `{self.coding.label}` "
+                    f"[{self.out_features}, {self.in_features}]",
+                    "check the file or the coding that is stated for it",
+                )
+        if "order" in self.tensors:
+            check_order(self.tensors["order"])
+
+    @classmethod
+    def from_codes(
+        cls,
+        values: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        coding: IntegerCoding,
+        order: Tensor | None = None,
+    ) -> PackedWeight:
+        """Pack codes that a rounding method has chosen.
+
+        Parameters
+        ----------
+        values : Tensor[out_features, in_features], integer
+            Codes in `[0, 2**bits)`, columns in the order in which they are stored.
+        scales : Tensor[out_features, groups], floating point
+            Already rounded to the coding's scale dtype (the tensor itself may be wider).
+        zeros : Tensor[out_features, groups], integer, or None
+            None exactly for a symmetric coding.
+        coding : IntegerCoding
+        order : Tensor[in_features], integer, or None
+            Stored column `j` is input `order[j]`.
+
+        Raises
+        ------
+        ValueError
+            When codes or zeros don't fit the bits, scales change when stored, or `zeros` contradicts
+            the coding.
+        """
+        if (zeros is None) != coding.symmetric:
+            raise ValueError("zeros are given exactly when the coding isn't symmetric")
+        stored = scales.to(SCALE_DTYPES[coding.scale_dtype])
+        if not torch.equal(stored.float(), scales.float()):
+            raise ValueError(f"scales must be finite and already rounded to {coding.scale_dtype}")
+        tensors = {"codes": pack_codes(values, coding.bits), "scales": stored.contiguous()}
+        if zeros is not None:
+            tensors["zeros"] = pack_codes(zeros, coding.bits)
+        if order is not None:
+            tensors["order"] = order.to(torch.int32).contiguous()
+        out_features, in_features = values.shape
+        return cls(coding, out_features, in_features, tensors)
+
+    @classmethod
+    def from_float(cls, weight: Tensor, coding: FloatCoding) -> PackedWeight:
+        """A weight `[out_features, in_features]` rounded to a floating-point coding."""
+        out_features, in_features = weight.shape
+        stored = weight.detach().to(FLOAT_DTYPES[coding.dtype]).contiguous()
+        return cls(coding, out_features, in_features, {"weight": stored})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight `[out_features, in_features]` in the order of the inputs."""
+        if isinstance(self.coding, FloatCoding):
+            return self.tensors["weight"].to(dtype)
+        return dequantize(
+            self.tensors["codes"],
+            self.tensors["scales"],
+            self.tensors.get("zeros"),
+            bits=self.coding.bits,
+            group_size=self.coding.group_size,
+            in_features=self.in_features,
+            dtype=dtype,
+            order=self.tensors.get("order"),
+        )
+
+
+def check_order(order: Tensor) -> None:
+    """Raise `CheckpointError` unless `order` holds every number from 0 to its length once."""
+    if order.is_meta:
+        return
+    if not torch.equal(torch.sort(order.long()).values, torch.arange(len(order), device=order.device)):
+        raise CheckpointError(
+            "`order` names an input twice or one that doesn't exist",
+            f"a permutation of 0 to {len(order) - 1}",
+            "check the file; it may be damaged",
+        )

@@ -1,0 +1,113 @@
+"""The exact, slow path of grouped integer weights: dequantize, then multiply.
+
+Every fast kernel is tested against these two functions. A dequantized float32 value is exact: the
+difference of code and zero point has at most 9 significant bits and a 16-bit scale at most 11.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tailorbird.kernels.packing import row_chunks, unpack_codes
+
+
+def group_layout(in_features: int, group_size: int) -> tuple[int, int]:
+    """(groups per row, values per group); the last group may be shorter.
+
+    `group_size` 0, or one longer than the row, means one group per row.
+    """
+    size = in_features if group_size == 0 else min(group_size, in_features)
+    return -(-in_features // size), size
+
+
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    *,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype = torch.float32,
+    order: Tensor | None = None,
+) -> Tensor:
+    """Weight `scale * (code - zero)`, computed in float32 and then rounded to `dtype`.
+
+    Works through the rows in chunks: beyond the result it takes a few megabytes, or a few copies of
+    one row where that is more.
+
+    Parameters
+    ----------
+    codes : Tensor[out_features, ceil(in_features * bits / 8)], uint8
+        Packed codes.
+    scales : Tensor[out_features, groups], float16 or bfloat16
+    zeros : Tensor[out_features, ceil(groups * bits / 8)], uint8, or None
+        Packed zero points; None means symmetric, a zero point of `2**(bits - 1)` everywhere.
+    bits, group_size, in_features : int
+        As in the coding; `group_size` 0 is one group per row.
+    dtype : torch.dtype
+        Of the result.
+    order : Tensor[in_features], integer, or None
+        Column `j` of the stored codes belongs to input `order[j]`.
+
+    Returns
+    -------
+    Tensor[out_features, in_features]
+        In the order of the inputs.
+    """
+    rows_total = codes.shape[0]
+    groups, size = group_layout(in_features, group_size)
+    weight = torch.empty((rows_total, in_features), dtype=dtype, device=codes.device)
+    position = None if order is None else torch.argsort(order)
+    for rows in row_chunks(rows_total, in_features):
+        values = unpack_codes(codes[rows], bits, in_features)
+        if groups * size != in_features:
+            values = torch.nn.functional.pad(values, (0, groups * size - in_features))
+        chunk = values.view(-1, groups, size).float()
+        if zeros is None:
+            chunk.sub_(float(1 << (bits - 1)))
+        else:
+            chunk.sub_(unpack_codes(zeros[rows], bits, groups).unsqueeze(-1))
+        chunk.mul_(scales[rows].float().unsqueeze(-1))
+        flat = chunk.view(-1, groups * size)[:, :in_features]
+        weight[rows] = flat if position is None else flat[:, position]
+    return weight
+
+
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    *,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    bias: Tensor | None = None,
+    order: Tensor | None = None,
+) -> Tensor:
+    """`x @ weight.T + bias` with the weight dequantized to the dtype of `x`.
+
+    Parameters
+    ----------
+    x : Tensor[..., in_features], floating point
+    bias : Tensor[out_features] or None
+    codes, scales, zeros, bits, group_size, in_features, order
+        As for `dequantize`.
+
+    Returns
+    -------
+    Tensor[..., out_features], dtype of `x`
+    """
+    weight = dequantize(
+        codes,
+        scales,
+        zeros,
+        bits=bits,
+        group_size=group_size,
+        in_features=in_features,
+        dtype=x.dtype,
+        order=order,
+    )
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
