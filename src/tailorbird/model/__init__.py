@@ -1,0 +1,1 @@
+"""Checkpoints: their tensors, their anatomy, and how transformers loads the compressed ones."""
