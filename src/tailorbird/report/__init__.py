@@ -1,0 +1,1 @@
+"""Tables, plots and the HTML report: how results look, never how they come about."""

@@ -1,0 +1,372 @@
+"""`OUT/report.html` from `OUT/report.json`: one file that needs nothing else and runs no script.
+
+All texts are escaped by the template, which also forbids the browser to load anything; parts that are
+missing from the data are left out of the page. The same data gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tailorbird.errors import CheckpointError
+from tailorbird.report import plots
+from tailorbird.report.table import (
+    ABSENT,
+    change_text,
+    coding_text,
+    dense_bytes,
+    duration_text,
+    is_number,
+    number_text,
+    paths_text,
+    rate_text,
+    result_rows,
+    share_text,
+    size_text,
+    slower_text,
+)
+
+DATA = "report.json"
+PAGE = "report.html"
+
+_ATTENTION = frozenset(("q", "k", "v", "o", "qkv"))
+_FEED_FORWARD = frozenset(("gate", "up", "down", "fc1", "fc2", "gate_up"))
+
+
+def write_report(directory: Path) -> Path:
+    """Write `directory`/report.html from `directory`/report.json.
+
+    Parameters
+    ----------
+    directory : Path
+        The checkpoint's directory, or the one of a refused result.
+
+    Returns
+    -------
+    Path
+        The page.
+
+    Raises
+    ------
+    CheckpointError
+        If report.json is missing or isn't one JSON object.
+    """
+    data = directory / DATA
+    try:
+        report = json.loads(data.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{data} can't be read as JSON ({error})",
+            "the report's data, as `fit` and `compress` write them",
+            "run `tailorbird fit` again, or restore the file",
+        ) from error
+    if not isinstance(report, dict):
+        raise CheckpointError(
+            f"{data} holds {type(report).__name__}",
+            "one JSON object with `result` and `plan`",
+            "run `tailorbird fit` again, or restore the file",
+        )
+    page = directory / PAGE
+    page.write_text(render(report), encoding="utf-8")
+    return page
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The page as a string.
+
+    Parameters
+    ----------
+    report : mapping
+        The content of report.json: ``result plan kl_histogram frontier sensitivity probe
+        calibration_halves_kl command stages``; every part may be missing.
+    """
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(
+        loader=PackageLoader("tailorbird", "report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        size=size_text, duration=duration_text, number=number_text, share=share_text, coding=coding_text
+    )
+    page = environment.get_template("report.html.j2").render(_view(report))
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+def _view(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything the template prints, computed."""
+    from markupsafe import Markup
+
+    result, plan = _mapping(report.get("result")), _mapping(report.get("plan"))
+    source = _mapping(plan.get("source"))
+    places = [place for place in _listing(plan.get("places")) if isinstance(place, Mapping)]
+    sensitivity = [entry for entry in _listing(report.get("sensitivity")) if isinstance(entry, Mapping)]
+    points = [point for point in _listing(report.get("frontier")) if isinstance(point, Mapping)]
+    checks = [check for check in _listing(result.get("checks")) if isinstance(check, Mapping)]
+    calibration = _mapping(plan.get("calibration"))
+    evaluation = _mapping(plan.get("evaluation"))
+    scale = plots.heat_scale([e.get("coefficient", 0) for e in sensitivity if _in_block(e)])
+    return {
+        "model": _base_name(str(source.get("model") or "model")),
+        "source": source,
+        "headline": _headline(result),
+        "quality": _quality(result, evaluation),
+        "failed": [check for check in checks if not check.get("passed")],
+        "checks": checks,
+        "warnings": [str(warning) for warning in _listing(result.get("warnings"))],
+        "slower": slower_text(result),
+        "rows": result_rows(result),
+        "budget": _budget_parts(result, places),
+        "ends": [place for place in places if not _in_block(place)],
+        "places": places,
+        "codings": _legend(places),
+        "heat_low": number_text(10 ** scale[0], 2),
+        "heat_high": number_text(10 ** scale[1], 2),
+        "end_sensitivity": [entry for entry in sensitivity if not _in_block(entry)],
+        "bits_map": Markup(plots.bits_map(places)),
+        "sensitivity_map": Markup(plots.sensitivity_map(sensitivity)),
+        "predicted_measured": Markup(plots.predicted_measured(places)),
+        "predicted_kl": _mapping(result.get("predicted")).get("kl"),
+        "kl_mean": result.get("kl_mean"),
+        "kl_histogram": Markup(
+            plots.kl_histogram(
+                _mapping(report.get("kl_histogram")), result.get("kl_mean"), result.get("kl_p99")
+            )
+        ),
+        "frontier": Markup(
+            plots.frontier(points, (result.get("weight_bytes"), result.get("kl_mean"))) if points else ""
+        ),
+        "stages": [_stage(stage) for stage in _listing(report.get("stages")) if isinstance(stage, Mapping)],
+        "facts": _facts(report, plan, calibration, evaluation),
+        "command": str(report.get("command") or ""),
+    }
+
+
+def _headline(result: Mapping[str, Any]) -> str:
+    """What fits where, in one sentence."""
+    dense, weights = dense_bytes(result), result.get("weight_bytes")
+    if dense is None or not is_number(weights):
+        return ""
+    sentence = (
+        f"{size_text(weights)} of weights instead of {size_text(dense)}: "
+        f"{share_text(weights, dense)} of the source at 16 bits, {number_text(result.get('bits_per_weight'))} "
+        "bits per weight"
+    )
+    if is_number(result.get("budget_bytes")):
+        sentence += f", within a budget of {size_text(result['budget_bytes'])}"
+        if result.get("kv_bytes"):
+            sentence += f" that also holds {size_text(result['kv_bytes'])} of KV cache"
+    return sentence + "."
+
+
+def _quality(result: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+    """What it cost, in one sentence."""
+    before, after = result.get("perplexity_before"), result.get("perplexity_after")
+    parts = []
+    if is_number(before) and is_number(after):
+        parts.append(
+            f"perplexity went from {number_text(before, 4)} to {number_text(after, 4)} "
+            f"({change_text(before, after)})"
+        )
+    if is_number(result.get("kl_mean")):
+        parts.append(f"the mean KL divergence is {number_text(result['kl_mean'])} nats per token")
+    if is_number(result.get("top1_agreement")):
+        parts.append(
+            f"both models agree on the likeliest token in {share_text(result['top1_agreement'])} of cases"
+        )
+    if not parts:
+        return ""
+    tokens = evaluation.get("tokens")
+    where = f"On {number_text(tokens)} held-out tokens, " if is_number(tokens) else "On held-out text, "
+    return where + ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1] + "."
+
+
+def _budget_parts(result: Mapping[str, Any], places: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Segments of the stacked bar: weights by kind, KV cache, and what is left; shares add up to 1."""
+    total, budget = result.get("total_bytes"), result.get("budget_bytes")
+    weights = result.get("weight_bytes")
+    if not is_number(total) or not is_number(weights):
+        return []
+    kinds = {"attention": 0, "feed-forward": 0, "embedding and head": 0}
+    for place in places:
+        role, size = str(place.get("role")), place.get("bytes")
+        if is_number(size):
+            if role in _ATTENTION:
+                kinds["attention"] += size  # type: ignore[operator]
+            elif role in _FEED_FORWARD:
+                kinds["feed-forward"] += size  # type: ignore[operator]
+            else:
+                kinds["embedding and head"] += size  # type: ignore[operator]
+    known = sum(kinds.values())
+    parts = [(name, size, f"part-{i}") for i, (name, size) in enumerate(kinds.items())]
+    parts.append(("norms and biases" if places else "weights", max(0, weights - known), "part-3"))  # type: ignore[operator]
+    parts.append(("KV cache", result.get("kv_bytes") or 0, "part-4"))
+    if is_number(budget):
+        parts.append(("headroom", max(0, budget - total), "part-5"))  # type: ignore[operator]
+    whole = sum(size for _, size, _ in parts)
+    segments, start = [], 0.0
+    for name, size, style in parts:
+        if size > 0:
+            share = size / whole
+            segments.append({"name": name, "bytes": size, "style": style, "start": start, "share": share})
+            start += share
+    return segments
+
+
+def _stage(stage: Mapping[str, Any]) -> dict[str, str]:
+    """One row of the table of stages, predicted beside measured."""
+    return {
+        "name": str(stage.get("name", "")),
+        "predicted": size_text(stage.get("predicted_bytes")),
+        "measured": size_text(stage.get("measured_bytes")),
+        "change": change_text(stage.get("predicted_bytes"), stage.get("measured_bytes")),
+        "predicted_time": duration_text(stage.get("predicted_seconds")),
+        "time": duration_text(stage.get("seconds")),
+    }
+
+
+def _facts(
+    report: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    calibration: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Groups of name and value at the end of the page; groups without any value are left out."""
+    source, budget = _mapping(plan.get("source")), _mapping(plan.get("budget"))
+    method = plan.get("method")
+    settings = {"name": method} if isinstance(method, str) else _mapping(method)
+    probe = _mapping(report.get("probe")) or _mapping(plan.get("machine"))
+    halves = report.get("calibration_halves_kl")
+    groups = [
+        (
+            "Source",
+            [
+                ("model", source.get("model")),
+                ("architecture", source.get("architecture")),
+                ("parameters", number_text(source.get("parameters"))),
+                ("licence", source.get("licence")),
+                ("fingerprint", _abbreviated(source.get("fingerprint"))),
+                ("content hash", _abbreviated(source.get("content_hash"))),
+            ],
+        ),
+        (
+            "Budget and method",
+            [
+                ("budget", budget.get("text")),
+                ("context", number_text(budget.get("context"))),
+                ("concurrency", number_text(budget.get("concurrency"))),
+                ("method", settings.get("name")),
+                *((str(key), _setting(value)) for key, value in settings.items() if key != "name"),
+                ("target", plan.get("target")),
+                ("seed", plan.get("seed")),
+            ],
+        ),
+        ("Calibration", [*_text_facts(calibration), ("KL between two halves", _with_unit(halves))]),
+        ("Held-out text", _text_facts(evaluation)),
+        ("Machine", _machine_facts(probe)),
+        ("Versions", list(_mapping(plan.get("versions")).items())),
+    ]
+    shown = []
+    for title, entries in groups:
+        kept = [(name, str(value)) for name, value in entries if value not in (None, "", ABSENT)]
+        if kept:
+            shown.append((title, kept))
+    return shown
+
+
+def _text_facts(text: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Where a text came from and how much of it was used."""
+    windows = (
+        f"{number_text(text['sequences'])} × {number_text(text['length'])} tokens"
+        if is_number(text.get("sequences")) and is_number(text.get("length"))
+        else None
+    )
+    return [
+        ("source", text.get("source")),
+        ("tokens", number_text(text.get("tokens"))),
+        ("windows", windows),
+        ("documents", number_text(text.get("documents"))),
+        ("licence", text.get("licence")),
+        ("fingerprint", _abbreviated(text.get("fingerprint"))),
+    ]
+
+
+def _machine_facts(probe: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What the machine can do, in words; measurements the probe doesn't have are left out."""
+    facts: list[tuple[str, Any]] = []
+    for key, value in probe.items():
+        name = str(key).replace("_", " ")
+        if isinstance(value, Mapping):
+            for inner, number in value.items():
+                text = rate_text(number, "FLOP") if is_number(number) else _setting(number)
+                facts.append((f"{name}, {inner}", text))
+        elif key == "devices":
+            facts.append((name, _setting(value)))
+        elif is_number(value) and str(key).endswith("_bytes"):
+            facts.append((name.removesuffix(" bytes"), size_text(value)))
+        elif is_number(value) and str(key).endswith("_bandwidth"):
+            facts.append((name, rate_text(value, "B")))
+        else:
+            facts.append((name, _setting(value)))
+    return facts
+
+
+def _setting(value: Any) -> str:
+    """A value of any kind as a short text."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if is_number(value):
+        return number_text(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_setting(inner)}" for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_setting, value))
+    return "" if value is None else str(value)
+
+
+def _legend(places: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Swatches of the codings in use: colour by bits, all group sizes of one width named together."""
+    names: dict[int, list[str]] = {}
+    for bits, name in plots.codings_in_use(places):
+        names.setdefault(bits, []).append(name)
+    shown = partial(max, default=2)
+    return [
+        {
+            "style": f"bits-{shown(known for known in (2, 3, 4, 5, 6, 8, 16, 32) if known <= bits)}",
+            "text": " · ".join(group),
+        }
+        for bits, group in names.items()
+    ]
+
+
+def _base_name(model: str) -> str:
+    """The last part of a path; a Hub id stays whole."""
+    return re.split(r"[\\/]", model.rstrip("\\/"))[-1] if model.startswith((".", "/", "~")) else model
+
+
+def _abbreviated(digest: Any) -> str | None:
+    """The first 16 characters of a hash."""
+    return str(digest)[:16] if digest else None
+
+
+def _with_unit(kl: Any) -> str:
+    return f"{number_text(kl)} nats/token" if is_number(kl) else ABSENT
+
+
+def _in_block(place: Mapping[str, Any]) -> bool:
+    return isinstance(place.get("block"), int)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _listing(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else ()
