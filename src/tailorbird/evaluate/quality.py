@@ -5,7 +5,8 @@ nothing of models: who forms the logits, and how many at a time, is decided by t
 
     KL(source ‖ result) at a position = Σ_v p(v) (log p(v) − log q(v))
 
-in nats per token, with p and q the softmax of the source's and the result's logits. Perplexity is exp of the mean of −log p(next token).
+in nats per token, with p and q the softmax of the source's and of the result's logits. Perplexity is exp of
+the mean of −log p(next token).
 """
 
 from __future__ import annotations
