@@ -15,6 +15,9 @@ from tailorbird.errors import CheckpointError
 MAX_BYTES = 16 << 20
 #: values in one file; a Python object takes about 100 bytes, however short its text is
 MAX_VALUES = 250_000
+#: values in a short file, and bytes of text that each further value must come with
+SMALL_FILE_VALUES = 16_384
+BYTES_PER_VALUE = 8
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -63,16 +66,20 @@ def read_json(path: Path) -> dict[str, Any]:
         )
 
     try:
+        if path.exists() and not path.is_file():  # a FIFO would wait for ever
+            raise refuse("not a regular file")
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise refuse(f"larger than {MAX_BYTES >> 20} MiB")
         with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(size)
     except FileNotFoundError:
         raise refuse("the file is missing") from None
     except OSError as error:
         raise refuse(f"cannot be read ({error.strerror})") from None
-    if len(data) > MAX_BYTES:
-        raise refuse(f"larger than {MAX_BYTES >> 20} MiB")
-    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
-        raise refuse(f"more than {MAX_VALUES} values")
+    most_values = min(MAX_VALUES, SMALL_FILE_VALUES + len(data) // BYTES_PER_VALUE)
+    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > most_values:
+        raise refuse(f"more than {most_values} values in {len(data)} bytes")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

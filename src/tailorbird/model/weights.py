@@ -52,7 +52,7 @@ MAX_HEADER = 100_000_000
 #: bytes of one tensor's entry in the header; a real one takes about 120
 MAX_ENTRY = 4096
 #: bytes of one string of the metadata
-MAX_METADATA_STRING = 1 << 20
+MAX_METADATA_STRING = 1 << 18
 MAX_NAME = 512
 MAX_DIMENSIONS = 16
 #: bytes read, checked and cast at a time
@@ -250,26 +250,31 @@ def _read_header(file: Path) -> _Header:
     body = 8 + length
     # Each entry becomes about 400 bytes of Python objects; see _Scanner.
     most_entries = 4096 + size // 512
+    entries = 0
     tensors: dict[str, TensorInfo] = {}
     hashes: dict[str, bytes] = {}
     scanner = _Scanner(file, data)
-    entries = 0
     metadata_seen = False
-    for name in scanner.members(MAX_NAME):
+
+    def count() -> None:
+        nonlocal entries
         entries += 1
+        if entries > most_entries:
+            raise scanner.refuse(f"more than {most_entries} entries in a file of {size} bytes")
+
+    for name in scanner.members(MAX_NAME):
+        count()
         if name == "__metadata__":
             if metadata_seen:
                 raise scanner.refuse("`__metadata__` occurs twice")
             metadata_seen = True
             for key in scanner.members(MAX_METADATA_STRING):
+                count()
                 value = scanner.string(MAX_METADATA_STRING)
                 if key.startswith(HASH_PREFIX):
-                    entries += 1
                     hashed = key.removeprefix(HASH_PREFIX)
                     if hashed in hashes or re.fullmatch("[0-9a-f]{64}", value) is None:
-                        raise scanner.refuse(
-                            f"the recorded hash of `{hashed[:MAX_NAME]}` is no SHA-256, or twice there"
-                        )
+                        raise scanner.refuse(f"`{key[:MAX_NAME]}` is recorded twice or is no SHA-256")
                     hashes[hashed] = bytes.fromhex(value)
         else:
             if not (name and name.isascii() and name.isprintable()):
@@ -277,8 +282,6 @@ def _read_header(file: Path) -> _Header:
             if name in tensors:
                 raise _damaged(file, f"tensor `{name}` occurs twice in the header", "one entry per tensor")
             tensors[name] = _entry(file, name, scanner.flat_object(MAX_ENTRY), body)
-        if entries > most_entries:
-            raise scanner.refuse(f"more than {most_entries} entries in a file of {size} bytes")
     scanner.end()
 
     position, before = body, ""
@@ -407,6 +410,11 @@ class Weights:
         if not found:
             raise _damaged(directory / shards[0], "holds no tensor", "the weights of a model")
         return cls(directory, headers)
+
+    @classmethod
+    def open_file(cls, file: Path) -> Weights:
+        """The tensors of one safetensors file, whatever else lies beside it; raises as `open`."""
+        return cls(file.parent, {file.name: _read_header(file)})
 
     def __contains__(self, name: object) -> bool:
         return name in self._infos
