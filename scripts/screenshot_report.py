@@ -30,7 +30,8 @@ def screenshot(browser: str, page: Path, image: Path, width: int, height: int, d
         if width < 500:
             frame = Path(directory) / "frame.html"
             frame.write_text(
-                f'<body style="margin:0"><iframe src="{address}" style="border:0;width:{width}px;height:{height}px">'
+                f'<body style="margin:0"><iframe src="{address}" '
+                f'style="border:0;width:{width}px;height:{height}px">'
             )
             address, window = frame.as_uri(), 500
         command = [
@@ -52,7 +53,9 @@ def screenshot(browser: str, page: Path, image: Path, width: int, height: int, d
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("report", type=Path, help="the page, as written by `tailorbird fit`")
     parser.add_argument("image", type=Path, help="the PNG to write")
     parser.add_argument("--width", type=int, default=1100, help="of the page in CSS pixels")
@@ -60,15 +63,16 @@ def main() -> int:
     parser.add_argument("--dark", action="store_true", help="as a browser set to dark colours shows it")
     arguments = parser.parse_args()
     if not arguments.report.is_file():
-        print(f"no page at {arguments.report}; give the report.html that `tailorbird fit` wrote", file=sys.stderr)
+        print(
+            f"no page at {arguments.report}; give the report.html that `tailorbird fit` wrote",
+            file=sys.stderr,
+        )
         return 2
     browser = find_browser()
     if browser is None:
         print(f"no browser on PATH (looked for {', '.join(BROWSERS)}); install Chromium", file=sys.stderr)
         return 2
-    screenshot(
-        browser, arguments.report, arguments.image, arguments.width, arguments.height, arguments.dark
-    )
+    screenshot(browser, arguments.report, arguments.image, arguments.width, arguments.height, arguments.dark)
     return 0
 
 

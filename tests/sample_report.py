@@ -42,7 +42,8 @@ def sample(blocks: int = 8, with_frontier: bool = True) -> dict[str, Any]:
                         "symmetric": False,
                         "scale_dtype": "bfloat16",
                     },
-                    "bytes": out_features * in_features * bits // 8 + out_features * (in_features // group) * 3,
+                    "bytes": out_features * in_features * bits // 8
+                    + out_features * (in_features // group) * 3,
                     "predicted": {"error": error, "kl": coefficient * error},
                     "measured": {"error": error * (0.8 + 0.55 * wobble(n + 11))},
                 }
@@ -94,9 +95,17 @@ def sample(blocks: int = 8, with_frontier: bool = True) -> dict[str, Any]:
             "seconds": 71.3,
             "peak_rss_bytes": 420_500_000,
             "checks": [
-                {"name": "stored tensors", "passed": True, "detail": "57 places within 1.5× of the recorded error"},
+                {
+                    "name": "stored tensors",
+                    "passed": True,
+                    "detail": "57 places within 1.5×",
+                },
                 {"name": "unquantized tensors", "passed": True, "detail": "17 tensors bit-equal"},
-                {"name": "tokenizer", "passed": True, "detail": "equal ids on the held-out text and 3 conversations"},
+                {
+                    "name": "tokenizer",
+                    "passed": True,
+                    "detail": "equal ids and strings",
+                },
                 {"name": "total KL", "passed": True, "detail": "0.0183 ≤ 3 × 0.0161 + 0.001"},
             ],
             "speed": {
@@ -119,8 +128,20 @@ def sample(blocks: int = 8, with_frontier: bool = True) -> dict[str, Any]:
                 "fingerprint": "9b1c54f2aa08d4e3" * 4,
                 "content_hash": "01fe77c2b9d0a386" * 4,
             },
-            "budget": {"text": "30%", "total_bytes": 4_000_000, "kv_bytes": kv_bytes, "context": 512, "concurrency": 1},
-            "method": {"name": "gptq", "block_size": 128, "damping": 0.01, "act_order": True, "asymmetric": True},
+            "budget": {
+                "text": "30%",
+                "total_bytes": 4_000_000,
+                "kv_bytes": kv_bytes,
+                "context": 512,
+                "concurrency": 1,
+            },
+            "method": {
+                "name": "gptq",
+                "block_size": 128,
+                "damping": 0.01,
+                "act_order": True,
+                "asymmetric": True,
+            },
             "target": None,
             "calibration": {
                 "source": "data/python",
@@ -131,9 +152,20 @@ def sample(blocks: int = 8, with_frontier: bool = True) -> dict[str, Any]:
                 "licence": "PSF-2.0",
                 "fingerprint": "aa" * 32,
             },
-            "evaluation": {"source": "data/python-heldout", "tokens": 32768, "sequences": 64, "length": 512, "documents": 12},
+            "evaluation": {
+                "source": "data/python-heldout",
+                "tokens": 32768,
+                "sequences": 64,
+                "length": 512,
+                "documents": 12,
+            },
             "machine": {},
-            "versions": {"tailorbird": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.9"},
+            "versions": {
+                "tailorbird": "0.1.0",
+                "torch": "2.13.0",
+                "transformers": "5.23.0",
+                "python": "3.11.9",
+            },
             "seed": 0,
             "places": places,
         },

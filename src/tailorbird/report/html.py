@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from tailorbird.report.table import (
     duration_text,
     is_number,
     number_text,
-    paths_text,
     rate_text,
     result_rows,
     share_text,
@@ -156,8 +154,8 @@ def _headline(result: Mapping[str, Any]) -> str:
         return ""
     sentence = (
         f"{size_text(weights)} of weights instead of {size_text(dense)}: "
-        f"{share_text(weights, dense)} of the source at 16 bits, {number_text(result.get('bits_per_weight'))} "
-        "bits per weight"
+        f"{share_text(weights, dense)} of the source at 16 bits, "
+        f"{number_text(result.get('bits_per_weight'))} bits per weight"
     )
     if is_number(result.get("budget_bytes")):
         sentence += f", within a budget of {size_text(result['budget_bytes'])}"
@@ -194,22 +192,22 @@ def _budget_parts(result: Mapping[str, Any], places: Sequence[Mapping[str, Any]]
     weights = result.get("weight_bytes")
     if not is_number(total) or not is_number(weights):
         return []
-    kinds = {"attention": 0, "feed-forward": 0, "embedding and head": 0}
+    kinds: dict[str, float] = {"attention": 0, "feed-forward": 0, "embedding and head": 0}
     for place in places:
         role, size = str(place.get("role")), place.get("bytes")
         if is_number(size):
             if role in _ATTENTION:
-                kinds["attention"] += size  # type: ignore[operator]
+                kinds["attention"] += size
             elif role in _FEED_FORWARD:
-                kinds["feed-forward"] += size  # type: ignore[operator]
+                kinds["feed-forward"] += size
             else:
-                kinds["embedding and head"] += size  # type: ignore[operator]
+                kinds["embedding and head"] += size
     known = sum(kinds.values())
     parts = [(name, size, f"part-{i}") for i, (name, size) in enumerate(kinds.items())]
-    parts.append(("norms and biases" if places else "weights", max(0, weights - known), "part-3"))  # type: ignore[operator]
+    parts.append(("norms and biases" if places else "weights", max(0, weights - known), "part-3"))
     parts.append(("KV cache", result.get("kv_bytes") or 0, "part-4"))
     if is_number(budget):
-        parts.append(("headroom", max(0, budget - total), "part-5"))  # type: ignore[operator]
+        parts.append(("headroom", max(0, budget - total), "part-5"))
     whole = sum(size for _, size, _ in parts)
     segments, start = [], 0.0
     for name, size, style in parts:
@@ -323,7 +321,7 @@ def _setting(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if is_number(value):
-        return number_text(value)
+        return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_setting(inner)}" for key, inner in value.items())
     if isinstance(value, list | tuple):
@@ -332,17 +330,15 @@ def _setting(value: Any) -> str:
 
 
 def _legend(places: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Swatches of the codings in use: colour by bits, all group sizes of one width named together."""
-    names: dict[int, list[str]] = {}
+    """Swatches of the codings in use: colour by bits, group sizes of one width named together."""
+    groups: dict[int, list[str]] = {}
     for bits, name in plots.codings_in_use(places):
-        names.setdefault(bits, []).append(name)
-    shown = partial(max, default=2)
+        kept = groups.setdefault(bits, [])
+        prefix = f"{kept[0].split()[0]} " if kept else ""
+        kept.append(name.removeprefix(prefix))
     return [
-        {
-            "style": f"bits-{shown(known for known in (2, 3, 4, 5, 6, 8, 16, 32) if known <= bits)}",
-            "text": " · ".join(group),
-        }
-        for bits, group in names.items()
+        {"style": f"bits-{plots.shown_bits(bits)}", "text": " · ".join(names)}
+        for bits, names in groups.items()
     ]
 
 

@@ -16,10 +16,13 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 from tailorbird.report.table import coding_bits, coding_text, is_number, number_text, size_text
 
+#: bits that have a colour of their own
+WIDTHS = (2, 3, 4, 5, 6, 8, 16, 32)
 #: placeholder colour -> CSS variable of report.html.j2 (the placeholders occur nowhere else)
 THEME = {
     "#0a0001": "--ink",
@@ -28,8 +31,8 @@ THEME = {
     "#0a0004": "--accent",
     "#0a0005": "--warm",
     "#0a0006": "--page",
-    **{f"#0b00{bits:02d}": f"--bits-{bits}" for bits in (2, 3, 4, 5, 6, 8, 16, 32)},
-    **{f"#0c00{bits:02d}": f"--on-bits-{bits}" for bits in (2, 3, 4, 5, 6, 8, 16, 32)},
+    **{f"#0b00{bits:02d}": f"--bits-{bits}" for bits in WIDTHS},
+    **{f"#0c00{bits:02d}": f"--on-bits-{bits}" for bits in WIDTHS},
     **{f"#0d000{level}": f"--heat-{level}" for level in range(7)},
     **{f"#0e000{level}": f"--on-heat-{level}" for level in range(7)},
 }
@@ -61,7 +64,7 @@ def bits_map(places: Sequence[Mapping[str, Any]]) -> str:
     for place in places:
         bits = coding_bits(place.get("coding"))
         if bits is not None and isinstance(place.get("block"), int):
-            shown = max((known for known in (2, 3, 4, 5, 6, 8, 16, 32) if known <= bits), default=2)
+            shown = shown_bits(bits)
             text = str(bits)
             cells[place["block"], str(place.get("role"))] = (f"bits-{shown}", f"on-bits-{shown}", text)
     spread = sorted({int(text) for _, _, text in cells.values()})
@@ -108,7 +111,7 @@ def sensitivity_map(entries: Sequence[Mapping[str, Any]]) -> str:
             f"on-heat-{level}",
             _short(entry.get("coefficient")),
         )
-    return _block_map("sensitivity", cells, "Loss coefficient per linear by block and role, darker costs more")
+    return _block_map("sensitivity", cells, "Loss coefficient per linear by block and role")
 
 
 def predicted_measured(places: Sequence[Mapping[str, Any]]) -> str:
@@ -138,14 +141,13 @@ def predicted_measured(places: Sequence[Mapping[str, Any]]) -> str:
         axes.plot([low, high], [2 * low, 2 * high], color=LINE, linewidth=0.9, dashes=(3, 3), zorder=1)
         axes.plot([low, high], [low / 2, high / 2], color=LINE, linewidth=0.9, dashes=(3, 3), zorder=1)
         for bits in sorted({point[2] for point in points}):
-            shown = bits if f"bits-{bits}" in _COLOUR else 16
             axes.plot(
                 [predicted for predicted, _, b in points if b == bits],
                 [measured for _, measured, b in points if b == bits],
                 linestyle="none",
                 marker="o",
                 markersize=6.5,
-                color=_COLOUR[f"bits-{shown}"],
+                color=_COLOUR[f"bits-{shown_bits(bits)}"],
                 markeredgecolor=INK,
                 markeredgewidth=0.6,
                 zorder=2,
@@ -178,7 +180,7 @@ def kl_histogram(histogram: Mapping[str, Any], mean: Any = None, p99: Any = None
     if len(edges) != len(counts) + 1 or not counts or not all(map(is_number, [*edges, *counts])):
         return ""
     total = sum(counts)
-    if total <= 0 or any(right <= left for left, right in zip(edges, edges[1:], strict=False)):
+    if total <= 0 or any(right <= left for left, right in pairwise(edges)):
         return ""
     positive = [edge for edge in edges if edge > 0]
     logarithmic = len(positive) >= 2 and positive[-1] / positive[0] > 50
@@ -191,31 +193,37 @@ def kl_histogram(histogram: Mapping[str, Any], mean: Any = None, p99: Any = None
     for mark in (mean, p99):
         if is_number(mark) and (mark > 0 or not logarithmic):
             left, right = min(left, mark), max(right, mark)
-    with _figure(WIDTH, 300, left=48, right=16, top=34, bottom=46) as (figure, axes, finish):
+    with _figure(WIDTH, 330, left=48, right=16, top=40, bottom=46) as (figure, axes, finish):
         if logarithmic:
             axes.set_xscale("log")
             if left >= right:
                 left = right / 10
         axes.set_xlim(left, right)
         shares = [100 * count / total for count in counts]
-        for start, stop, share in zip(edges, edges[1:], shares, strict=False):
+        for (start, stop), share in zip(pairwise(edges), shares, strict=True):
             if share and stop > start:
                 axes.bar(
-                    start, share, width=stop - start, align="edge", color=ACCENT, edgecolor=PAGE, linewidth=0.5
+                    start,
+                    share,
+                    width=stop - start,
+                    align="edge",
+                    color=ACCENT,
+                    edgecolor=PAGE,
+                    linewidth=0.5,
                 )
         top = max(shares) * 1.08
         axes.set_ylim(0, top)
-        marks = [(mean, "mean"), (p99, "99 %")]
-        for value, name in marks:
+        for value, name, side in ((mean, "mean", "right"), (p99, "99th percentile", "left")):
             if is_number(value) and left <= value <= right:
                 axes.plot([value, value], [0, top], color=WARM, linewidth=1.2, zorder=3)
                 share = _position(value, left, right, logarithmic)
+                side = "left" if share < 0.3 else "right" if share > 0.7 else side
                 axes.annotate(
                     f"{name} {number_text(value)}",
                     (value, top),
-                    xytext=(4 if share < 0.2 else -4 if share > 0.8 else 0, 5),
+                    xytext=(-2 if side == "left" else 2, 5 if name == "mean" else 19),
                     textcoords="offset points",
-                    ha="left" if share < 0.2 else "right" if share > 0.8 else "center",
+                    ha=side,
                     va="bottom",
                     color=WARM,
                     fontsize=11.5,
@@ -295,7 +303,9 @@ def frontier(points: Sequence[Mapping[str, Any]], chosen: tuple[Any, Any] | None
             markeredgewidth=0.8,
         )
         for point in usable:
-            tops = [point[k] for k in ("predicted_kl", "measured_kl") if is_number(point.get(k)) and point[k] > 0]
+            tops = [
+                point[k] for k in ("predicted_kl", "measured_kl") if is_number(point.get(k)) and point[k] > 0
+            ]
             if tops and point.get("label"):
                 axes.annotate(
                     str(point["label"]),
@@ -327,14 +337,22 @@ def frontier(points: Sequence[Mapping[str, Any]], chosen: tuple[Any, Any] | None
             figure,
             "frontier",
             f"Quality against size for {len(usable)} budgets from {size_text(min(sizes))} to "
-            f"{size_text(max(sizes))}: KL falls from {number_text(max(heights))} to {number_text(min(heights))}",
+            f"{size_text(max(sizes))}: KL from {number_text(max(heights))} to {number_text(min(heights))}",
         )
+
+
+def shown_bits(bits: int) -> int:
+    """The width whose colour stands for `bits`: itself, or the next narrower one that has a colour."""
+    return max((known for known in WIDTHS if known <= bits), default=WIDTHS[0])
 
 
 def codings_in_use(places: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
     """Bits and name of every coding that occurs, fewest bits first; the legend of `bits_map`."""
     found = {(coding_bits(place.get("coding")), coding_text(place.get("coding"))) for place in places}
-    return sorted((bits, name) for bits, name in found if bits is not None)
+    return sorted(
+        ((bits, name) for bits, name in found if bits is not None),
+        key=lambda pair: (pair[0], len(pair[1]), pair[1]),
+    )
 
 
 def _block_map(name: str, cells: Mapping[tuple[int, str], tuple[str, str, str]], title: str) -> str:
@@ -354,9 +372,7 @@ def _block_map(name: str, cells: Mapping[tuple[int, str], tuple[str, str, str]],
         gap_x, gap_y = 1.5 / ((WIDTH - 50) / len(roles)), min(1.5, step / 8) / step
         for (block, role), (fill, ink, text) in cells.items():
             x, y = roles.index(role), blocks.index(block)
-            axes.add_patch(
-                Rectangle((x, y), 1 - gap_x, 1 - gap_y, facecolor=_COLOUR[fill], edgecolor="none")
-            )
+            axes.add_patch(Rectangle((x, y), 1 - gap_x, 1 - gap_y, facecolor=_COLOUR[fill], edgecolor="none"))
             if step >= 14:
                 axes.text(
                     x + (1 - gap_x) / 2,
@@ -406,7 +422,12 @@ def _figure(
     with warnings.catch_warnings(), matplotlib.style.context(settings, after_reset=True):
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = Figure(figsize=(width / 72, height / 72), facecolor="none")
-        box = (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
+        box = (
+            left / width,
+            bottom / height,
+            (width - left - right) / width,
+            (height - top - bottom) / height,
+        )
         axes = figure.add_axes(box, facecolor="none")
         yield figure, axes, _inline
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 ABSENT = "–"
 _DENSE_BITS = 16
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether `value` is a finite int or float (and not a bool)."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -105,7 +105,7 @@ def dense_bytes(result: Mapping[str, Any]) -> float | None:
     weight_bytes, bits = result.get("weight_bytes"), result.get("bits_per_weight")
     if not is_number(weight_bytes) or not is_number(bits) or not bits:
         return None
-    return weight_bytes * _DENSE_BITS / bits  # type: ignore[operator]
+    return weight_bytes * _DENSE_BITS / bits
 
 
 def result_rows(result: Mapping[str, Any]) -> list[Row]:
@@ -125,7 +125,7 @@ def result_rows(result: Mapping[str, Any]) -> list[Row]:
     speed = result.get("speed") or {}
     dense, kv = dense_bytes(result), result.get("kv_bytes")
     total, budget = result.get("total_bytes"), result.get("budget_bytes")
-    dense_total = None if dense is None else dense + (kv if is_number(kv) else 0)  # type: ignore[operator]
+    dense_total = None if dense is None else dense + (kv if is_number(kv) else 0)
     rows = [
         Row("weights", size_text(dense), "", size_text(result.get("weight_bytes")), "at 16 bits before"),
         Row(
@@ -144,7 +144,11 @@ def result_rows(result: Mapping[str, Any]) -> list[Row]:
             change_text(result.get("perplexity_before"), result.get("perplexity_after")),
         ),
         Row(
-            "KL, mean", "0", number_text(predicted.get("kl")), number_text(result.get("kl_mean")), "nats/token"
+            "KL, mean",
+            "0",
+            number_text(predicted.get("kl")),
+            number_text(result.get("kl_mean")),
+            "nats/token",
         ),
         Row("KL, 99th percentile", "0", "", number_text(result.get("kl_p99")), "nats/token"),
         Row("top-1 agreement", "100.0 %", "", share_text(result.get("top1_agreement"))),
@@ -156,7 +160,11 @@ def result_rows(result: Mapping[str, Any]) -> list[Row]:
             f"tokens/s, {number_text(speed.get('ratio'))}×" if is_number(speed.get("ratio")) else "tokens/s",
         ),
         Row(
-            "time", "", duration_text(predicted.get("seconds")), duration_text(result.get("seconds")), "this run"
+            "time",
+            "",
+            duration_text(predicted.get("seconds")),
+            duration_text(result.get("seconds")),
+            "this run",
         ),
         Row(
             "peak memory",
@@ -207,14 +215,15 @@ def slower_text(result: Mapping[str, Any]) -> str | None:
     if not is_number(ratio) or ratio >= 1:
         return None
     return (
-        f"SLOWER THAN THE SOURCE on this machine: {number_text(speed.get('result_decode_tokens_per_s'))} against "
+        f"SLOWER THAN THE SOURCE on this machine: "
+        f"{number_text(speed.get('result_decode_tokens_per_s'))} against "
         f"{number_text(speed.get('source_decode_tokens_per_s'))} tokens/s at batch 1 "
         f"({number_text(ratio)}×), through {paths_text(speed.get('paths'))}"
     )
 
 
 def paths_text(paths: Any) -> str:
-    """Names of the code paths that ran, with their counts where known: ``int4 planes (28), reference (1)``."""
+    """Names of the code paths that ran, with their counts where known: ``int4 planes (28)``."""
     if not paths:
         return "unknown paths"
     if isinstance(paths, Mapping):
