@@ -1,0 +1,407 @@
+"""Allocation: one option for every place, least predicted loss, never more bytes than there are.
+
+This is the multiple-choice knapsack problem. It is solved exactly in three steps: a Lagrangian bound
+(Sinha and Zoltners, "The multiple-choice knapsack problem", 1979) says which options no optimal plan can
+hold, HiGHS solves the mixed-integer program that is left, and the answer is checked in whole bytes.
+Where the losses come from is `sensitivity`'s business.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from tailorbird.errors import BudgetError, SettingsError, nearest
+from tailorbird.formats.packed import Coding
+from tailorbird.plan.budget import enough_size, format_size
+
+TIME_LIMIT = 2.0  # seconds for HiGHS; afterwards its best plan is taken and `gap` says how far it may be off
+RELATIVE_GAP = 1e-6  # of the loss; a plan proven this good isn't searched further
+_GAP_UNITS = 1e4  # the Lagrangian gap in HiGHS's units, far above its absolute tolerance of 1e-6
+_ROW_UNITS = 1e5  # the room in HiGHS's units: its feasibility tolerance of 1e-6 is then 1e-11 of the room
+
+_STDOUT = threading.Lock()  # file descriptor 1 is redirected by one thread at a time
+
+_Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One choice at one place.
+
+    Attributes
+    ----------
+    coding : Coding
+    bytes : int
+        Stored bytes of the place in this coding.
+    loss : float
+        Predicted KL that it adds, nats per token.
+    """
+
+    coding: Coding
+    bytes: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class PlaceOptions:
+    """What may be chosen at one place.
+
+    Attributes
+    ----------
+    name : str
+    options : tuple of Option
+    together : str or None
+        Places with an equal value must take one coding; None binds to no other place.
+    """
+
+    name: str
+    options: tuple[Option, ...]
+    together: str | None = None
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The chosen option of every place.
+
+    Attributes
+    ----------
+    choices : dict of str to Option
+        By place name, in the order of the places.
+    bytes : int
+        Sum over the choices.
+    loss : float
+        Sum of the predicted KL, nats per token.
+    gap : float
+        No plan within the capacity has a loss below ``loss - gap * abs(loss)``.
+    """
+
+    choices: dict[str, Option]
+    bytes: int
+    loss: float
+    gap: float = 0.0
+
+
+def allocate(places: Sequence[PlaceOptions], capacity_bytes: int) -> Allocation:
+    """The plan with the least loss within a capacity.
+
+    Parameters
+    ----------
+    places : sequence of PlaceOptions
+    capacity_bytes : int
+        What all places may take together.
+
+    Returns
+    -------
+    Allocation
+        Never above `capacity_bytes`; its `gap` is at most `RELATIVE_GAP` unless `TIME_LIMIT` ran out.
+
+    Raises
+    ------
+    BudgetError
+        If the smallest plan is larger than the capacity; says how small it gets.
+    SettingsError
+        If places that must take one coding have none in common.
+    """
+    groups = _merge_together(places)
+    picks, bound = _Problem(groups, capacity_bytes).solve()
+    return _allocation(groups, picks, places, bound)
+
+
+def smallest(places: Sequence[PlaceOptions]) -> Allocation:
+    """The plan with the fewest bytes; its `bytes` are the least that `allocate` accepts."""
+    merged = _merge_together(places)
+    return _allocation(merged, [0] * len(merged), places)
+
+
+def frontier(places: Sequence[PlaceOptions], capacities: Iterable[int]) -> list[Allocation]:
+    """The best plan for each capacity, in the order given; more capacity never has more loss."""
+    asked = list(capacities)
+    found: dict[int, Allocation] = {}
+    best: Allocation | None = None
+    for capacity in sorted(set(asked)):
+        plan = allocate(places, capacity)
+        if best is None or plan.loss <= best.loss:
+            best = plan
+        found[capacity] = best
+    return [found[capacity] for capacity in asked]
+
+
+def uniform(places: Sequence[PlaceOptions], coding_label: str) -> Allocation:
+    """The plan that gives one coding to every place, to compare with.
+
+    Raises
+    ------
+    SettingsError
+        If a place doesn't offer that coding.
+    """
+    choices = {}
+    for place in places:
+        by_label = {option.coding.label: option for option in place.options}
+        if coding_label not in by_label:
+            raise SettingsError(
+                f"the coding `{coding_label}` at `{place.name}`",
+                "a coding that every place offers",
+                nearest(coding_label, by_label),
+            )
+        choices[place.name] = by_label[coding_label]
+    return _summed(choices)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Places that are decided at once: the options of one, or the sums per coding of several.
+
+    `options` has no dominated one: bytes rise and losses fall strictly.
+    """
+
+    names: tuple[str, ...]
+    options: tuple[Option, ...]
+
+
+def _merge_together(places: Sequence[PlaceOptions]) -> list[_Group]:
+    members: dict[tuple[bool, str], list[PlaceOptions]] = {}
+    for place in places:
+        if not place.options:
+            raise ValueError(f"`{place.name}` has no options")
+        if any(option.bytes < 0 or not math.isfinite(option.loss) for option in place.options):
+            raise ValueError(f"`{place.name}` has an option with negative bytes or a loss that is not finite")
+        bound = place.together is not None
+        members.setdefault((bound, place.together if place.together is not None else place.name), []).append(
+            place
+        )
+    groups = []
+    for group in members.values():
+        by_coding = [_cheapest_per_coding(place) for place in group]
+        shared = [coding for coding in by_coding[0] if all(coding in other for other in by_coding)]
+        if not shared:
+            raise SettingsError(
+                "no coding that all of " + ", ".join(f"`{place.name}`" for place in group) + " offer",
+                "one in common, since they must take the same",
+                "offer more codings or choose another --target",
+            )
+        options = [
+            Option(
+                coding, sum(o[coding].bytes for o in by_coding), math.fsum(o[coding].loss for o in by_coding)
+            )
+            for coding in shared
+        ]
+        groups.append(_Group(tuple(place.name for place in group), _undominated(options)))
+    if sum(len(group.names) for group in groups) != len({place.name for place in places}):
+        raise ValueError("two places have the same name")
+    return groups
+
+
+def _cheapest_per_coding(place: PlaceOptions) -> dict[Coding, Option]:
+    best: dict[Coding, Option] = {}
+    for option in place.options:
+        known = best.get(option.coding)
+        if known is None or (option.loss, option.bytes) < (known.loss, known.bytes):
+            best[option.coding] = option
+    return best
+
+
+def _undominated(options: list[Option]) -> tuple[Option, ...]:
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda o: (o.bytes, o.loss)):
+        if not kept or option.loss < kept[-1].loss:
+            kept.append(option)
+    return tuple(kept)
+
+
+def _allocation(
+    groups: list[_Group], picks: Sequence[int], places: Sequence[PlaceOptions], bound: float | None = None
+) -> Allocation:
+    coding_of = {
+        name: group.options[pick].coding
+        for group, pick in zip(groups, picks, strict=True)
+        for name in group.names
+    }
+    choices = {place.name: _cheapest_per_coding(place)[coding_of[place.name]] for place in places}
+    return _summed(choices, bound)
+
+
+def _summed(choices: dict[str, Option], bound: float | None = None) -> Allocation:
+    loss = math.fsum(option.loss for option in choices.values())
+    missing = 0.0 if bound is None else max(0.0, loss - bound)
+    gap = missing / abs(loss) if missing > 0 and loss != 0 else missing
+    return Allocation(choices, sum(option.bytes for option in choices.values()), loss, gap)
+
+
+class _Problem:
+    """Minimise the summed loss over one option per group, with summed bytes at most `capacity`.
+
+    `sizes` are counted above the smallest option of each group, and `room` is what that leaves.
+    """
+
+    def __init__(self, groups: list[_Group], capacity: int) -> None:
+        least = sum(group.options[0].bytes for group in groups)
+        if least > capacity:
+            raise BudgetError(
+                f"{capacity} bytes ({format_size(capacity)}) for weights",
+                f"at least {least} bytes ({format_size(least)}), the smallest possible plan",
+                f"leave {enough_size(least)} or more for weights",
+            )
+        self.room = capacity - least
+        self.sizes = [
+            np.array([option.bytes - group.options[0].bytes for option in group.options], dtype=np.int64)
+            for group in groups
+        ]
+        self.losses = [np.array([option.loss for option in group.options]) for group in groups]
+
+    def solve(self) -> tuple[list[int], float]:
+        """The picked option per group, and a lower bound of the loss."""
+        best = [len(sizes) - 1 for sizes in self.sizes]
+        if self._bytes(best) <= self.room:
+            return best, self._loss(best)
+        price, picks = self._price()
+        picks = self._fill(picks)
+        costs = [losses + price * sizes for sizes, losses in zip(self.sizes, self.losses, strict=True)]
+        bound = math.fsum(float(cost.min()) for cost in costs) - price * self.room
+        gap = self._loss(picks) - bound
+        if gap > RELATIVE_GAP * abs(bound):
+            extra = [cost - cost.min() for cost in costs]
+            rounding = 1e-12 * (abs(bound) + price * self.room)
+            searched, raised = self._search(extra, price, gap + rounding, RELATIVE_GAP * abs(bound))
+            bound += raised
+            if self._bytes(searched) <= self.room and self._loss(searched) < self._loss(picks):
+                picks = self._fill(searched)
+        return picks, bound
+
+    def _price(self) -> tuple[float, list[int]]:
+        """The capacity's optimal multiplier, loss per byte, and the largest plan at that price that fits.
+
+        The steps along each group's lower convex hull, best saving per byte first, are taken until one
+        doesn't fit; its saving is the price.
+        """
+        steps: list[tuple[float, int, int, int]] = []  # saving per byte, group, option reached, bytes
+        for group, (sizes, losses) in enumerate(zip(self.sizes, self.losses, strict=True)):
+            at = 0
+            while at + 1 < len(sizes):
+                savings = (losses[at] - losses[at + 1 :]) / (sizes[at + 1 :] - sizes[at])
+                to = len(sizes) - 1 - int(np.argmax(savings[::-1]))  # the farthest of equal ones
+                steps.append((float(savings.max()), group, to, int(sizes[to] - sizes[at])))
+                at = to
+        steps.sort(key=lambda step: -step[0])
+        used = np.cumsum([step[3] for step in steps])
+        fitting = int(np.searchsorted(used, self.room, side="right"))
+        picks = [0] * len(self.sizes)
+        for _, group, option, _ in steps[:fitting]:
+            picks[group] = option
+        return steps[fitting][0], picks
+
+    def _fill(self, picks: list[int]) -> list[int]:
+        """Spend what is left on the single change that saves most, as long as there is one."""
+        picks = list(picks)
+        left = self.room - self._bytes(picks)
+        while True:
+            best, saved = (-1, -1), 0.0
+            for group, (sizes, losses) in enumerate(zip(self.sizes, self.losses, strict=True)):
+                at = picks[group]
+                option = int(np.searchsorted(sizes, sizes[at] + left, side="right")) - 1
+                if losses[at] - losses[option] > saved:
+                    best, saved = (group, option), float(losses[at] - losses[option])
+            group, option = best
+            if group < 0:
+                return picks
+            left -= int(self.sizes[group][option] - self.sizes[group][picks[group]])
+            picks[group] = option
+
+    def _search(
+        self, extra: list[_Floats], price: float, gap: float, enough: float
+    ) -> tuple[list[int], float]:
+        """Solve what the bound leaves open.
+
+        With x one-hot per group and s the unused room, the loss above the bound is
+        ``sum(extra * x) + price * s``: an option whose `extra` alone exceeds the gap is in no better plan.
+
+        Parameters
+        ----------
+        extra : list of float arrays
+            Per group, each option's loss at the price of its bytes, above the group's least.
+        price : float
+            Loss per byte.
+        gap : float
+            What the best known plan loses above the bound; positive.
+        enough : float
+            How far above the least loss the plan may stay.
+
+        Returns
+        -------
+        picks : list of int
+            The best plan found; in floating point, so the caller checks it.
+        raised : float
+            By how much every plan exceeds the bound.
+        """
+        kept = [np.flatnonzero(cost <= gap) for cost in extra]
+        picks = [int(options[0]) for options in kept]
+        open_groups = [group for group, options in enumerate(kept) if len(options) > 1]
+        if not open_groups:
+            return picks, 0.0
+        columns = [(group, int(option)) for group in open_groups for option in kept[group]]
+        steps = np.array(
+            [self.sizes[group][option] - self.sizes[group][picks[group]] for group, option in columns]
+        )
+        unit = int(np.gcd.reduce(steps))
+        room, dead = divmod(self.room - self._bytes(picks), unit)
+        row_scale = min(1.0, _ROW_UNITS / room) if room else 1.0
+        loss_scale = _GAP_UNITS / gap
+
+        n = len(columns)
+        rows = {group: row for row, group in enumerate(open_groups)}
+        one_each = csr_array(
+            (np.ones(n), ([rows[group] for group, _ in columns], np.arange(n))), shape=(len(rows), n + 1)
+        )
+        capacity = csr_array(np.append(steps // unit * row_scale, 1.0)[None])
+        unused_price = price * unit / row_scale
+        with _silent_stdout():
+            result = milp(
+                np.append([extra[group][option] for group, option in columns], unused_price) * loss_scale,
+                integrality=np.append(np.ones(n), 0),
+                bounds=Bounds(0, np.append(np.ones(n), 2 * gap / unused_price)),
+                constraints=[
+                    LinearConstraint(one_each, 1, 1),
+                    LinearConstraint(capacity, room * row_scale, room * row_scale),
+                ],
+                options={"time_limit": TIME_LIMIT, "mip_rel_gap": enough / gap},
+            )
+        proven = 0.0 if result.mip_dual_bound is None else max(0.0, result.mip_dual_bound / loss_scale)
+        if result.x is not None:
+            chosen = dict.fromkeys(open_groups, -1.0)
+            for (group, option), share in zip(columns, result.x[:n], strict=True):
+                if share > chosen[group]:
+                    chosen[group], picks[group] = float(share), option
+        return picks, proven + price * dead
+
+    def _bytes(self, picks: list[int]) -> int:
+        return sum(int(sizes[pick]) for sizes, pick in zip(self.sizes, picks, strict=True))
+
+    def _loss(self, picks: list[int]) -> float:
+        return math.fsum(float(losses[pick]) for losses, pick in zip(self.losses, picks, strict=True))
+
+
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Keep what HiGHS prints in spite of its settings out of standard output, which carries JSON."""
+    libc = ctypes.CDLL(None)
+    with _STDOUT:
+        libc.fflush(None)
+        saved, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, 1)
+            yield
+        finally:
+            libc.fflush(None)
+            os.dup2(saved, 1)
+            os.close(saved)
+            os.close(nowhere)
