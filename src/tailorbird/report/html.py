@@ -21,9 +21,10 @@ from tailorbird.report.table import (
     dense_bytes,
     duration_text,
     is_number,
+    machine_facts,
     number_text,
-    rate_text,
     result_rows,
+    setting_text,
     share_text,
     size_text,
     slower_text,
@@ -114,8 +115,8 @@ def _view(report: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "model": _base_name(str(source.get("model") or "model")),
         "source": source,
-        "headline": _headline(result),
-        "quality": _quality(result, evaluation),
+        "headline": _unbroken(_headline(result)),
+        "quality": _unbroken(_quality(result, evaluation)),
         "failed": [check for check in checks if not check.get("passed")],
         "checks": checks,
         "warnings": [str(warning) for warning in _listing(result.get("warnings"))],
@@ -184,6 +185,11 @@ def _quality(result: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
     tokens = evaluation.get("tokens")
     where = f"On {number_text(tokens)} held-out tokens, " if is_number(tokens) else "On held-out text, "
     return where + ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1] + "."
+
+
+def _unbroken(sentence: str) -> str:
+    """The sentence with numbers held together with their units at line ends."""
+    return re.sub(r"(?<=\d) (?=\S)", "\u00a0", sentence)
 
 
 def _budget_parts(result: Mapping[str, Any], places: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -261,14 +267,14 @@ def _facts(
                 ("context", number_text(budget.get("context"))),
                 ("concurrency", number_text(budget.get("concurrency"))),
                 ("method", settings.get("name")),
-                *((str(key), _setting(value)) for key, value in settings.items() if key != "name"),
+                *((str(key), setting_text(value)) for key, value in settings.items() if key != "name"),
                 ("target", plan.get("target")),
                 ("seed", plan.get("seed")),
             ],
         ),
         ("Calibration", [*_text_facts(calibration), ("KL between two halves", _with_unit(halves))]),
         ("Held-out text", _text_facts(evaluation)),
-        ("Machine", _machine_facts(probe)),
+        ("Machine", machine_facts(probe)),
         ("Versions", list(_mapping(plan.get("versions")).items())),
     ]
     shown = []
@@ -294,39 +300,6 @@ def _text_facts(text: Mapping[str, Any]) -> list[tuple[str, Any]]:
         ("licence", text.get("licence")),
         ("fingerprint", _abbreviated(text.get("fingerprint"))),
     ]
-
-
-def _machine_facts(probe: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """What the machine can do, in words; measurements the probe doesn't have are left out."""
-    facts: list[tuple[str, Any]] = []
-    for key, value in probe.items():
-        name = str(key).replace("_", " ")
-        if isinstance(value, Mapping):
-            for inner, number in value.items():
-                text = rate_text(number, "FLOP") if is_number(number) else _setting(number)
-                facts.append((f"{name}, {inner}", text))
-        elif key == "devices":
-            facts.append((name, _setting(value)))
-        elif is_number(value) and str(key).endswith("_bytes"):
-            facts.append((name.removesuffix(" bytes"), size_text(value)))
-        elif is_number(value) and str(key).endswith("_bandwidth"):
-            facts.append((name, rate_text(value, "B")))
-        else:
-            facts.append((name, _setting(value)))
-    return facts
-
-
-def _setting(value: Any) -> str:
-    """A value of any kind as a short text."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if is_number(value):
-        return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_setting(inner)}" for key, inner in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_setting, value))
-    return "" if value is None else str(value)
 
 
 def _legend(places: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

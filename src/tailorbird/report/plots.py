@@ -40,7 +40,8 @@ _COLOUR = {variable.removeprefix("--"): placeholder for placeholder, variable in
 INK, MUTED, LINE = _COLOUR["ink"], _COLOUR["muted"], _COLOUR["line"]
 ACCENT, WARM, PAGE = _COLOUR["accent"], _COLOUR["warm"], _COLOUR["page"]
 
-WIDTH = 456
+#: of a column and of the page
+WIDTH, FULL_WIDTH = 456, 952
 HEAT_LEVELS = 7
 #: roles in the order in which a block uses them; others follow in order of appearance
 ROLE_ORDER = ("qkv", "q", "k", "v", "o", "gate_up", "gate", "up", "down", "fc1", "fc2")
@@ -275,7 +276,7 @@ def frontier(points: Sequence[Mapping[str, Any]], chosen: tuple[Any, Any] | None
     unit = max(sizes)
     scale = next((1024**power for power in (3, 2, 1) if unit >= 1024**power), 1)
     name = {1024**3: "GiB", 1024**2: "MiB", 1024: "KiB", 1: "bytes"}[scale]
-    with _figure(2 * WIDTH, 340, left=58, right=24, top=14, bottom=46) as (figure, axes, finish):
+    with _figure(FULL_WIDTH, 340, left=58, right=24, top=14, bottom=46) as (figure, axes, finish):
         axes.set_yscale("log")
         axes.set_ylim(low, high)
         span = (max(sizes) - min(sizes)) or max(sizes)

@@ -74,7 +74,7 @@ def change_text(before: Any, after: Any) -> str:
     """Relative change with its sign: ``+3.1 %``."""
     if not is_number(before) or not is_number(after) or before == 0:
         return ABSENT
-    return f"{100 * (after - before) / before:+.1f} %"
+    return f"{100 * (after - before) / before:+.1f} %".replace("-", "−")
 
 
 def rate_text(rate: Any, unit: str) -> str:
@@ -252,3 +252,48 @@ def coding_bits(coding: Any) -> int | None:
     if coding.get("kind") == "integer":
         return coding["bits"] if isinstance(coding.get("bits"), int) else None
     return {"bfloat16": 16, "float16": 16, "float32": 32}.get(str(coding.get("dtype")))
+
+
+def machine_facts(probe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a machine can do, in words.
+
+    Parameters
+    ----------
+    probe : mapping
+        The fields of `Probe`, or of one of its devices; names tell the units.
+    """
+    facts: list[tuple[str, str]] = []
+    for key, value in probe.items():
+        name = str(key).replace("_", " ").removesuffix(" bytes")
+        if isinstance(value, Mapping):
+            facts += [
+                (f"{name}, {kind}", rate_text(rate, "OP") if is_number(rate) else setting_text(rate))
+                for kind, rate in value.items()
+            ]
+        elif isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
+            for device in value:
+                facts += [
+                    (f"{name.removesuffix('s')}: {inner}", text) for inner, text in machine_facts(device)
+                ]
+        elif is_number(value) and str(key).endswith("_bytes"):
+            facts.append((name, size_text(value)))
+        elif is_number(value) and str(key).endswith("bandwidth"):
+            facts.append((name, rate_text(value, "B")))
+        elif is_number(value) and "flop" in str(key):
+            facts.append((name, rate_text(value, "FLOP")))
+        else:
+            facts.append((name, setting_text(value) or "none"))
+    return facts
+
+
+def setting_text(value: Any) -> str:
+    """A value of any kind as a short text; "" for None and for nothing."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if is_number(value):
+        return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {setting_text(inner)}" for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(setting_text, value))
+    return "" if value is None else str(value)

@@ -1,0 +1,121 @@
+"""`tailorbird fit`: plan, compress, evaluate and report, to a budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tailorbird.cli import options
+from tailorbird.cli.output import (
+    plain,
+    print_dry_run,
+    print_json,
+    print_result,
+    print_warnings,
+    showing_refused,
+    working,
+)
+
+EXAMPLE = "Example: tailorbird fit demo --memory 30% -o out/demo"
+
+
+def fit(
+    model: options.Model,
+    memory: Annotated[
+        str,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="The budget: 1.5GiB, 800MB, 60% (of the model at 16 bits) or 3.25bpw (bits per weight). "
+            "Holds the weights, and with --context the KV cache.",
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="Directory to write; must not exist yet. Only --dry-run goes without.",
+        ),
+    ] = None,
+    calibration: options.Calibration = None,
+    evaluation: options.Evaluation = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context", metavar="N", min=1, help="Tokens of context whose KV cache must fit into the budget."
+        ),
+    ] = None,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(
+            "--concurrency", metavar="N", min=1, help="How many such contexts at once; 1 if not given."
+        ),
+    ] = None,
+    sequences: options.Sequences = None,
+    length: options.Length = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method", metavar="NAME", help="How weights are rounded; `tailorbird methods` lists all."
+        ),
+    ] = "gptq",
+    max_kl: options.MaxKl = None,
+    max_perplexity_increase: options.MaxPerplexityIncrease = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            metavar="FORMAT",
+            help="Plan only what this export can hold exactly: gguf or compressed-tensors.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print predicted memory, disk and time of each stage, and stop.")
+    ] = False,
+    frontier: Annotated[
+        bool, typer.Option("--frontier", help="Also predict and measure quality at six budgets.")
+    ] = False,
+    resume: options.Resume = False,
+    json: options.Json = False,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+) -> None:
+    """Fit a model to a budget: plan, compress, evaluate, report."""
+    from tailorbird import api
+
+    with showing_refused(json), working() as progress:
+        result = api.fit(
+            model,
+            memory,
+            output,
+            calibration=calibration,
+            evaluation=evaluation,
+            context=context,
+            concurrency=concurrency,
+            sequences=sequences,
+            length=length,
+            method=method,
+            max_kl=max_kl,
+            max_perplexity_increase=max_perplexity_increase,
+            target=target,
+            dry_run=dry_run,
+            frontier=frontier,
+            resume=resume,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+    fields = plain(result)
+    if json:
+        print_json(fields)
+        print_warnings(fields)
+    elif dry_run:
+        print_dry_run(fields)
+    else:
+        print_result(fields)
+    if dry_run and not fields["fits"]:
+        raise typer.Exit(2)

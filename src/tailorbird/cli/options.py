@@ -1,0 +1,110 @@
+"""Options that several commands share, written once so that they read the same everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tailorbird.errors import SettingsError
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A local directory, a Hugging Face id, or `demo`, the model in the package."
+    ),
+]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", metavar="OUT", help="Directory to write; must not exist yet.")
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE|DIR",
+        help="Text to learn from: txt, jsonl with `text` or `messages`, parquet. "
+        "Without it, the model writes some.",
+    ),
+]
+Evaluation = Annotated[
+    str | None,
+    typer.Option(
+        "--evaluation",
+        metavar="FILE|DIR",
+        help="Held-out text for the comparison. Without it, a tenth of the calibration text is set aside.",
+    ),
+]
+Sequences = Annotated[
+    int | None, typer.Option("--sequences", metavar="N", min=1, help="How many calibration sequences to use.")
+]
+Length = Annotated[
+    int | None, typer.Option("--length", metavar="N", min=2, help="Tokens of each calibration sequence.")
+]
+MaxKl = Annotated[
+    float | None,
+    typer.Option(
+        "--max-kl",
+        metavar="NATS",
+        min=0.0,
+        help="Refuse the result above this mean KL divergence from the source, nats/token.",
+    ),
+]
+MaxPerplexityIncrease = Annotated[
+    float | None,
+    typer.Option(
+        "--max-perplexity-increase",
+        metavar="PERCENT",
+        help="Refuse the result when perplexity grows by more than this, in percent.",
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Insist on resuming: nothing to resume is an error. "
+        "Without it, unfinished work is resumed if there is any.",
+    ),
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON value on standard output, and nothing else there."),
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of everything random.")]
+IdleSeed = Annotated[
+    int,
+    typer.Option("--seed", metavar="N", min=0, help="Taken by every command; nothing in this one is random."),
+]
+
+
+def check_device(device: str) -> str:
+    """`device` where this machine has it.
+
+    Raises
+    ------
+    SettingsError
+        If PyTorch doesn't know such a device, or this machine lacks it.
+    """
+    if device == "cpu":
+        return device
+    import torch
+
+    remedy = "use `--device cpu`, or install a PyTorch built for that device"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SettingsError(
+            f"--device {device}: {reason}", "a device that this machine has, such as `cpu` or `cuda`", remedy
+        ) from error
+    if device == "meta":
+        raise SettingsError("--device meta", "a device that computes, such as `cpu` or `cuda`", remedy)
+    return device
+
+
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device", metavar="NAME", callback=check_device, help="Where to compute: cpu, cuda, cuda:1 …"
+    ),
+]
