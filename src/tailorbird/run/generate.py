@@ -303,7 +303,7 @@ class TextStream:
 
 
 def context_length(model: Any) -> int | None:
-    """Most tokens that the model's config allows, or None where it states no limit."""
+    """Most tokens that the config of a model or checkpoint allows, or None where it states no limit."""
     stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return stated if isinstance(stated, int) and stated > 0 else None
 

@@ -1,0 +1,180 @@
+"""Speeds follow the clock, count what a step really reads, and compare two models in turns."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tailorbird.errors import SettingsError
+from tailorbird.evaluate import speed as speed_module
+from tailorbird.evaluate.speed import (
+    SpeedComparison,
+    compare_in_child,
+    compare_speed,
+    linear_paths,
+    speed,
+    step_bytes,
+)
+from tailorbird.formats.packed import IntegerCoding, PackedWeight
+from tailorbird.model.json_file import read_json
+from tailorbird.model.layout import ModelLayout, ModuleLayout
+from tailorbird.model.load import load
+from tailorbird.model.writing import write_json, write_tensors
+from tiny import make_model, save_model
+
+CODING = IntegerCoding(4, 32, symmetric=True)
+
+
+@pytest.fixture(autouse=True)
+def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads 1e9 bytes per second; measuring the real one takes seconds."""
+    monkeypatch.setattr(speed_module, "probe", lambda: SimpleNamespace(read_bandwidth=1e9))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "dense", "llama", dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def packed(dense: Path) -> Path:
+    """The dense model with random codes for all linears of its blocks and for its (untied) head."""
+    directory = dense.with_name("packed")
+    directory.mkdir()
+    model = make_model("llama", dtype=torch.bfloat16)
+    tensors = dict(model.state_dict())
+    modules = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            rows, columns = module.weight.shape
+            del tensors[f"{name}.weight"]
+            codes = torch.randint(0, 16, (rows, columns))
+            scales = torch.full((rows, -(-columns // 32)), 2.0**-6, dtype=torch.bfloat16)
+            stored = PackedWeight.from_codes(codes, scales, None, CODING)
+            tensors.update({f"{name}.{part}": tensor for part, tensor in stored.tensors.items()})
+            modules[name] = ModuleLayout(rows, columns, CODING)
+    write_tensors(directory / "model.safetensors", tensors)
+    layout = ModelLayout(modules).to_dict()
+    config = read_json(dense / "config.json")
+    write_json(directory / "config.json", {**config, "quantization_config": layout})
+    return directory
+
+
+def test_all_fields_of_one_model(packed: Path) -> None:
+    found = speed(packed, prompt_tokens=8, new_tokens=4, batch=2, rounds=2)
+    model = load(packed)
+    assert found.prefill_tokens_per_s > 0
+    assert found.load_seconds > 0
+    assert found.peak_rss_bytes > 50 << 20
+    steps_per_s = found.decode_tokens_per_s / 2
+    assert found.bandwidth_fraction == pytest.approx(step_bytes(model) * steps_per_s / 1e9)
+    assert sum(found.paths.values()) == 2 * 7 + 1
+    assert all(path.startswith("int4 g32 sym · ") for path in found.paths)
+
+
+def test_threads_are_those_asked_for_and_put_back(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = torch.get_num_threads(), []
+    run = speed_module._Subject.run
+    monkeypatch.setattr(
+        speed_module._Subject, "run", lambda self: (seen.append(torch.get_num_threads()), run(self))
+    )
+    speed(dense, prompt_tokens=2, new_tokens=1, threads=before + 1, rounds=1)
+    assert seen == [before + 1]
+    assert torch.get_num_threads() == before
+
+
+def file_bytes(directory: Path, but: str = "none") -> int:
+    from tailorbird.model.weights import Weights
+
+    weights = Weights.open(directory)
+    return sum(weights.info(name).nbytes for name in weights.names if but not in name)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "looked_up"),
+    [
+        ("llama", lambda model: model.model.embed_tokens.weight.nbytes),
+        ("qwen2", lambda model: 0),
+        ("gpt2", lambda model: model.transformer.wpe.weight.nbytes),
+    ],
+)
+def test_a_step_reads_all_but_looked_up_rows(architecture: str, looked_up: Any) -> None:
+    """Untied: all but the embedding. Tied: all, once. Position tables are looked up, too."""
+    model = make_model(architecture)
+    parameters = sum(p.nbytes for p in model.parameters())
+    rotary = sum(b.nbytes for b in model.buffers())
+    assert step_bytes(model) == pytest.approx(parameters - looked_up(model), abs=rotary)
+
+
+def test_a_step_of_a_packed_model_reads_what_is_stored(packed: Path) -> None:
+    rotary = 8 * 64
+    assert step_bytes(load(packed)) == pytest.approx(file_bytes(packed, but="embed_tokens"), abs=rotary)
+
+
+def test_paths_of_a_dense_model() -> None:
+    assert linear_paths(make_model("gpt2", dtype=torch.bfloat16), 1) == {"bf16 · dense": 2 * 4 + 1}
+
+
+def slowed(seconds: float, order: list[str]) -> Any:
+    """A loader whose models note each pass, those named packed sleeping in it."""
+
+    def loader(path: Path) -> Any:
+        model = load(path)
+
+        def before(*_: Any) -> None:
+            order.append(path.name)
+            if path.name == "packed":
+                time.sleep(seconds)
+
+        model.register_forward_pre_hook(before)
+        return model
+
+    return loader
+
+
+def test_comparison_takes_turns_and_sees_the_slower(
+    dense: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(speed_module, "load", slowed(0.05, order))
+    found = compare_speed(dense, packed, prompt_tokens=4, new_tokens=2, rounds=3)
+    assert found.result_decode_tokens_per_s < 20
+    assert found.ratio == found.result_decode_tokens_per_s / found.source_decode_tokens_per_s < 1
+    assert found.prefill_ratio < 1
+    turns = [name for name, before in zip(order, [None, *order], strict=False) if name != before]
+    # Warming dense and packed, then each round begins with the one that ended the last.
+    assert turns == ["dense", "packed", "dense", "packed", "dense", "packed"]
+    assert order.count("dense") == order.count("packed") == 2 + 3 * 3
+
+
+def test_child_process_compares_short_contexts_too(packed: Path, tmp_path: Path) -> None:
+    short = save_model(tmp_path / "short", "llama", max_position_embeddings=12)
+    found = compare_in_child(short, short)
+    assert set(found) == {field.name for field in fields(SpeedComparison)}
+    assert found["ratio"] == found["result_decode_tokens_per_s"] / found["source_decode_tokens_per_s"] > 0
+    assert found["paths"] == {"fp32 · dense": 15}
+
+
+def test_child_process_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="nowhere"):
+        compare_in_child(tmp_path / "nowhere", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"batch": 0}, "--batch 0"),
+        ({"rounds": 0}, "--rounds 0"),
+        ({"threads": -1}, "--threads -1"),
+        ({"prompt_tokens": 100, "new_tokens": 29}, "at most 128 together"),
+    ],
+)
+def test_impossible_settings_are_refused(dense: Path, settings: dict[str, int], words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        speed(dense, **settings)
