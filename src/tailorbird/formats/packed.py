@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,8 +28,9 @@ FLOAT_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32":
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
-def _one_of(field: str, given: Any, allowed: Any) -> None:
-    if isinstance(given, bool) or given not in tuple(allowed):
+def _one_of(field: str, given: Any, allowed: Iterable[int] | Iterable[str]) -> None:
+    # types too: 64.0 equals 64, but is no group size
+    if not any(type(given) is type(value) and given == value for value in allowed):
         raise SettingsError(
             f"{field} {given!r}",
             "one of " + ", ".join(map(str, allowed)),

@@ -20,13 +20,13 @@ from tailorbird.errors import SettingsError
 
 #: widths that exist
 BITS = (2, 3, 4, 5, 6, 8)
-#: values handled at once; temporaries stay at a few bytes per value
-CHUNK_VALUES = 1 << 20
+#: values handled at once; temporaries take a few bytes per value, and stay in the cache
+CHUNK_VALUES = 1 << 18
 
 
 def check_bits(bits: int) -> None:
     """Raise `SettingsError` unless `bits` is one of `BITS`."""
-    if isinstance(bits, bool) or bits not in BITS:
+    if type(bits) is not int or bits not in BITS:
         raise SettingsError(
             f"{bits!r} bits per value",
             "one of " + ", ".join(map(str, BITS)),

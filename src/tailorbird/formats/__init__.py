@@ -1,0 +1,1 @@
+"""Packed weights, the modules that hold them, and other tools' formats."""

@@ -1,0 +1,447 @@
+"""Modules that hold packed weights and run them: a linear, and an embedding.
+
+To the rest of PyTorch they are an `nn.Linear` and an `nn.Embedding` whose `weight` can be read, being
+dequantized on each access, but not written. Nothing here knows of models or files.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from tailorbird.errors import CheckpointError, SettingsError
+from tailorbird.formats.packed import FloatCoding, IntegerCoding, PackedWeight, check_order, tensor_layout
+from tailorbird.kernels import dispatch, reference
+
+_STORED = ("codes", "scales", "zeros", "order")
+
+
+def _refuse_write() -> NoReturn:
+    raise SettingsError(
+        "a write to the weight of a compressed module",
+        "reads only: the weight is dequantized from packed codes on each access",
+        "dequantize the model first, or train an adapter beside it",
+    )
+
+
+class DequantizedWeight(Tensor):
+    """What `weight` of a compressed module returns: a tensor that refuses to be changed in place.
+
+    A change would be lost, since the next access dequantizes again. Results of computing with it are
+    plain tensors.
+    """
+
+    #: transformers asks before it initializes what a checkpoint didn't have; here there is nothing to do
+    _is_hf_initialized = True
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        in_place = (name.endswith("_") and not name.startswith("__") and name != "requires_grad_") or (
+            name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
+        )
+        writes = in_place or name == "__setitem__" or func == Tensor.data.__set__  # type: ignore[attr-defined]
+        # functions of torch.nn.init pass the tensor by name
+        changed = (*args[:1], *([] if args else kwargs.values())) if writes else ()
+        out = kwargs.get("out")
+        changed += tuple(out) if isinstance(out, tuple | list) else (out,)
+        if any(isinstance(tensor, cls) for tensor in changed):
+            _refuse_write()
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+
+class _PackedModule(nn.Module):
+    """What linear and embedding have in common: the stored tensors, and a weight to be read only.
+
+    Stored tensors are buffers whose dtype never changes: `.to(dtype)` and its like move them, and change
+    only `compute_dtype`.
+    """
+
+    coding: IntegerCoding
+    compute_dtype: torch.dtype
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    order: Tensor | None
+
+    def _create(self, rows: int, columns: int, coding: IntegerCoding, has_order: bool, device: Any) -> None:
+        if isinstance(coding, FloatCoding):
+            raise SettingsError(
+                f"a compressed module of coding `{coding.label}`",
+                "an integer coding",
+                "keep weights of a float coding in an ordinary module",
+            )
+        self.coding = coding
+        self.compute_dtype = torch.float32
+        layout = tensor_layout(coding, rows, columns, has_order)
+        for name in _STORED:
+            if name in layout:
+                shape, dtype = layout[name]
+                # zeros, not empty memory: an order of random numbers would not even be readable
+                self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
+            else:
+                self.register_buffer(name, None)
+
+    def _shape(self) -> tuple[int, int]:
+        """(rows, columns) of the weight."""
+        raise NotImplementedError
+
+    def _stored(self) -> dict[str, Tensor]:
+        return {name: tensor for name in _STORED if (tensor := getattr(self, name)) is not None}
+
+    def packed(self) -> PackedWeight:
+        """The weight in its stored form; shares memory with this module.
+
+        Raises
+        ------
+        CheckpointError
+            When the tensors don't fit the coding, or the stored order is no permutation.
+        """
+        return PackedWeight(self.coding, *self._shape(), self._stored())
+
+    def _read_weight(self) -> Tensor:
+        weight = reference.dequantize(
+            self.codes,
+            self.scales,
+            self.zeros,
+            bits=self.coding.bits,
+            group_size=self.coding.group_size,
+            in_features=self._shape()[1],
+            dtype=self.compute_dtype,
+            order=self.order,
+        )
+        return weight.as_subclass(DequantizedWeight)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            _refuse_write()
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name == "weight":
+            _refuse_write()
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            _refuse_write()
+        super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        if name == "weight":
+            _refuse_write()
+        super().register_buffer(name, tensor, persistent)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedModule:
+        before = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.codes.device)).dtype
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(after.device)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list,
+        unexpected_keys: list,
+        error_msgs: list,
+    ) -> None:
+        for name, own in self._buffers.items():
+            given = state_dict.get(prefix + name)
+            if own is None or given is None:
+                continue
+            if given.dtype != own.dtype:
+                error_msgs.append(f"`{prefix}{name}` is {given.dtype}, but {own.dtype} for this coding")
+            elif name == "order":
+                try:
+                    check_order(given)
+                except CheckpointError as error:
+                    error_msgs.append(f"`{prefix}{name}`: {error}")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+class CompressedLinear(_PackedModule, nn.Linear):
+    """`nn.Linear` over a packed weight.
+
+    Runs through the fastest path that there is for its coding and the dtype and number of rows of the
+    activations, else through the exact reference; `path` names it. A fast path's layout of the weight is
+    made at the first call that needs it, lives beside the stored tensors, is never saved and is dropped
+    when those move or change. Where the input requires a gradient the reference runs.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+    coding : IntegerCoding
+    bias : bool
+    has_order : bool
+        Whether columns are stored in another order than that of the inputs.
+    device : torch.device or str, optional
+        `meta` is possible.
+    bias_dtype : torch.dtype
+
+    Attributes
+    ----------
+    compute_dtype : torch.dtype
+        Of `weight`; the output has the dtype of the input. float32 unless set, or changed by `.to(dtype)`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        coding: IntegerCoding,
+        bias: bool,
+        has_order: bool = False,
+        device: torch.device | str | None = None,
+        bias_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        self._create(out_features, in_features, coding, has_order, device)
+        self.bias: nn.Parameter | None  # type: ignore[assignment]
+        if bias:
+            zeros = torch.zeros(out_features, dtype=bias_dtype, device=device)
+            self.bias = nn.Parameter(zeros, requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+        self._fast: _FastWeight | None = None
+
+    @classmethod
+    def from_packed(cls, packed: PackedWeight, bias: Tensor | None = None) -> CompressedLinear:
+        """A linear that holds the tensors of `packed`, without copying, and `bias` `[out_features]`."""
+        if isinstance(packed.coding, FloatCoding):
+            raise SettingsError(
+                f"a packed weight of coding `{packed.coding.label}`",
+                "an integer coding",
+                "put the weight into an ordinary nn.Linear",
+            )
+        module = cls(
+            packed.in_features,
+            packed.out_features,
+            packed.coding,
+            bias is not None,
+            "order" in packed.tensors,
+            device="meta",
+        )
+        for name, tensor in packed.tensors.items():
+            setattr(module, name, tensor)
+        if bias is not None:
+            module.bias = nn.Parameter(bias, requires_grad=False)
+        return module
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The dequantized weight `[out_features, in_features]` in `compute_dtype`; changing it raises."""
+        return self._read_weight()
+
+    def _shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _STORED:
+            embedding = self.__dict__.get("_embedding")
+            if embedding is not None:
+                return getattr(embedding, name)
+        return super().__getattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fast": None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedModule:
+        self._fast = None
+        return super()._apply(fn, recurse)
+
+    def path(self, rows: int, dtype: torch.dtype) -> str:
+        """Name of the path that `rows` rows of activations of `dtype` take here."""
+        return dispatch.choose(self.coding, self.in_features, rows, dtype, self.codes.device)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input [..., in_features]` to `[..., out_features]`, in the dtype of `input`."""
+        if input.shape[-1] != self.in_features:
+            raise ValueError(f"{input.shape[-1]} inputs for a linear that has {self.in_features}")
+        if self.order is not None:
+            input = input.index_select(-1, self.order)
+        path = None
+        if not (input.requires_grad and torch.is_grad_enabled()):
+            rows = input.numel() // self.in_features
+            path = dispatch.find(self.coding, self.in_features, rows, input.dtype, self.codes.device)
+        if path is None:
+            return reference.linear(
+                input,
+                self.codes,
+                self.scales,
+                self.zeros,
+                bits=self.coding.bits,
+                group_size=self.coding.group_size,
+                in_features=self.in_features,
+                bias=self.bias,
+            )
+        if self._fast is None or not self._fast.serves(path, self._stored()):
+            self._fast = None  # frees the old one first
+            self._fast = _FastWeight(path, self)
+        output = path.multiply(input.reshape(-1, self.in_features), self._fast.layout)
+        if self.bias is not None:
+            output = output + self.bias.to(output.dtype)
+        return output.reshape(*input.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, coding={self.coding.label}"
+        )
+
+
+class _FastWeight:
+    """A fast path's layout, and which stored tensors in which state it was made from."""
+
+    def __init__(self, path: dispatch.Path, module: CompressedLinear) -> None:
+        stored = module._stored()
+        self.path = path
+        self.sources = {name: (weakref.ref(tensor), _version(tensor)) for name, tensor in stored.items()}
+        self.layout = path.prepare(
+            module.codes,
+            module.scales,
+            module.zeros,
+            bits=module.coding.bits,
+            group_size=module.coding.group_size,
+            in_features=module.in_features,
+        )
+
+    def serves(self, path: dispatch.Path, stored: dict[str, Tensor]) -> bool:
+        """Whether the layout is that of `path` and of these tensors, unchanged since."""
+        return self.path is path and all(
+            self.sources[name][0]() is tensor and self.sources[name][1] == _version(tensor)
+            for name, tensor in stored.items()
+        )
+
+
+def _version(tensor: Tensor) -> int:
+    """Number of in-place changes so far; inference tensors don't count them."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class CompressedEmbedding(_PackedModule, nn.Embedding):
+    """`nn.Embedding` over a packed weight: dequantizes the rows that are asked for, and only those.
+
+    Parameters
+    ----------
+    num_embeddings, embedding_dim : int
+    coding : IntegerCoding
+    padding_idx : int, optional
+        Kept for whoever reads it; its row is what is stored.
+    device : torch.device or str, optional
+        `meta` is possible.
+
+    Attributes
+    ----------
+    compute_dtype : torch.dtype
+        Of the output and of `weight`. float32 unless set, or changed by `.to(dtype)`.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        coding: IntegerCoding,
+        padding_idx: int | None = None,
+        has_order: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = padding_idx
+        self.max_norm = None
+        self.norm_type = 2.0
+        self.scale_grad_by_freq = False
+        self.sparse = False
+        self._create(num_embeddings, embedding_dim, coding, has_order, device)
+
+    @classmethod
+    def from_packed(cls, packed: PackedWeight, padding_idx: int | None = None) -> CompressedEmbedding:
+        """An embedding that holds the tensors of `packed`, without copying."""
+        if isinstance(packed.coding, FloatCoding):
+            raise SettingsError(
+                f"a packed weight of coding `{packed.coding.label}`",
+                "an integer coding",
+                "put the weight into an ordinary nn.Embedding",
+            )
+        module = cls(
+            packed.out_features,
+            packed.in_features,
+            packed.coding,
+            padding_idx,
+            "order" in packed.tensors,
+            device="meta",
+        )
+        for name, tensor in packed.tensors.items():
+            setattr(module, name, tensor)
+        return module
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The dequantized table `[num_embeddings, embedding_dim]` in `compute_dtype`; changing it raises."""
+        return self._read_weight()
+
+    def _shape(self) -> tuple[int, int]:
+        return self.num_embeddings, self.embedding_dim
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Token ids `[...]` to vectors `[..., embedding_dim]` in `compute_dtype`."""
+        ids = input.reshape(-1)
+        rows = reference.dequantize(
+            self.codes.index_select(0, ids),
+            self.scales.index_select(0, ids),
+            None if self.zeros is None else self.zeros.index_select(0, ids),
+            bits=self.coding.bits,
+            group_size=self.coding.group_size,
+            in_features=self.embedding_dim,
+            dtype=self.compute_dtype,
+            order=self.order,
+        )
+        return rows.view(*input.shape, self.embedding_dim)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, coding={self.coding.label}"
+
+
+def share(embedding: CompressedEmbedding, head: CompressedLinear) -> None:
+    """Make `head` compute with the stored tensors of `embedding`, whatever happens to those later.
+
+    `head` gives up its own and has none in its state dict; a tied pair is stored once, under the
+    embedding's name. Its bias stays its own.
+
+    Raises
+    ------
+    CheckpointError
+        When the two differ in shape or coding, or in whether columns are permuted.
+    """
+    ours = (*embedding._shape(), embedding.coding.label, embedding.order is not None)
+    theirs = (*head._shape(), head.coding.label, head.order is not None)
+    if ours != theirs:
+        raise CheckpointError(
+            f"a head {theirs} tied to an embedding {ours}",
+            "one shape, coding and order for both",
+            "state the same coding for the two, or untie them",
+        )
+    for name in _STORED:
+        del head._buffers[name]
+    head.__dict__["_embedding"] = embedding
+    head._fast = None

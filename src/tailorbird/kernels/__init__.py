@@ -1,0 +1,1 @@
+"""Arithmetic on packed weights: the exact reference and the fast paths."""

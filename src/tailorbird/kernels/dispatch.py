@@ -1,0 +1,164 @@
+"""Which path multiplies by a packed weight here, and running it.
+
+A path is an entry of `PATHS`: what it serves, how it lays the weight out, how it multiplies. The first
+entry that serves a case is taken, else the exact reference. A path whose operators are absent from this
+build of PyTorch, or wrong on this processor, is left out, and that is logged once.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tailorbird.kernels import cpu
+from tailorbird.kernels.packing import pack_codes
+from tailorbird.kernels.reference import dequantize, group_layout
+
+logger = logging.getLogger("tailorbird")
+
+#: name of the path that serves everything: dequantize, then multiply
+REFERENCE = "reference"
+
+
+class GroupedIntegers(Protocol):
+    """What a path needs to know of a coding."""
+
+    @property
+    def bits(self) -> int: ...
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def symmetric(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Path:
+    """One fast path.
+
+    Parameters
+    ----------
+    name : str
+        As shown in reports.
+    device : str
+        Device type that it runs on.
+    dtype : torch.dtype
+        Of the activations.
+    max_rows : int
+        With more rows than this, dequantizing once and a dense product are faster.
+    runs_here : Callable[[], bool]
+        Whether this machine has what it needs.
+    serves : Callable[[GroupedIntegers, int], bool]
+        Whether a coding with so many inputs can be laid out for it.
+    prepare : Callable[..., layout]
+        Lays stored tensors out; arguments as in `reference.dequantize`.
+    multiply : Callable[[Tensor, layout], Tensor]
+        `[rows, in_features]` to `[rows, out_features]`.
+    example : tuple[int, int]
+        (bits, group_size) of the small symmetric weight on which it is tried before it is used.
+    """
+
+    name: str
+    device: str
+    dtype: torch.dtype
+    max_rows: int
+    runs_here: Callable[[], bool]
+    serves: Callable[[GroupedIntegers, int], bool]
+    prepare: Callable[..., Any]
+    multiply: Callable[[Tensor, Any], Tensor]
+    example: tuple[int, int]
+
+
+def _fits_signed_bytes(coding: GroupedIntegers, in_features: int) -> bool:
+    one_group = group_layout(in_features, coding.group_size)[0] == 1
+    return one_group and (coding.bits in (5, 6) or (coding.bits == 8 and coding.symmetric))
+
+
+#: in order of preference
+PATHS = (
+    Path(
+        name="aten-int8",
+        device="cpu",
+        dtype=torch.bfloat16,
+        max_rows=48,
+        runs_here=cpu.has_vector_kernels,
+        serves=_fits_signed_bytes,
+        prepare=cpu.signed_bytes,
+        multiply=cpu.linear_bytes,
+        example=(8, 0),
+    ),
+    Path(
+        name="aten-int4",
+        device="cpu",
+        dtype=torch.bfloat16,
+        max_rows=48,
+        runs_here=cpu.has_vector_kernels,
+        serves=lambda coding, in_features: coding.bits <= 4,
+        prepare=cpu.nibble_planes,
+        multiply=cpu.linear_nibbles,
+        example=(4, 32),
+    ),
+    Path(
+        name="aten-int4x2",
+        device="cpu",
+        dtype=torch.bfloat16,
+        max_rows=32,
+        runs_here=cpu.has_vector_kernels,
+        serves=lambda coding, in_features: coding.bits > 4,
+        prepare=cpu.nibble_planes,
+        multiply=cpu.linear_nibbles,
+        example=(8, 32),
+    ),
+)
+
+
+@functools.cache
+def works(path: Path) -> bool:
+    """Whether `path` runs here and multiplies a small weight right; logged once where not."""
+    if not path.runs_here():
+        logger.warning("no fast path %s on this processor; using the exact reference", path.name)
+        return False
+    bits, group_size = path.example
+    values = (torch.arange(16 * 64).view(16, 64) * 7) % (1 << bits)
+    groups, _ = group_layout(64, group_size)
+    codes, scales = pack_codes(values, bits), torch.ones(16, groups, dtype=torch.bfloat16)
+    try:
+        layout = path.prepare(codes, scales, None, bits=bits, group_size=group_size, in_features=64)
+        product = path.multiply(torch.eye(64, dtype=path.dtype), layout)
+    except (AttributeError, NotImplementedError, RuntimeError) as error:
+        logger.warning("fast path %s doesn't run here (%s); using the exact reference", path.name, error)
+        return False
+    weight = dequantize(codes, scales, None, bits=bits, group_size=group_size, in_features=64)
+    if not torch.equal(product.float(), weight.t()):
+        logger.warning("fast path %s is wrong on this machine; using the exact reference", path.name)
+        return False
+    return True
+
+
+def find(
+    coding: GroupedIntegers, in_features: int, rows: int, dtype: torch.dtype, device: torch.device
+) -> Path | None:
+    """The fast path for `rows` rows of activations of `dtype` on `device`; None: the reference."""
+    for path in PATHS:
+        if (
+            path.device == device.type
+            and path.dtype == dtype
+            and 0 < rows <= path.max_rows
+            and path.serves(coding, in_features)
+            and works(path)
+        ):
+            return path
+    return None
+
+
+def choose(
+    coding: GroupedIntegers, in_features: int, rows: int, dtype: torch.dtype, device: torch.device
+) -> str:
+    """Name of the path that `rows` rows of activations take: one of `PATHS`, or `"reference"`."""
+    path = find(coding, in_features, rows, dtype, device)
+    return REFERENCE if path is None else path.name

@@ -1,0 +1,182 @@
+"""The stored form: exact sizes, exact round trips, and refusals by name."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from packed_weights import random_packed
+from tailorbird.errors import CheckpointError, SettingsError
+from tailorbird.formats.packed import (
+    GROUP_SIZES,
+    SCALE_DTYPES,
+    Coding,
+    FloatCoding,
+    IntegerCoding,
+    PackedWeight,
+    coding_from_dict,
+    coding_to_dict,
+    stored_bytes,
+    tensor_layout,
+)
+from tailorbird.kernels.packing import BITS
+
+INTEGER = st.builds(
+    IntegerCoding,
+    bits=st.sampled_from(BITS),
+    group_size=st.sampled_from(GROUP_SIZES),
+    symmetric=st.booleans(),
+    scale_dtype=st.sampled_from(sorted(SCALE_DTYPES)),
+)
+FLOAT = st.builds(FloatCoding, dtype=st.sampled_from(["bfloat16", "float16", "float32"]))
+SHAPE = st.tuples(st.integers(1, 9), st.sampled_from([1, 31, 32, 64, 172, 256, 4097]))
+
+
+@given(coding=INTEGER, shape=SHAPE, order=st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_stored_bytes_are_the_bytes_of_the_real_tensors(coding, shape, order) -> None:
+    packed = random_packed(coding, shape, order)
+    real = sum(tensor.numel() * tensor.element_size() for tensor in packed.tensors.values())
+    assert stored_bytes(coding, *shape, has_order=order) == packed.nbytes == real
+    codes_bits = 8 * packed.tensors["codes"].nbytes
+    assert 0 <= codes_bits - shape[0] * shape[1] * coding.bits < 8 * shape[0]
+
+
+@given(coding=FLOAT, shape=SHAPE)
+@settings(max_examples=20, deadline=None)
+def test_float_weights_take_their_own_bytes(coding, shape) -> None:
+    packed = PackedWeight.from_float(torch.randn(shape), coding)
+    assert stored_bytes(coding, *shape) == packed.nbytes == shape[0] * shape[1] * coding.bits // 8
+    assert torch.equal(packed.dequantize(), packed.tensors["weight"].float())
+
+
+@given(coding=INTEGER, shape=SHAPE)
+@settings(max_examples=40, deadline=None)
+def test_a_weight_on_the_grid_survives_packing(coding, shape) -> None:
+    """What `dequantize` gives, divided by its scales, is the codes again: nothing was lost."""
+    packed = random_packed(coding, shape)
+    again = random_packed(coding, shape)
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in packed.tensors.items())
+    weight = packed.dequantize()
+    size = coding.group_size or shape[1]
+    scales = packed.tensors["scales"].float()[:, torch.arange(shape[1]) // size]
+    steps = torch.where(scales == 0, 0, weight / scales)
+    assert torch.equal(steps, steps.round())
+    assert steps.max() - steps.min() <= 2 * (1 << coding.bits)
+
+
+@given(coding=INTEGER | FLOAT)
+@settings(max_examples=60, deadline=None)
+def test_codings_survive_json(coding: Coding) -> None:
+    assert coding_from_dict(json.loads(json.dumps(coding_to_dict(coding)))) == coding
+
+
+GOOD = coding_to_dict(IntegerCoding(4, 64))
+
+
+@pytest.mark.parametrize(
+    ("data", "names"),
+    [
+        (None, "None"),
+        ([], r"\[\]"),
+        ({}, "kind None"),
+        ({"kind": "codebook"}, "codebook"),
+        ({"kind": ["integer"]}, "kind"),
+        ({**GOOD, "sparsity": 0.5}, "sparsity"),
+        ({**GOOD, "group_sice": 64}, "group_sice"),
+        ({**GOOD, 3: 4}, "3"),
+        ({k: v for k, v in GOOD.items() if k != "symmetric"}, "without `symmetric`"),
+        ({**GOOD, "bits": 7}, "7 bits"),
+        ({**GOOD, "bits": "4"}, "'4' bits"),
+        ({**GOOD, "bits": True}, "True bits"),
+        ({**GOOD, "bits": [4]}, "bits"),
+        ({**GOOD, "group_size": 48}, "group_size 48"),
+        ({**GOOD, "group_size": -64}, "group_size -64"),
+        ({**GOOD, "group_size": {}}, "group_size"),
+        ({**GOOD, "symmetric": 1}, "symmetric 1"),
+        ({**GOOD, "scale_dtype": "float32"}, "float32"),
+        ({**GOOD, "scale_dtype": []}, "scale_dtype"),
+        ({"kind": "float", "dtype": "int8"}, "int8"),
+        ({"kind": "float", "dtype": "float16", "bits": 4}, "bits"),
+    ],
+)
+def test_what_is_not_a_coding_is_refused_by_name(data, names) -> None:
+    with pytest.raises(CheckpointError, match=names):
+        coding_from_dict(data)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bits": 1},
+        {"bits": 4.0},
+        {"group_size": 16},
+        {"group_size": 64.0},
+        {"group_size": 512},
+        {"scale_dtype": "float64"},
+    ],
+)
+def test_settings_out_of_range_say_what_is_allowed(fields) -> None:
+    with pytest.raises(SettingsError, match="expected: one of"):
+        IntegerCoding(**{"bits": 4, "group_size": 64, **fields})
+
+
+def test_labels() -> None:
+    assert IntegerCoding(4, 64).label == "int4 g64"
+    assert IntegerCoding(4, 64, symmetric=True).label == "int4 g64 sym"
+    assert IntegerCoding(8, 0).label == "int8 row"
+    assert IntegerCoding(3, 32, scale_dtype="float16").label == "int3 g32 fp16"
+    assert [FloatCoding(d).label for d in ("bfloat16", "float16", "float32")] == ["bf16", "fp16", "fp32"]
+
+
+def replaced(packed: PackedWeight, **tensors: torch.Tensor | None) -> PackedWeight:
+    merged = {k: v for k, v in {**packed.tensors, **tensors}.items() if v is not None}
+    return PackedWeight(packed.coding, packed.out_features, packed.in_features, merged)
+
+
+def test_tensors_that_do_not_fit_are_refused_by_name() -> None:
+    packed = random_packed(IntegerCoding(3, 64), (4, 172), order=True)
+    for change, names in [
+        ({"zeros": None}, "no tensor `zeros`"),
+        ({"low_rank": torch.zeros(1)}, "unknown tensor `low_rank`"),
+        ({"codes": packed.tensors["codes"][:, :-1]}, "`codes`"),
+        ({"scales": packed.tensors["scales"].float()}, "`scales`"),
+        ({"zeros": packed.tensors["zeros"].int()}, "`zeros`"),
+        ({"order": packed.tensors["order"].clone().fill_(3)}, "order"),
+        ({"order": packed.tensors["order"] + 1}, "order"),
+        ({"order": packed.tensors["order"] - 1}, "order"),
+    ]:
+        with pytest.raises(CheckpointError, match=names):
+            replaced(packed, **change)
+
+
+def test_from_codes_refuses_what_it_would_have_to_change() -> None:
+    coding = IntegerCoding(4, 32)
+    values, zeros = torch.zeros(2, 64, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.uint8)
+    good = torch.ones(2, 2)
+    PackedWeight.from_codes(values, good, zeros, coding)
+    with pytest.raises(ValueError, match="rounded"):
+        PackedWeight.from_codes(values, good * 1.001, zeros, coding)
+    with pytest.raises(ValueError, match="finite"):
+        PackedWeight.from_codes(values, good * math.nan, zeros, coding)
+    with pytest.raises(ValueError, match="symmetric"):
+        PackedWeight.from_codes(values, good, None, coding)
+    with pytest.raises(ValueError, match="don't fit"):
+        PackedWeight.from_codes(values + 16, good, zeros, coding)
+    with pytest.raises(CheckpointError, match="scales"):
+        PackedWeight.from_codes(values, good[:, :1], zeros, coding)
+
+
+def test_layout_of_a_documented_example() -> None:
+    """The example of docs/formats.md."""
+    assert tensor_layout(IntegerCoding(3, 64), 256, 172, has_order=True) == {
+        "codes": ((256, 65), torch.uint8),
+        "scales": ((256, 3), torch.bfloat16),
+        "zeros": ((256, 2), torch.uint8),
+        "order": ((172,), torch.int32),
+    }

@@ -1,0 +1,86 @@
+"""The reference against the formula, written with no packing and no chunks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tailorbird.kernels import packing
+from tailorbird.kernels.packing import BITS, pack_codes
+from tailorbird.kernels.reference import dequantize, group_layout, linear
+
+SHAPES = st.sampled_from([(1, 1), (3, 64), (5, 172), (2, 4097), (7, 33), (4, 128), (1, 255)])
+
+
+def case(shape: tuple[int, int], bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype):
+    """Packed tensors and the weight they stand for in float64, value by value."""
+    generator = torch.Generator().manual_seed(hash((shape, bits, group_size)) % 2**31)
+    rows, columns = shape
+    groups, _ = group_layout(columns, group_size)
+    values = torch.randint(0, 1 << bits, shape, generator=generator)
+    zeros = torch.randint(0, 1 << bits, (rows, groups), generator=generator)
+    if symmetric:
+        zeros.fill_(1 << (bits - 1))
+    scales = torch.randn(rows, groups, generator=generator).to(scale_dtype)
+    size = group_size or columns
+    group_of = torch.arange(columns) // size
+    weight = scales.double()[:, group_of] * (values - zeros[:, group_of])
+    packed = (pack_codes(values, bits), scales, None if symmetric else pack_codes(zeros, bits))
+    return packed, weight
+
+
+@given(
+    shape=SHAPES,
+    bits=st.sampled_from(BITS),
+    group_size=st.sampled_from([0, 32, 64, 96, 128, 256]),
+    symmetric=st.booleans(),
+    scale_dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+)
+@settings(max_examples=120, deadline=None)
+def test_dequantize_is_exact_in_float32(shape, bits, group_size, symmetric, scale_dtype) -> None:
+    packed, weight = case(shape, bits, group_size, symmetric, scale_dtype)
+    kwargs = {"bits": bits, "group_size": group_size, "in_features": shape[1]}
+    assert torch.equal(dequantize(*packed, **kwargs).double(), weight)
+    assert torch.equal(dequantize(*packed, **kwargs, dtype=torch.bfloat16), weight.float().bfloat16())
+
+
+@given(shape=SHAPES, bits=st.sampled_from(BITS), symmetric=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_order_says_which_input_a_stored_column_belongs_to(shape, bits, symmetric) -> None:
+    packed, weight = case(shape, bits, 32, symmetric, torch.bfloat16)
+    order = torch.randperm(shape[1], generator=torch.Generator().manual_seed(0)).int()
+    kwargs = {"bits": bits, "group_size": 32, "in_features": shape[1], "order": order}
+    result = dequantize(*packed, **kwargs)
+    for column, source in enumerate(order.tolist()):
+        assert torch.equal(result[:, source].double(), weight[:, column])
+    x = torch.randn(3, shape[1])
+    torch.testing.assert_close(
+        linear(x, *packed, **kwargs), x[:, order.long()] @ weight.float().t(), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, weight = case((57, 172), 3, 64, False, torch.bfloat16)
+    monkeypatch.setattr(packing, "CHUNK_VALUES", 500)
+    result = dequantize(*packed, bits=3, group_size=64, in_features=172)
+    assert torch.equal(result.double(), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_linear_multiplies_in_the_dtype_of_its_input_and_adds_the_bias(dtype: torch.dtype) -> None:
+    packed, weight = case((5, 172), 4, 64, False, torch.bfloat16)
+    x, bias = torch.randn(2, 3, 172).to(dtype), torch.randn(5)
+    result = linear(x, *packed, bits=4, group_size=64, in_features=172, bias=bias)
+    assert result.dtype == dtype
+    assert result.shape == (2, 3, 5)
+    expected = x.double() @ weight.t() + bias
+    # rounding of weight, bias and result, each at most half a unit in the last place
+    bound = torch.finfo(dtype).eps * (x.double().abs() @ weight.abs().t() + bias.abs() + expected.abs())
+    assert ((result.double() - expected).abs() <= bound + 1e-4 * (dtype == torch.float32)).all()
+
+
+def test_a_group_as_long_as_the_row_or_longer_is_one_group() -> None:
+    assert group_layout(100, 0) == group_layout(100, 128) == group_layout(100, 100) == (1, 100)
+    assert group_layout(172, 64) == (3, 64)

@@ -1,0 +1,23 @@
+"""Random packed weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from tailorbird.formats.packed import SCALE_DTYPES, IntegerCoding, PackedWeight
+
+
+def random_packed(coding: IntegerCoding, shape: tuple[int, int], order: bool = False) -> PackedWeight:
+    """Random codes, zero points and positive scales, the same at every call."""
+    generator = torch.Generator().manual_seed(shape[0] * 10007 + shape[1])
+    rows, columns = shape
+    groups = 1 if coding.group_size == 0 else math.ceil(columns / coding.group_size)
+    scales = torch.rand(rows, groups, generator=generator).to(SCALE_DTYPES[coding.scale_dtype])
+    zeros = None
+    if not coding.symmetric:
+        zeros = torch.randint(0, 1 << coding.bits, (rows, groups), generator=generator)
+    values = torch.randint(0, 1 << coding.bits, shape, generator=generator)
+    permutation = torch.randperm(columns, generator=generator) if order else None
+    return PackedWeight.from_codes(values, scales, zeros, coding, permutation)
