@@ -1,0 +1,263 @@
+"""What a compressed checkpoint's `config.json` says about its modules: shapes, codings, absent parts.
+
+This is the value of the key `quantization_config`. Reading it is strict: an unknown key, kind or
+version is refused by name, never ignored, because ignoring it would run another model than the one
+that was stored. What is built from it stands in `skeleton.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tailorbird.errors import CheckpointError, nearest
+from tailorbird.formats.packed import (
+    SCHEMA_VERSION,
+    Coding,
+    FloatCoding,
+    IntegerCoding,
+    coding_from_dict,
+    coding_to_dict,
+    tensor_layout,
+)
+
+#: value of `quant_method`, by which transformers knows whose checkpoint it is
+METHOD = "tailorbird"
+#: no model has a dimension, head count or block index beyond this
+_LARGEST = 1 << 31
+_REMEDY = "compress the model again, or update tailorbird"
+
+
+@dataclass(frozen=True)
+class ModuleLayout:
+    """One linear or embedding.
+
+    Parameters
+    ----------
+    out_features, in_features : int
+        Shape of the weight as in `nn.Linear`; of an embedding: rows and width.
+    bias : bool
+    coding : Coding
+    order : bool
+        Whether the columns are stored in another order than that of the inputs.
+    """
+
+    out_features: int
+    in_features: int
+    coding: Coding
+    bias: bool = False
+    order: bool = False
+
+    def __post_init__(self) -> None:
+        if self.order and isinstance(self.coding, FloatCoding):
+            raise _wrong("`order` true with float values", "order only where values are integers")
+
+    def tensor_names(self, module: str) -> tuple[str, ...]:
+        """Names under which the weight of `module` is stored, the bias not among them."""
+        parts = tensor_layout(self.coding, self.out_features, self.in_features, self.order)
+        return tuple(f"{module}.{part}" for part in parts)
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Where a block differs from `config.json`.
+
+    Parameters
+    ----------
+    num_attention_heads, num_key_value_heads : int or None
+        None: as in `config.json`.
+    attention, mlp : bool
+        False: the sublayer is absent, that is, adds nothing to the residual and stores no tensors. Its
+        norms stay.
+    """
+
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    attention: bool = True
+    mlp: bool = True
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """All that differs from a dense checkpoint.
+
+    Parameters
+    ----------
+    modules : mapping of module path to ModuleLayout
+        Every compressed module, and float modules whose shape isn't that of `config.json`.
+    embedding, head : str or None
+        Paths of the token embedding and of the output head.
+    tied : bool
+        The head uses the embedding's values, which are stored once, under the embedding's name.
+    blocks : mapping of block index to BlockLayout
+        Blocks that differ.
+    """
+
+    modules: Mapping[str, ModuleLayout]
+    embedding: str | None = None
+    head: str | None = None
+    tied: bool = False
+    blocks: Mapping[int, BlockLayout] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.tied and (self.embedding is None or self.head is None):
+            raise _wrong("`tied` without `embedding` and `head`", "the paths of both modules")
+        if self.tied and self.head in self.modules:
+            raise _wrong(
+                f"tied head `{self.head}` among the modules", "its values under the embedding's name only"
+            )
+
+    @property
+    def shares_codes(self) -> bool:
+        """Whether embedding and head are one compressed place."""
+        if not self.tied or self.embedding is None or self.embedding not in self.modules:
+            return False
+        return isinstance(self.modules[self.embedding].coding, IntegerCoding)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The value of `quantization_config`, in JSON types."""
+        data: dict[str, Any] = {
+            "quant_method": METHOD,
+            "schema": SCHEMA_VERSION,
+            "modules": {
+                name: {
+                    "out": module.out_features,
+                    "in": module.in_features,
+                    "bias": module.bias,
+                    "coding": coding_to_dict(module.coding),
+                    "order": module.order,
+                }
+                for name, module in self.modules.items()
+            },
+            "tied": self.tied,
+        }
+        if self.embedding is not None:
+            data["embedding"] = self.embedding
+        if self.head is not None:
+            data["head"] = self.head
+        if self.blocks:
+            data["blocks"] = {str(index): _block_to_dict(block) for index, block in self.blocks.items()}
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Any) -> ModelLayout:
+        """Inverse of `to_dict`.
+
+        Raises
+        ------
+        CheckpointError
+            For another method or schema version, an unknown or missing key, a value of another type
+            or out of range; names it.
+        """
+        where = "quantization_config"
+        data = _mapping(data, where)
+        if data.get("quant_method") != METHOD:
+            raise _wrong(f"{where} of method {data.get('quant_method')!r}", f"`{METHOD}`")
+        schema = data.get("schema")
+        if schema != SCHEMA_VERSION or isinstance(schema, bool):
+            raise _wrong(
+                f"{where} of schema {schema!r}", f"schema {SCHEMA_VERSION}, the one this version reads"
+            )
+        optional = {"embedding", "head", "tied", "blocks"}
+        _check_keys(data, where, required={"quant_method", "schema", "modules"}, optional=optional)
+        modules = {
+            _path(name, f"a key of {where}.modules"): _module(value, f"module `{name}`")
+            for name, value in _mapping(data["modules"], f"{where}.modules").items()
+        }
+        blocks: dict[int, BlockLayout] = {}
+        for key, value in _mapping(data.get("blocks", {}), f"{where}.blocks").items():
+            if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10):
+                raise _wrong(f"block {key!r}", "an index written as a decimal number")
+            if int(key) in blocks:
+                raise _wrong(f"block {key!r} twice", "each block once")
+            blocks[int(key)] = _block(value, f"block {key}")
+        embedding, head = (
+            None if data.get(key) is None else _path(data[key], f"{where}.{key}")
+            for key in ("embedding", "head")
+        )
+        return cls(modules, embedding, head, _flag(data.get("tied", False), f"{where}.tied"), blocks)
+
+
+def _wrong(given: str, expected: str) -> CheckpointError:
+    return CheckpointError(given[:500], expected, _REMEDY)
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _wrong(f"{where} is {value!r}", "a mapping")
+    return value
+
+
+def _check_keys(data: Mapping[str, Any], where: str, required: set[str], optional: set[str]) -> None:
+    known = required | optional
+    for key in data:
+        if key not in known:
+            raise CheckpointError(
+                f"unknown key {str(key)[:100]!r} in {where}",
+                "only " + ", ".join(sorted(known)),
+                nearest(str(key)[:100], known) + f" Else {_REMEDY}",
+            )
+    for key in sorted(required - data.keys()):
+        raise _wrong(f"{where} without `{key}`", ", ".join(sorted(required)))
+
+
+def _path(value: Any, where: str) -> str:
+    if not (
+        isinstance(value, str)
+        and value.isascii()
+        and all(part.isidentifier() or part.isdigit() for part in value.split("."))
+    ):
+        raise _wrong(f"{where} is {value!r}", "a module path such as `model.layers.0.mlp.up_proj`")
+    return value
+
+
+def _flag(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong(f"{where} is {value!r}", "true or false")
+    return value
+
+
+def _size(value: Any, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < _LARGEST:
+        raise _wrong(f"{where} is {value!r}", "a whole number from 1")
+    return value
+
+
+def _module(value: Any, where: str) -> ModuleLayout:
+    data = _mapping(value, where)
+    _check_keys(data, where, required={"out", "in", "coding"}, optional={"bias", "order"})
+    try:
+        coding = coding_from_dict(data["coding"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error.given}", error.expected, error.remedy) from None
+    return ModuleLayout(
+        _size(data["out"], f"`out` of {where}"),
+        _size(data["in"], f"`in` of {where}"),
+        coding,
+        _flag(data.get("bias", False), f"`bias` of {where}"),
+        _flag(data.get("order", False), f"`order` of {where}"),
+    )
+
+
+def _block(value: Any, where: str) -> BlockLayout:
+    data = _mapping(value, where)
+    sizes, sublayers = ("num_attention_heads", "num_key_value_heads"), ("attention", "mlp")
+    _check_keys(data, where, required=set(), optional={*sizes, *sublayers})
+    heads = {key: _size(data[key], f"`{key}` of {where}") for key in sizes if key in data}
+    for key in sublayers:
+        if key in data and data[key] != "absent":
+            raise _wrong(f"`{key}` of {where} is {data[key]!r}", "`absent`, or no such key")
+    return BlockLayout(**heads, attention="attention" not in data, mlp="mlp" not in data)
+
+
+def _block_to_dict(block: BlockLayout) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    if block.num_attention_heads is not None:
+        data["num_attention_heads"] = block.num_attention_heads
+    if block.num_key_value_heads is not None:
+        data["num_key_value_heads"] = block.num_key_value_heads
+    for sublayer in ("attention", "mlp"):
+        if not getattr(block, sublayer):
+            data[sublayer] = "absent"
+    return data
