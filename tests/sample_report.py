@@ -212,7 +212,7 @@ def hostile() -> dict[str, Any]:
     report["plan"]["calibration"]["source"] = attack
     report["plan"]["versions"] = {attack: attack}
     report["command"] = f"tailorbird fit {attack}"
-    report["result"]["warnings"] = [attack]
+    report["result"]["warnings"] = [attack, f"SLOWER than its source: {attack}"]
     report["result"]["checks"][0] = {"name": attack, "passed": False, "detail": attack, "place": attack}
     report["result"]["speed"] = {"ratio": 0.5, "paths": [attack]}
     for entry in [*report["plan"]["places"], *report["sensitivity"]]:

@@ -17,12 +17,15 @@ from rich.text import Text
 
 from tailorbird.cli.progress import TerminalProgress
 from tailorbird.errors import GateRefused
-from tailorbird.report.table import Row, duration_text, result_rows, size_text, slower_text, stage_rows
+from tailorbird.report.table import Row, duration_text, is_loud, result_rows, size_text, stage_rows
+
+#: columns of a table that goes to a file or a pipe, where nothing needs to be folded
+_FILE_WIDTH = 200
 
 
 def out() -> Console:
     """Standard output as it is now."""
-    return Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
 
 
 def err() -> Console:
@@ -116,12 +119,10 @@ def print_result(result: Mapping[str, Any]) -> None:
 
 
 def print_warnings(result: Mapping[str, Any]) -> None:
-    """Warnings on standard error, the loudest last."""
-    for warning in result.get("warnings") or []:
-        err().print(Text(f"warning: {warning}", style="yellow"))
-    slower = slower_text(result)
-    if slower:
-        err().print(Text(slower, style="bold white on red"))
+    """Warnings on standard error, the loud ones last."""
+    for warning in sorted(result.get("warnings") or [], key=is_loud):
+        style = "bold white on red" if is_loud(warning) else "yellow"
+        err().print(Text(f"warning: {warning}", style=style), soft_wrap=True)
 
 
 def print_dry_run(dry: Mapping[str, Any]) -> None:

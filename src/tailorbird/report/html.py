@@ -20,6 +20,7 @@ from tailorbird.report.table import (
     coding_text,
     dense_bytes,
     duration_text,
+    is_loud,
     is_number,
     machine_facts,
     number_text,
@@ -27,7 +28,6 @@ from tailorbird.report.table import (
     setting_text,
     share_text,
     size_text,
-    slower_text,
 )
 
 DATA = "report.json"
@@ -109,6 +109,7 @@ def _view(report: Mapping[str, Any]) -> dict[str, Any]:
     sensitivity = [entry for entry in _listing(report.get("sensitivity")) if isinstance(entry, Mapping)]
     points = [point for point in _listing(report.get("frontier")) if isinstance(point, Mapping)]
     checks = [check for check in _listing(result.get("checks")) if isinstance(check, Mapping)]
+    warnings = [str(warning) for warning in _listing(result.get("warnings"))]
     calibration = _mapping(plan.get("calibration"))
     evaluation = _mapping(plan.get("evaluation"))
     scale = plots.heat_scale([e.get("coefficient", 0) for e in sensitivity if _in_block(e)])
@@ -119,8 +120,8 @@ def _view(report: Mapping[str, Any]) -> dict[str, Any]:
         "quality": _unbroken(_quality(result, evaluation)),
         "failed": [check for check in checks if not check.get("passed")],
         "checks": checks,
-        "warnings": [str(warning) for warning in _listing(result.get("warnings"))],
-        "slower": slower_text(result),
+        "loud": [warning for warning in warnings if is_loud(warning)],
+        "warnings": [warning for warning in warnings if not is_loud(warning)],
         "rows": result_rows(result),
         "budget": _budget_parts(result, places),
         "ends": [place for place in places if not _in_block(place)],

@@ -208,18 +208,10 @@ def stage_rows(stages: list[Mapping[str, Any]]) -> list[StageRow]:
     ]
 
 
-def slower_text(result: Mapping[str, Any]) -> str | None:
-    """The loud sentence for a result that decodes more slowly than its source, or None."""
-    speed = result.get("speed") or {}
-    ratio = speed.get("ratio")
-    if not is_number(ratio) or ratio >= 1:
-        return None
-    return (
-        f"SLOWER THAN THE SOURCE on this machine: "
-        f"{number_text(speed.get('result_decode_tokens_per_s'))} against "
-        f"{number_text(speed.get('source_decode_tokens_per_s'))} tokens/s at batch 1 "
-        f"({number_text(ratio)}×), through {paths_text(speed.get('paths'))}"
-    )
+def is_loud(warning: str) -> bool:
+    """Whether a warning is to be shown so that nobody overlooks it: it begins with a word in capitals."""
+    first = warning.split(maxsplit=1)[:1]
+    return bool(first) and len(first[0]) > 2 and first[0].isupper()
 
 
 def paths_text(paths: Any) -> str:
