@@ -44,6 +44,8 @@ _DEMO_DIRECTORY = Path(__file__).parent / "demo"
 #: `quantization_config.quant_method` of our own checkpoints
 QUANT_METHOD = "tailorbird"
 
+#: how long to wait for the Hub's first answer
+_HUB_SECONDS = 8
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -83,6 +85,12 @@ _COMPANIONS = (
     "COPYING*",
 )
 _NEVER_COPIED = (".py", ".pyc", ".so", ".sh", ".safetensors")
+
+#: offered where a model_type is unknown
+_FAMILIES = (
+    *("falcon", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral"),
+    *("olmo", "olmo2", "opt", "phi3", "qwen2", "qwen3", "stablelm"),
+)
 
 #: fields that must be whole numbers within these bounds, where a config has them (None is as absent)
 _SIZES: dict[str, tuple[int, int]] = {
@@ -171,29 +179,62 @@ def _fetch(model: str) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
-    wanted = "a local directory or the id of a model on the Hugging Face Hub"
-    patterns = ["*.safetensors", INDEX_FILE, "config.json", "README.md", *_COMPANIONS]
+    def refuse(given: str, remedy: str) -> ModelNotFound:
+        return ModelNotFound(given, "a local directory, the id of a model on the Hugging Face Hub", remedy)
+
+    here = f"there is no directory `{model}`, and "
+    patterns = ["model*.safetensors", INDEX_FILE, "config.json", "README.md", *_COMPANIONS]
+    revision = unreachable = None
+    try:
+        # Asked first because this call alone takes a limit on its time.
+        info = huggingface_hub.HfApi().model_info(model, timeout=_HUB_SECONDS)
+    except errors.GatedRepoError:
+        raise refuse(
+            f"{here}the model of this id is gated", "accept its terms on its page, then `hf auth login`"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise refuse(
+            f"{here}no model of this id on the Hub that you may read",
+            "check the spelling; for a private model `hf auth login`",
+        ) from None
+    except Exception as error:  # what a broken network raises differs between versions of the library
+        unreachable = " ".join(str(error).split())[:200] or type(error).__name__
+    else:
+        revision = info.sha
+        patterns = _wanted_files(model, [file.rfilename for file in info.siblings or []])
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                model, allow_patterns=patterns, ignore_patterns=["*.py", "*.bin"], etag_timeout=5
+                model, revision=revision, allow_patterns=patterns, local_files_only=unreachable is not None
             )
         )
-    except errors.GatedRepoError:
-        given = f"the model `{model}` on the Hub is gated"
-        remedy = "accept its terms on its page, then `hf auth login`"
-    except errors.RepositoryNotFoundError:
-        given = f"there is no directory `{model}`, and no model of this id on the Hub that you may read"
-        remedy = "check the spelling; for a private model `hf auth login`"
-    except errors.LocalEntryNotFoundError:
-        given = f"there is no directory `{model}`, and the Hub cannot be reached or is switched off"
-        remedy = "fetch it where there is a network (`hf download`) and give the directory, or try `demo`"
-    except errors.HFValidationError as error:
-        given, remedy = f"`{model}` is no id of the Hub ({error})"[:300], "check the spelling"
-    except (errors.HfHubHTTPError, OSError, RuntimeError) as error:
-        given = f"`{model}` could not be fetched from the Hub ({type(error).__name__}: {error})"[:400]
-        remedy = "try again, or give a local directory"
-    raise ModelNotFound(given, wanted, remedy)
+    except Exception as error:
+        if unreachable is not None:
+            raise refuse(
+                f"{here}the Hub cannot be reached ({unreachable})",
+                "fetch it where there is a network (`hf download`) and give the directory, or try `demo`",
+            ) from error
+        said = " ".join(str(error).split())[:300]
+        raise refuse(
+            f"`{model}` could not be fetched from the Hub ({type(error).__name__}: {said})",
+            "try again, or give a local directory",
+        ) from error
+
+
+def _wanted_files(model: str, names: list[str]) -> list[str]:
+    """Of the files of a repository those that a checkpoint consists of."""
+    if SINGLE_FILE in names:
+        weights = [SINGLE_FILE]
+    elif INDEX_FILE in names:
+        weights = [INDEX_FILE] + [n for n in names if fnmatchcase(n, "*.safetensors") and "/" not in n]
+    else:
+        _refuse_pickles(f"the model `{model}` on the Hub", names)
+        weights = []
+    return weights + [
+        name
+        for name in names
+        if name in ("config.json", "README.md") or any(fnmatchcase(name, pattern) for pattern in _COMPANIONS)
+    ]
 
 
 def demo_text(part: str) -> Path:
@@ -383,9 +424,9 @@ def open_checkpoint(model: str) -> Checkpoint:
     compressed = _is_compressed(path, raw)
     _check_sizes(path, raw)
     _check_kind(path, raw)
-    _refuse_pickles(directory)
+    _refuse_pickles(str(directory), [entry.name for entry in directory.iterdir()])
     weights = Weights.open(directory)
-    config = _make_config(directory, raw)
+    config = _make_config(directory, raw, weights)
     if (directory / "generation_config.json").exists():
         generation = directory / "generation_config.json"
         _refuse_code(generation, read_json(generation))
@@ -487,9 +528,7 @@ def _check_kind(path: Path, raw: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{path}: model_type {kind!r}"[:300],
             "an architecture that the installed transformers knows",
-            nearest(kind[:80], CONFIG_MAPPING_NAMES)
-            if isinstance(kind, str) and kind
-            else "take config.json from the original model",
+            nearest(str(kind)[:80], _FAMILIES),
         )
     remedy = "give a causal (decoder-only) language model"
     if raw.get("is_encoder_decoder"):
@@ -509,22 +548,22 @@ def _check_kind(path: Path, raw: dict[str, Any]) -> None:
         )
 
 
-def _refuse_pickles(directory: Path) -> None:
-    """Where there are no safetensors, say what to do with what there is."""
-    if (directory / SINGLE_FILE).exists() or (directory / INDEX_FILE).exists():
+def _refuse_pickles(where: str, names: list[str]) -> None:
+    """Where safetensors under their usual names are missing, say what to do with what there is."""
+    if SINGLE_FILE in names or INDEX_FILE in names:
         return
-    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+    pickles = sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in _PICKLES))
     if pickles:
         raise CheckpointError(
-            f"{directory} has pickled weights only ({', '.join(pickles[:3])})",
+            f"{where} has pickled weights only ({', '.join(pickles[:3])})",
             "safetensors; opening a pickle can run any code, and tailorbird never does",
             "if you trust the file, convert it: "
             "`AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW, safe_serialization=True)`",
         )
-    others = sorted(path.name for path in directory.glob("*.safetensors"))
+    others = sorted(name for name in names if name.endswith(".safetensors"))
     if others:
         raise CheckpointError(
-            f"{directory} has {', '.join(others[:3])} but neither {SINGLE_FILE} nor {INDEX_FILE}",
+            f"{where} has {', '.join(others[:3])} but neither {SINGLE_FILE} nor {INDEX_FILE}",
             "weights under their usual names",
             f"fetch {INDEX_FILE} too, or rename the file if it holds the whole model",
         )
@@ -549,7 +588,7 @@ def _typed(directory: Path, what: str, remedy: str) -> Iterator[None]:
         ) from error
 
 
-def _make_config(directory: Path, raw: dict[str, Any]) -> Any:
+def _make_config(directory: Path, raw: dict[str, Any], weights: Weights) -> Any:
     from transformers import AutoConfig
 
     remedy = "take config.json from the original model, or install a newer transformers"
@@ -570,6 +609,12 @@ def _make_config(directory: Path, raw: dict[str, Any]) -> Any:
                 f"a whole number from {low} to {high}",
                 remedy,
             )
+    if text.num_hidden_layers > len(weights.names):  # before anybody makes as many modules
+        raise CheckpointError(
+            f"{directory / 'config.json'}: `num_hidden_layers` is {text.num_hidden_layers}",
+            f"fewer blocks than the {len(weights.names)} tensors of the weights",
+            remedy,
+        )
     return config
 
 

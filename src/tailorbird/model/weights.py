@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from tailorbird.errors import CheckpointError, nearest
+from tailorbird.errors import CheckpointError
 from tailorbird.model.json_file import parse_json, read_json
 
 SINGLE_FILE = "model.safetensors"
@@ -420,14 +420,14 @@ class Weights:
         return name in self._infos
 
     def info(self, name: str) -> TensorInfo:
-        """What the header says about a tensor; CheckpointError with the nearest names if it is absent."""
+        """What the header says about a tensor; CheckpointError if it is absent."""
         try:
             return self._infos[name]
         except KeyError:
             raise CheckpointError(
                 f"{self.directory} has no tensor `{name}`",
                 "a tensor of this model",
-                nearest(name, self.names),
+                "fetch the checkpoint again; a part of it may be lost",
             ) from None
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
