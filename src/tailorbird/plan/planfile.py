@@ -1,0 +1,469 @@
+"""plan.yaml: one choice per place, what it was predicted to cost and what it did cost.
+
+The file is made by `fit` and `compress`, edited by hand, and read again by ``compress --plan``; only
+``places`` with ``name`` and ``coding`` is required. It comes from strangers as often as from us, so it
+is built from YAML events: no tags, no aliases, nothing executed, bounded size and depth, and every
+mistake is answered with the path of its field. Whether the named places exist in a model is for the
+caller to say.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, Strict, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from tailorbird.errors import CheckpointError, SettingsError, nearest
+from tailorbird.formats.packed import Coding, FloatCoding, IntegerCoding, coding_from_dict, stored_bytes
+from tailorbird.model.writing import write_text
+
+SCHEMA = 1  # version of plan.yaml's layout
+MAX_BYTES = 4 << 20  # some 10,000 places
+MAX_DEPTH = 20
+MAX_VALUES = 250_000
+
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Dimension = Annotated[int, Field(ge=1, le=2**31)]
+Cost = Annotated[float, Field(allow_inf_nan=False)]
+Name = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class _Section(BaseModel):
+    """Strict in types, closed to unknown fields, never changed."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class _CodingEntry(_Section):
+    @model_validator(mode="after")
+    def _allowed(self) -> _CodingEntry:
+        try:
+            coding_from_dict(self.model_dump())
+        except CheckpointError as error:
+            raise PydanticCustomError(
+                "coding", "{given}", {"given": error.given, "expected": error.expected}
+            ) from None
+        return self
+
+    def coding(self) -> Coding:
+        """The coding that these fields state."""
+        return coding_from_dict(self.model_dump())
+
+
+class IntegerEntry(_CodingEntry):
+    """`IntegerCoding` with defaults for what a hand-written plan leaves out."""
+
+    kind: Literal["integer"]
+    bits: int
+    group_size: int
+    symmetric: bool = IntegerCoding.symmetric
+    scale_dtype: str = IntegerCoding.scale_dtype
+
+
+class FloatEntry(_CodingEntry):
+    """`FloatCoding`."""
+
+    kind: Literal["float"]
+    dtype: str = FloatCoding.dtype
+
+
+class Costs(_Section):
+    """What a choice costs: `error` relative to the place's own output, `kl` in nats per token."""
+
+    error: Cost | None = None
+    kl: Cost | None = None
+
+
+class Place(_Section):
+    """The choice at one place.
+
+    Attributes
+    ----------
+    name : str
+        Module path of the linear or the embedding.
+    coding : IntegerEntry or FloatEntry
+    role, block : str, int
+        As in the anatomy.
+    shape : (int, int)
+        ``(out_features, in_features)``.
+    bytes : int
+        Of the stored tensors. Counted anew from shape and coding; where that shows that the coding was
+        edited, what was predicted and measured for the former one is dropped.
+    predicted, measured : Costs
+    """
+
+    name: Name
+    role: str | None = None
+    block: Count | None = None
+    shape: Annotated[tuple[Dimension, Dimension], Strict(False)] | None = None
+    coding: Annotated[IntegerEntry | FloatEntry, Field(discriminator="kind")]
+    bytes: Count | None = None
+    predicted: Costs | None = None
+    measured: Costs | None = None
+
+    @model_validator(mode="after")
+    def _recount(self) -> Place:
+        if self.shape is None:
+            return self
+        out_features, in_features = self.shape
+        coding = self.coding.coding()
+        plain = stored_bytes(coding, out_features, in_features)
+        if self.bytes not in (plain, stored_bytes(coding, out_features, in_features, has_order=True)):
+            if self.bytes is not None:
+                object.__setattr__(self, "predicted", None)
+                object.__setattr__(self, "measured", None)
+            object.__setattr__(self, "bytes", plain)
+        return self
+
+
+class Source(_Section):
+    """What was compressed."""
+
+    model: str | None = None
+    fingerprint: str | None = None
+    content_hash: str | None = None
+    architecture: str | None = None
+    parameters: Count | None = None
+    licence: str | None = None
+
+
+class BudgetEntry(_Section):
+    """The budget as given and in bytes."""
+
+    text: str | None = None
+    total_bytes: Count | None = None
+    kv_bytes: Count | None = None
+    context: Count | None = None
+    concurrency: Count | None = None
+
+
+class Text(_Section):
+    """Calibration or held-out text: where it came from and which windows of it were used."""
+
+    source: str | None = None
+    fingerprint: str | None = None
+    tokens: Count | None = None
+    sequences: Count | None = None
+    length: Count | None = None
+    documents: Count | None = None
+    licence: str | None = None
+
+
+class Method(_Section):
+    """The linear method by name; its settings are further fields, which the method checks."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
+
+    name: Name
+
+
+class Fold(_Section):
+    """One norm whose scales were folded into the linears that read it."""
+
+    norm: Name
+    linears: list[Name]
+    scales_file: str | None = None
+
+
+class Plan(_Section):
+    """The whole of plan.yaml; the attributes are its fields, `schema_version` being ``schema``."""
+
+    schema_version: int = Field(default=SCHEMA, alias="schema", ge=SCHEMA, le=SCHEMA)
+    tailorbird: str | None = None
+    source: Source | None = None
+    budget: BudgetEntry | None = None
+    method: Method | None = None
+    target: Literal["gguf", "compressed-tensors"] | None = None
+    calibration: Text | None = None
+    evaluation: Text | None = None
+    machine: dict[str, JsonValue] | None = None
+    versions: dict[str, str] | None = None
+    seed: Count | None = None
+    folds: list[Fold] | None = None
+    result: dict[str, JsonValue] | None = None
+    places: list[Place] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _no_place_twice(self) -> Plan:
+        first: dict[str, int] = {}
+        for index, place in enumerate(self.places):
+            earlier = first.setdefault(place.name, index)
+            if earlier != index:
+                raise PydanticCustomError(
+                    "duplicate_place",
+                    "`{name}` at places[{earlier}] and again at places[{index}]",
+                    {"name": place.name, "earlier": earlier, "index": index},
+                )
+        return self
+
+    def codings(self) -> dict[str, Coding]:
+        """The coding of each place by its name."""
+        return {place.name: place.coding.coding() for place in self.places}
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan, as written by `save_plan` or by hand.
+
+    Raises
+    ------
+    SettingsError
+        Whatever is wrong with the file, with the path of the field.
+    """
+    data = _read_yaml(Path(path))
+    if not isinstance(data, dict):
+        raise _refuse(
+            path, f"holds {_kind(data)}", "a mapping with `places`", "see docs/formats.md for an example"
+        )
+    schema = data.get("schema", SCHEMA)
+    if type(schema) is int and schema != SCHEMA:
+        raise _refuse(
+            path, f"schema: {schema}", f"{SCHEMA}", "read it with the version of tailorbird that wrote it"
+        )
+    try:
+        return Plan.model_validate(data)
+    except ValidationError as invalid:
+        errors = invalid.errors(include_url=False)
+        errors.sort(key=lambda error: error["type"] != "extra_forbidden")  # a misspelt field is also missing
+        raise _explain(path, data, errors[0], len(errors) - 1) from None
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Write a plan: the same plan gives the same bytes, and the file appears whole or not at all.
+
+    Raises
+    ------
+    ResourceError
+        Where the disk or the directory refuses.
+    """
+    data = plan.model_dump(by_alias=True, exclude_none=True)
+    for place in data["places"]:
+        for key in ("shape", "coding", "predicted", "measured"):
+            if key in place:
+                place[key] = _Line(place[key]) if isinstance(place[key], dict) else _Row(place[key])
+    for fold in data.get("folds", ()):
+        fold["linears"] = _Row(fold["linears"])
+    body = yaml.dump(
+        data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=1 << 30
+    )
+    write_text(Path(path), _HEADER + body)
+
+
+_HEADER = """\
+# One choice per place. Edit a coding and run: tailorbird compress MODEL --plan THIS_FILE -o OUT
+#   coding: {kind: integer, bits: 2 3 4 5 6 or 8, group_size: 32 64 128 ... or 0 for one group per row,
+#            symmetric: true or false, scale_dtype: bfloat16 or float16}
+#   coding: {kind: float, dtype: bfloat16, float16 or float32}
+# A place that is not listed stays as the source stores it. `bytes` is counted anew from shape and coding;
+# `predicted` and `measured` (error relative to the place's output, kl in nats per token) are a record.
+"""
+
+_NULL = re.compile(r"~|null|Null|NULL|")
+_BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9]*)")
+_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan")
+
+
+class _Line(dict[str, Any]):
+    """A mapping that is written on one line."""
+
+
+class _Row(list[Any]):
+    """A list that is written on one line."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes strings that the reader would take for numbers in quotes, and no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_representer(
+    _Line, lambda dumper, data: dumper.represent_mapping("tag:yaml.org,2002:map", data, flow_style=True)
+)
+_Dumper.add_representer(
+    _Row, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+)
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'
+    ),  # YAML folds some line breaks that are not escaped
+)
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(f"(?:{_FLOAT.pattern})$"), list("-+.0123456789")
+)
+
+
+def _read_yaml(path: Path) -> Any:
+    """The values of a YAML file: mappings, lists and scalars of YAML 1.2's core schema."""
+    try:
+        if path.exists() and not path.is_file():
+            raise _refuse(path, "is not a regular file", "a YAML file", "give the path of a plan.yaml")
+        if path.stat().st_size > MAX_BYTES:
+            raise _refuse(path, f"is larger than {MAX_BYTES >> 20} MiB", "a plan", "check the path")
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise _refuse(path, "does not exist", "a plan.yaml", "check the path") from None
+    except OSError as error:
+        raise _refuse(
+            path, f"cannot be read ({error.strerror})", "a plan.yaml", "check its permissions"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise _refuse(path, f"byte {error.start} is not UTF-8", "UTF-8 text", "save it as UTF-8") from None
+    except ValueError as error:  # a NUL in the path
+        raise _refuse(path, f"is no path ({error})", "a plan.yaml", "check the path") from None
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        return _Builder(path, yaml.parse(text, Loader=loader)).document()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
+        raise _refuse(path, f"is not YAML: {problem}{where}", "a plan in YAML", "correct that line") from None
+
+
+class _Builder:
+    """Builds plain values from YAML events."""
+
+    def __init__(self, path: Path, events: Iterator[Any]) -> None:
+        self.path = path
+        self.events = events
+        self.values = 0
+
+    def document(self) -> Any:
+        """The one document of the stream; None for an empty one."""
+        value, documents = None, 0
+        for event in self.events:
+            if isinstance(event, yaml.DocumentStartEvent):
+                documents += 1
+                if documents > 1:
+                    raise self._refuse(
+                        event, "a second document", "one document", "remove what follows `---`"
+                    )
+                value = self._value(next(self.events), 1)
+        return value
+
+    def _value(self, event: Any, depth: int) -> Any:
+        self.values += 1
+        if self.values > MAX_VALUES or depth > MAX_DEPTH:
+            raise self._refuse(event, "too many or too deeply nested values", "a plan", "check the file")
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            raise self._refuse(
+                event, f"the alias or anchor `{event.anchor}`", "plain values", "write the value out"
+            )
+        if event.tag is not None and event.tag != "!":
+            raise self._refuse(event, f"the tag `{event.tag}`", "plain values", "remove the tag")
+        if isinstance(event, yaml.ScalarEvent):
+            return self._scalar(event)
+        if isinstance(event, yaml.SequenceStartEvent):
+            return [self._value(item, depth + 1) for item in self._until(yaml.SequenceEndEvent)]
+        result: dict[str, Any] = {}
+        for item in self._until(yaml.MappingEndEvent):
+            key = self._value(item, depth + 1)
+            if not isinstance(key, str):
+                raise self._refuse(item, f"the key {_show(key)}", "a name as key", "write it in quotes")
+            if key in result:
+                raise self._refuse(item, f"the key `{key}` twice", "each key once", "remove one of them")
+            result[key] = self._value(next(self.events), depth + 1)
+        return result
+
+    def _until(self, end: type) -> Iterator[Any]:
+        for event in self.events:
+            if isinstance(event, end):
+                return
+            yield event
+
+    def _scalar(self, event: Any) -> Any:
+        text: str = event.value
+        if not event.implicit[0]:  # quoted or a block: a string whatever it looks like
+            return text
+        if _NULL.fullmatch(text):
+            return None
+        if text in _BOOL:
+            return _BOOL[text]
+        try:
+            if _INT.fullmatch(text):
+                return int(text)
+            if _FLOAT.fullmatch(text):
+                return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+        except ValueError:  # more digits than Python converts
+            raise self._refuse(event, "a number with thousands of digits", "a number", "correct it") from None
+        return text
+
+    def _refuse(self, event: Any, given: str, expected: str, remedy: str) -> SettingsError:
+        line = event.start_mark.line + 1
+        return _refuse(self.path, f"has {given} at line {line}", expected, remedy)
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "": Plan, "source": Source, "budget": BudgetEntry, "calibration": Text, "evaluation": Text, "folds": Fold,
+    "places": Place, "predicted": Costs, "measured": Costs, "integer": IntegerEntry, "float": FloatEntry,
+}  # fmt: skip
+
+
+def _explain(path: Path, data: dict[str, Any], error: ErrorDetails, others: int) -> SettingsError:
+    """What pydantic found, in words and with the path of the field."""
+    parts = list(error["loc"])
+    section = next((part for part in reversed(parts[:-1]) if isinstance(part, str)), "")
+    if "coding" in parts:  # the kind stands in pydantic's path but not in the file
+        parts = [part for i, part in enumerate(parts) if not (i and parts[i - 1] == "coding")]
+    field = (
+        "`"
+        + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
+        + "`"
+    )
+    if len(parts) > 2 and parts[0] == "places" and isinstance(parts[1], int):
+        place = data["places"][parts[1]]
+        if isinstance(place, dict) and isinstance(place.get("name"), str):
+            field += f" of `{place['name'][:200]}`"
+    more = f" (and {others} more)" if others else ""
+    match error["type"]:
+        case "extra_forbidden":
+            known = [info.alias or name for name, info in _SECTIONS[section].model_fields.items()]
+            return _refuse(
+                path,
+                f"has the unknown field {field}{more}",
+                "a field of a plan",
+                nearest(str(parts[-1]), known),
+            )
+        case "missing":
+            return _refuse(path, f"lacks {field}{more}", "a plan with that field", "add it")
+        case "duplicate_place":
+            return _refuse(path, f"names {error['msg']}{more}", "each place once", "remove one of them")
+        case "coding":
+            allowed = error["ctx"]["expected"]
+            return _refuse(path, f"states at {field} {error['msg']}{more}", allowed, "correct that coding")
+        case "union_tag_invalid":
+            kind = _show(error["ctx"]["tag"])
+            return _refuse(
+                path,
+                f"states at {field} the unknown kind {kind}{more}",
+                "`integer` or `float`",
+                "read it with a newer version of tailorbird, or correct the kind",
+            )
+        case "union_tag_not_found":
+            return _refuse(
+                path, f"lacks `kind` at {field}{more}", "`kind: integer` or `kind: float`", "add it"
+            )
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return _refuse(path, f"states at {field} {_show(error['input'])}{more}", message, "correct that field")
+
+
+def _refuse(path: Path, given: str, expected: str, remedy: str) -> SettingsError:
+    return SettingsError(f"plan {path} {given}", expected, remedy)
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
