@@ -1,0 +1,76 @@
+"""Round to nearest: every weight becomes the nearest value of its group's grid.
+
+The baseline of all rounding methods, and what needs no calibration. With statistics, the clip search
+weighs the error of each input by its mean square.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tailorbird.calibrate.statistics import LinearStatistics
+from tailorbird.errors import SettingsError
+from tailorbird.formats.packed import FLOAT_DTYPES, Coding, FloatCoding, PackedWeight
+from tailorbird.linear.quantize.grid import fit_grid, quantize_to_grid
+
+
+@dataclass(frozen=True)
+class Rtn:
+    """Round to nearest.
+
+    Parameters
+    ----------
+    clip_search : bool
+        Whether grids narrower than the range of the values are tried (see `fit_grid`).
+    """
+
+    clip_search: bool = True
+
+    def __call__(self, weight: Tensor, statistics: LinearStatistics | None, coding: Coding) -> PackedWeight:
+        """Round a weight.
+
+        Parameters
+        ----------
+        weight : Tensor[out_features, in_features], float32
+            Not modified.
+        statistics : LinearStatistics or None
+            The diagonal of its Gram matrix weighs the inputs in the clip search; None: all alike.
+        coding : Coding
+
+        Returns
+        -------
+        PackedWeight
+
+        Raises
+        ------
+        SettingsError
+            When weights are too large for the coding.
+        """
+        if isinstance(coding, FloatCoding):
+            return round_to_float(weight, coding)
+        importance = None if statistics is None else statistics.gram.diagonal()
+        scales, zeros = fit_grid(weight, coding, importance, self.clip_search)
+        return PackedWeight.from_codes(
+            quantize_to_grid(weight, scales, zeros, coding), scales, zeros, coding
+        )
+
+
+def round_to_float(weight: Tensor, coding: FloatCoding) -> PackedWeight:
+    """Round a weight `[out_features, in_features]` to a floating-point coding.
+
+    Raises
+    ------
+    SettingsError
+        When weights are too large for the dtype.
+    """
+    packed = PackedWeight.from_float(weight, coding)
+    if not torch.isfinite(packed.tensors["weight"]).all():
+        raise SettingsError(
+            f"weights up to {float(weight.abs().max()):.3g} for {coding.dtype}",
+            f"at most {torch.finfo(FLOAT_DTYPES[coding.dtype]).max:.3g}",
+            "choose bfloat16 or float32",
+        )
+    return packed
