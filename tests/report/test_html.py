@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -154,23 +155,19 @@ def test_any_part_may_be_missing(absent: str) -> None:
 
 def test_parts_of_the_bar_add_up_to_the_budget() -> None:
     report = sample()
-    bar = (
-        next(i for i, (tag, a) in enumerate(page.elements) if a.get("class") == "bar")
-        if (page := Page(render(report)))
-        else 0
-    )
+    page = Page(render(report))
+    bar = next(i for i, (_, attributes) in enumerate(page.elements) if attributes.get("class") == "bar")
     shares = []
     for tag, attributes in page.elements[bar + 1 :]:
         if tag == "svg":
             break
         if tag == "rect" and "var(--part" in (attributes.get("fill") or ""):
-            shares.append(
-                (float((attributes["x"] or "").rstrip("%")), float((attributes["width"] or "").rstrip("%")))
-            )
-    for (start, width), (following, _) in zip(shares, shares[1:], strict=False):
+            x, extent = ((attributes[name] or "").rstrip("%") for name in ("x", "width"))
+            shares.append((float(x), float(extent)))
+    for (start, width), (following, _) in pairwise(shares):
         assert start + width == pytest.approx(following, abs=1e-3)
     result = report["result"]
-    covered = shares[-1][0] + shares[-1][1]
+    covered = sum(shares[-1])
     assert covered == pytest.approx(100 * result["total_bytes"] / result["budget_bytes"], abs=1e-3)
 
 
