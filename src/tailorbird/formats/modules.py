@@ -201,6 +201,8 @@ class CompressedLinear(_PackedModule, nn.Linear):
         Of `weight`; the output has the dtype of the input. float32 unless set, or changed by `.to(dtype)`.
     """
 
+    _embedding: CompressedEmbedding | None
+
     def __init__(
         self,
         in_features: int,
@@ -212,6 +214,8 @@ class CompressedLinear(_PackedModule, nn.Linear):
         bias_dtype: torch.dtype = torch.float32,
     ) -> None:
         nn.Module.__init__(self)
+        # whose stored tensors these are where tied; not a child, which would be saved a second time
+        self.__dict__["_embedding"] = None
         self.in_features = in_features
         self.out_features = out_features
         self._create(out_features, in_features, coding, has_order, device)
@@ -256,7 +260,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
 
     def __getattr__(self, name: str) -> Any:
         if name in _STORED:
-            embedding = self.__dict__.get("_embedding")
+            embedding = self._embedding
             if embedding is not None:
                 return getattr(embedding, name)
         return super().__getattr__(name)
@@ -276,24 +280,27 @@ class CompressedLinear(_PackedModule, nn.Linear):
         """`input [..., in_features]` to `[..., out_features]`, in the dtype of `input`."""
         if input.shape[-1] != self.in_features:
             raise ValueError(f"{input.shape[-1]} inputs for a linear that has {self.in_features}")
-        if self.order is not None:
-            input = input.index_select(-1, self.order)
+        # straight from the dictionary: at batch 1 attribute lookups of modules take as long as the product
+        stored: dict[str, Any] = self._buffers if self._embedding is None else self._embedding._buffers
+        codes, order = stored["codes"], stored["order"]
+        if order is not None:
+            input = input.index_select(-1, order)
         path = None
         if not (input.requires_grad and torch.is_grad_enabled()):
             rows = input.numel() // self.in_features
-            path = dispatch.find(self.coding, self.in_features, rows, input.dtype, self.codes.device)
+            path = dispatch.find(self.coding, self.in_features, rows, input.dtype, codes.device)
         if path is None:
             return reference.linear(
                 input,
-                self.codes,
-                self.scales,
-                self.zeros,
+                codes,
+                stored["scales"],
+                stored["zeros"],
                 bits=self.coding.bits,
                 group_size=self.coding.group_size,
                 in_features=self.in_features,
                 bias=self.bias,
             )
-        if self._fast is None or not self._fast.serves(path, self._stored()):
+        if self._fast is None or not self._fast.serves(path, stored):
             self._fast = None  # frees the old one first
             self._fast = _FastWeight(path, self)
         output = path.multiply(input.reshape(-1, self.in_features), self._fast.layout)
@@ -312,9 +319,10 @@ class _FastWeight:
     """A fast path's layout, and which stored tensors in which state it was made from."""
 
     def __init__(self, path: dispatch.Path, module: CompressedLinear) -> None:
-        stored = module._stored()
         self.path = path
-        self.sources = {name: (weakref.ref(tensor), _version(tensor)) for name, tensor in stored.items()}
+        self.sources = [
+            (name, weakref.ref(tensor), _version(tensor)) for name, tensor in module._stored().items()
+        ]
         self.layout = path.prepare(
             module.codes,
             module.scales,
@@ -324,12 +332,15 @@ class _FastWeight:
             in_features=module.in_features,
         )
 
-    def serves(self, path: dispatch.Path, stored: dict[str, Tensor]) -> bool:
+    def serves(self, path: dispatch.Path, stored: dict[str, Tensor | None]) -> bool:
         """Whether the layout is that of `path` and of these tensors, unchanged since."""
-        return self.path is path and all(
-            self.sources[name][0]() is tensor and self.sources[name][1] == _version(tensor)
-            for name, tensor in stored.items()
-        )
+        if self.path is not path:
+            return False
+        for name, source, version in self.sources:
+            tensor = stored[name]
+            if tensor is None or source() is not tensor or _version(tensor) != version:
+                return False
+        return True
 
 
 def _version(tensor: Tensor) -> int:

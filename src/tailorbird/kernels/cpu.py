@@ -120,42 +120,44 @@ def nibble_planes(
     per_plane = columns // group
     group_of = torch.arange(per_plane, device=codes.device) * group // size
     tables = torch.zeros((planes * per_plane, rows_padded, 2), dtype=torch.bfloat16, device=codes.device)
-    pieces = []
+    packed = torch.empty((rows_padded, planes * columns // 2), dtype=torch.uint8, device=codes.device)
     step = max(1, CHUNK_VALUES // columns // _ROW_BLOCK) * _ROW_BLOCK
     for start in range(0, out_features, step):
         rows = slice(start, min(start + step, out_features))
         count = rows.stop - start
-        values = unpack_codes(codes[rows], bits, in_features).short()
-        values = torch.nn.functional.pad(values, (0, columns - in_features)).view(count, per_plane, group)
-        scale = scales[rows].float()[:, group_of]
+        scale = scales[rows].bfloat16().float()[:, group_of]
         if zeros is None:
-            zero = torch.full_like(scale, float(1 << (bits - 1)), dtype=torch.int16)
+            zero = torch.full_like(scale, 1 << (bits - 1), dtype=torch.int16)
         else:
             zero = unpack_codes(zeros[rows], bits, groups).short()[:, group_of]
-        # weight = scale * (value - zero) = scale * (nibbles + offset)
+        # weight = scale * (value - zero) = scale * (value + shift - 8 + offset)
         if bits == 4:
             offset = 8 - zero
         elif bits == 8:
             offset = 136 - zero
         else:
             offset = torch.zeros_like(zero)
-        shifted = values - (zero + offset).unsqueeze(-1) + 8
+        shift = (8 - zero - offset).to(torch.uint8)
+        # rows and columns of padding hold code 0, which is a nibble as good as any; they meet zeros
+        values = unpack_codes(codes[rows], bits, in_features)
+        values = torch.nn.functional.pad(values, (0, columns - in_features, 0, -count % _OUT_MULTIPLE))
+        # bytes wrap around: for two planes the sum is a signed byte, and flipping its top bit adds 128
+        values[:count].view(count, per_plane, group).add_(shift.unsqueeze(-1))
+        total = offset * scale
+        coarse = total.bfloat16()
         if planes == 1:
-            nibbles = shifted.view(count, columns)
-            parts = [(scale, (offset * scale).bfloat16())]
+            nibbles = values
+            parts = [(scale, coarse)]
         else:
-            nibbles = torch.cat([(shifted >> 4) + 8, shifted & 15], dim=1).view(count, 2 * columns)
-            total = offset * scale
-            coarse = total.bfloat16()
+            nibbles = torch.cat([(values ^ 128) >> 4, values & 15], dim=1)
             parts = [(scale * 16, coarse), (scale, total - coarse)]
         for plane, (plane_scale, plane_zero) in enumerate(parts):
             table = tables[plane * per_plane : (plane + 1) * per_plane, rows]
             table[..., 0] = plane_scale.t()
             table[..., 1] = plane_zero.t()
-        # what stands in padded columns and rows is multiplied by zero, but must be a nibble
-        nibbles = torch.nn.functional.pad(nibbles.clamp(0, 15), (0, 0, 0, -count % _OUT_MULTIPLE))
-        pieces.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1))
-    return NibblePlanes(torch.cat(pieces), tables, group, planes, out_features, columns - in_features)
+        piece = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1)
+        packed[start : start + len(piece)] = piece
+    return NibblePlanes(packed, tables, group, planes, out_features, columns - in_features)
 
 
 def linear_nibbles(x: Tensor, layout: NibblePlanes) -> Tensor:

@@ -37,7 +37,7 @@ class GroupedIntegers(Protocol):
     def symmetric(self) -> bool: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Path:
     """One fast path.
 

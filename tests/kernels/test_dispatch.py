@@ -1,0 +1,93 @@
+"""Dispatch takes a fast path where there is one, the reference elsewhere, and says when it falls back."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+
+from packed_weights import random_packed
+from tailorbird.formats.modules import CompressedLinear
+from tailorbird.formats.packed import GROUP_SIZES, IntegerCoding
+from tailorbird.kernels import cpu, dispatch
+from tailorbird.kernels.packing import BITS
+
+CPU = torch.device("cpu")
+BF16 = torch.bfloat16
+
+needs_vectors = pytest.mark.skipif(not cpu.has_vector_kernels(), reason="no fast path on this processor")
+
+
+@needs_vectors
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_every_coding_has_one_fast_path_for_few_bfloat16_rows(bits, group_size, symmetric) -> None:
+    coding = IntegerCoding(bits, group_size, symmetric)
+    names = {dispatch.choose(coding, 512, rows, BF16, CPU) for rows in (1, 8, 32)}
+    assert len(names) == 1
+    assert names != {dispatch.REFERENCE}
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "device"),
+    [
+        (1, torch.float32, "cpu"),
+        (1, torch.float16, "cpu"),
+        (512, BF16, "cpu"),
+        (1, BF16, "meta"),
+        (0, BF16, "cpu"),
+    ],
+)
+def test_everything_else_takes_the_reference(rows, dtype, device) -> None:
+    assert dispatch.choose(IntegerCoding(4, 64), 512, rows, dtype, torch.device(device)) == "reference"
+
+
+@needs_vectors
+def test_a_linear_names_the_path_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = CompressedLinear.from_packed(random_packed(IntegerCoding(8, 0, symmetric=True), (32, 64)))
+    assert module.path(1, BF16) == "aten-int8"
+    assert module.path(1, torch.float32) == "reference"
+    taken = []
+    spies = tuple(
+        dataclasses.replace(
+            path, multiply=lambda x, layout, path=path: (taken.append(path.name), path.multiply(x, layout))[1]
+        )
+        for path in dispatch.PATHS
+    )
+    monkeypatch.setattr(dispatch, "PATHS", spies)
+    module(torch.randn(2, 64).to(BF16))
+    assert taken[-1] == "aten-int8"
+    taken.clear()
+    module(torch.randn(2, 64))
+    assert taken == []
+
+
+def raises(*args, **kwargs):
+    raise AttributeError("no such operator")
+
+
+@needs_vectors
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ({"prepare": raises}, "no such operator"),
+        ({"multiply": raises}, "no such operator"),
+        ({"multiply": lambda x, layout: cpu.linear_nibbles(x, layout) * 1.5}, "wrong"),
+        ({"runs_here": lambda: False}, "on this processor"),
+    ],
+)
+def test_a_path_that_fails_here_is_left_out_and_logged_once(fault, says, monkeypatch, caplog) -> None:
+    broken = dataclasses.replace(next(p for p in dispatch.PATHS if p.name == "aten-int4"), **fault)
+    monkeypatch.setattr(dispatch, "PATHS", (broken,))
+    module = CompressedLinear.from_packed(random_packed(IntegerCoding(4, 32), (32, 64)))
+    x = torch.randn(2, 64).to(BF16)
+    with caplog.at_level(logging.WARNING, logger="tailorbird"):
+        first, second = module(x), module(x)
+    assert torch.equal(first, torch.nn.functional.linear(x, module.packed().dequantize(BF16)))
+    assert torch.equal(first, second)
+    assert len(caplog.records) == 1
+    assert says in caplog.text
+    assert "aten-int4" in caplog.text
