@@ -33,9 +33,10 @@ STRANGE: list[Any] = [
 NAMES = [
     "auto_map", "is_encoder_decoder", "architectures", "quantization_config", "attn_implementation", "dtype",
     "torch_dtype", "rope_scaling", "rope_theta", "rope_parameters", "layer_types", "text_config",
-    "num_labels", "id2label", "to_dict", "__class__", "_name_or_path", "sliding_window", "head_dim", "per_layer_config",
-    "num_experts", "configuration_files", "pruned_heads", "tie_word_embeddings", "attribute_map",
-    "sub_configs", "base_model_tp_plan", "return_dict", "hidden_act", "partial_rotary_factor", "model_type",
+    "num_labels", "id2label", "to_dict", "__class__", "_name_or_path", "sliding_window", "head_dim",
+    "per_layer_config", "num_experts", "configuration_files", "pruned_heads", "tie_word_embeddings",
+    "attribute_map", "sub_configs", "base_model_tp_plan", "return_dict", "hidden_act",
+    "partial_rotary_factor", "model_type",
 ]  # fmt: skip
 
 

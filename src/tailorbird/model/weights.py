@@ -56,7 +56,7 @@ MAX_METADATA_STRING = 1 << 18
 MAX_NAME = 512
 MAX_DIMENSIONS = 16
 #: bytes read, checked and cast at a time
-CHUNK = 16 << 20
+CHUNK = 4 << 20
 
 HASH_PREFIX = "sha256:"
 _REMEDY = "download the file again, or save the model anew with `save_pretrained`"
@@ -437,7 +437,7 @@ class Weights:
         ----------
         name : str
         dtype : torch.dtype, optional
-            Cast to this while reading; the source's own copy never takes more than 16 MiB.
+            Cast to this while reading; the source's own copy never takes more than 4 MiB.
 
         Returns
         -------
@@ -469,7 +469,7 @@ class Weights:
         return self._read(info, (stop - start, *info.shape[1:]), start * row_bytes, dtype)
 
     def hash(self, name: str) -> str:
-        """SHA-256 over the stored bytes of one tensor, hex; the body is read in pieces of 16 MiB."""
+        """SHA-256 over the stored bytes of one tensor, hex; the body is read in pieces of 4 MiB."""
         digest = hashlib.sha256()
         info = self.info(name)
         buffer = torch.empty(min(CHUNK, info.nbytes), dtype=torch.uint8)
