@@ -8,22 +8,18 @@ cast. This module imports transformers; `registration.py` decides when.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tailorbird.errors import CheckpointError
-from tailorbird.formats.modules import CompressedEmbedding, CompressedLinear
 from tailorbird.model.layout import METHOD, ModelLayout
+from tailorbird.model.naming import check_tensors, translate
 from tailorbird.model.skeleton import rebuild
-
-#: in transformers' loader these are never extra: buffers that older files hold
-_NEVER_EXTRA = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+from tailorbird.model.weights import Weights
 
 
 class TailorbirdConfig(QuantizationConfigMixin):
@@ -68,8 +64,8 @@ class TailorbirdQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
         rebuild(model, self.layout)
-        if checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
-            check_tensors(model, checkpoint_files)
+        if checkpoint_files:
+            _check_files(model, checkpoint_files)
         return model
 
     def is_serializable(self) -> bool:
@@ -77,71 +73,18 @@ class TailorbirdQuantizer(HfQuantizer):
         return True
 
 
-def check_tensors(model: Any, files: list[str]) -> None:
-    """Compare names, shapes and packed dtypes in `files` with what the rebuilt, empty `model` expects.
+def _check_files(model: Any, files: list[str]) -> None:
+    """Refuse files whose tensors aren't exactly those of the rebuilt, empty `model`.
 
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-    files : list of str
-        safetensors files.
-
-    Raises
-    ------
-    CheckpointError
-        A tensor is missing, unexpected, or has another shape, or a packed one another dtype. A model
-        class other than the checkpoint's own may lack tensors or have more.
+    A model class other than the checkpoint's own (`AutoModel`) may lack tensors or have more, about
+    which transformers reports.
     """
-    from safetensors import safe_open
-
+    own = getattr(model.config, "architectures", None)
+    if own and type(model).__name__ not in own:
+        return
     expected = dict(model.state_dict())
-    packed = {
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if isinstance(module, CompressedLinear | CompressedEmbedding)
-        for name, _ in module.named_buffers(recurse=False)
-    }
-    prefix = model.base_model_prefix + "."
-    found: set[str] = set()
-    extra: list[str] = []
-    ignored = [*_NEVER_EXTRA, *(model._keys_to_ignore_on_load_unexpected or ())]
-    for file in files:
-        with safe_open(file, framework="pt") as content:
-            for stored in content.keys():  # noqa: SIM118 - the handle is no mapping
-                candidates = (stored, prefix + stored, stored.removeprefix(prefix))
-                name = next((name for name in candidates if name in expected), None)
-                if name is None:
-                    if not any(re.search(pattern, stored) for pattern in ignored):
-                        extra.append(stored)
-                    continue
-                found.add(name)
-                entry = content.get_slice(stored)
-                _check_entry(stored, entry, expected[name], name in packed)
-    missing = expected.keys() - found - model.all_tied_weights_keys.keys()
-    architectures = getattr(model.config, "architectures", None) or [type(model).__name__]
-    if type(model).__name__ not in architectures:
-        missing &= packed
-        extra = []
-    for names, state in ((sorted(missing), "is missing"), (sorted(extra), "belongs to no module")):
-        if names:
-            others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise CheckpointError(
-                f"tensor `{names[0]}` {state}{others}",
-                "exactly the tensors that config.json and its layout state",
-                "copy the checkpoint again, or compress the model again",
-            )
-
-
-def _check_entry(name: str, entry: Any, expected: torch.Tensor, packed: bool) -> None:
-    shape, dtype = list(entry.get_shape()), entry.get_dtype()
-    names = {torch.uint8: "U8", torch.int32: "I32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    if shape != list(expected.shape) or (packed and dtype != names.get(expected.dtype)):
-        wanted = f" of {expected.dtype}" if packed else ""
-        raise CheckpointError(
-            f"tensor `{name}` {shape} of {dtype}",
-            f"{list(expected.shape)}{wanted}, as config.json and its layout state",
-            "copy the checkpoint again, or compress the model again",
-        )
+    weights = translate(Weights.open(Path(files[0]).parent), expected, model.base_model_prefix)
+    check_tensors(weights, expected, model.all_tied_weights_keys)
 
 
 def register() -> None:

@@ -216,7 +216,7 @@ def _untie(model: Any, stored_embedding: str, stored_head: str, layout: ModuleLa
     table, old = model.get_submodule(embedding), model.get_submodule(head)
     if not isinstance(old, nn.Linear) or not isinstance(table, CompressedEmbedding):
         raise UnsupportedArchitecture(
-            f"tied modules `{embedding}` of type {type(table).__name__} and `{head}` of type {type(old).__name__}",
+            f"tied `{embedding}` ({type(table).__name__}) and `{head}` ({type(old).__name__})",
             "an embedding and a linear",
             "compress them without tying",
         )
