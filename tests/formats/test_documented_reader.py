@@ -1,0 +1,53 @@
+"""The reader printed in docs/formats.md reads what the package writes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from packed_weights import random_packed
+from tailorbird.formats.packed import GROUP_SIZES, IntegerCoding, stored_bytes
+from tailorbird.kernels.packing import BITS, pack_codes
+
+PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
+
+
+@pytest.fixture(scope="module")
+def reader() -> dict[str, Any]:
+    listings = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec("\n".join(listings), names)
+    return names
+
+
+@given(
+    bits=st.sampled_from(BITS),
+    group_size=st.sampled_from(GROUP_SIZES),
+    symmetric=st.booleans(),
+    scale_dtype=st.sampled_from(["bfloat16", "float16"]),
+    order=st.booleans(),
+    shape=st.tuples(st.integers(1, 5), st.sampled_from([1, 31, 64, 172, 513])),
+)
+@settings(max_examples=60, deadline=None)
+def test_it_gives_the_same_weight(reader, bits, group_size, symmetric, scale_dtype, order, shape) -> None:
+    packed = random_packed(IntegerCoding(bits, group_size, symmetric, scale_dtype), shape, order)
+    tensors = {
+        name: (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        for name, tensor in packed.tensors.items()
+    }
+    weight = reader["read_weight"](tensors, bits, group_size, symmetric, shape[1])
+    assert torch.equal(torch.from_numpy(weight), packed.dequantize())
+
+
+def test_the_numbers_of_its_examples() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert "bytes `0x8D 0x01`" in page
+    assert pack_codes(torch.tensor([5, 1, 6]), 3).tolist() == [0x8D, 0x01]
+    assert "16,640 + 1,536 + 512 + 688 bytes" in page
+    assert stored_bytes(IntegerCoding(3, 64), 256, 172, has_order=True) == 16640 + 1536 + 512 + 688
