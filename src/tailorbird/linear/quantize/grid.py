@@ -98,9 +98,7 @@ def fit_grid(
     return scales, None if coding.symmetric else zeros
 
 
-def quantize_to_grid(
-    weight: Tensor, scales: Tensor, zeros: Tensor | None, coding: IntegerCoding
-) -> Tensor:
+def quantize_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor | None, coding: IntegerCoding) -> Tensor:
     """Round every weight to the nearest value of its group's grid.
 
     Parameters
@@ -124,7 +122,9 @@ def quantize_to_grid(
     for start in range(0, out_features, step):
         rows = slice(start, start + step)
         zero: Tensor | int = coding_zero(coding) if zeros is None else zeros[rows].float()[:, group_of]
-        codes[rows] = nearest_codes(weight[rows].float(), scales[rows].float()[:, group_of], zero, coding.bits)
+        codes[rows] = nearest_codes(
+            weight[rows].float(), scales[rows].float()[:, group_of], zero, coding.bits
+        )
     return codes
 
 
@@ -183,9 +183,7 @@ def _constant_grid(value: Tensor, coding: IntegerCoding) -> _Grid:
     return _Grid(_stored(value.abs(), coding), (value < 0).float())
 
 
-def _refined_grid(
-    values: Tensor, importance: Tensor | None, grid: _Grid, coding: IntegerCoding
-) -> _Grid:
+def _refined_grid(values: Tensor, importance: Tensor | None, grid: _Grid, coding: IntegerCoding) -> _Grid:
     """The grid with the scale that fits its codes best in the sense of least squares."""
     zeros = grid.zeros[..., None]
     steps = nearest_codes(values, grid.scales[..., None], zeros, coding.bits).sub_(zeros)
@@ -195,9 +193,7 @@ def _refined_grid(
     return _Grid(torch.where(usable, _stored(scales.nan_to_num(1.0), coding), grid.scales), grid.zeros)
 
 
-def _grid_error(
-    values: Tensor, importance: Tensor | None, grid: _Grid, coding: IntegerCoding
-) -> Tensor:
+def _grid_error(values: Tensor, importance: Tensor | None, grid: _Grid, coding: IntegerCoding) -> Tensor:
     """Summed squared error `[rows, groups]` of rounding to the grid."""
     scales, zeros = grid.scales[..., None], grid.zeros[..., None]
     error = nearest_codes(values, scales, zeros, coding.bits).sub_(zeros).mul_(scales).sub_(values).square_()

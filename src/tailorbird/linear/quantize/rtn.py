@@ -7,6 +7,7 @@ weighs the error of each input by its mean square.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +28,17 @@ class Rtn:
         Whether grids narrower than the range of the values are tried (see `fit_grid`).
     """
 
+    family: ClassVar[str] = "quantize"
+    kind: ClassVar[str] = "linear method"
+    paper: ClassVar[str] = "round to nearest, the common baseline"
+    requirements: ClassVar[frozenset[str]] = frozenset()
+
     clip_search: bool = True
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Which statistics these settings can't do without: none."""
+        return self.requirements
 
     def __call__(self, weight: Tensor, statistics: LinearStatistics | None, coding: Coding) -> PackedWeight:
         """Round a weight.
@@ -53,9 +64,7 @@ class Rtn:
             return round_to_float(weight, coding)
         importance = None if statistics is None else statistics.gram.diagonal()
         scales, zeros = fit_grid(weight, coding, importance, self.clip_search)
-        return PackedWeight.from_codes(
-            quantize_to_grid(weight, scales, zeros, coding), scales, zeros, coding
-        )
+        return PackedWeight.from_codes(quantize_to_grid(weight, scales, zeros, coding), scales, zeros, coding)
 
 
 def round_to_float(weight: Tensor, coding: FloatCoding) -> PackedWeight:

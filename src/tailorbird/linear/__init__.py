@@ -1,0 +1,53 @@
+"""The linear methods by name: each makes a packed weight from a weight, statistics and a coding.
+
+A method is a frozen dataclass of its settings that is called. Its class states where it comes from and
+which statistics it may ask for, its instances (`needs`) which they do with their settings. Folds, which
+move scales between tensors before the rounding, are listed beside them.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from tailorbird.calibrate.statistics import LinearStatistics
+from tailorbird.formats.packed import Coding, PackedWeight
+from tailorbird.linear.quantize.awq import Awq
+from tailorbird.linear.quantize.gptq import Gptq
+from tailorbird.linear.quantize.rtn import Rtn
+
+
+class LinearMethod(Protocol):
+    """What every linear method offers.
+
+    Attributes
+    ----------
+    family : str
+        The folder it belongs to: "quantize".
+    kind : str
+        "linear method".
+    paper : str
+        Authors, year and number of the paper.
+    requirements : frozenset of str
+        Statistics that some setting reads: "gram", "cross".
+    needs : frozenset of str
+        Those that these settings read.
+    """
+
+    family: ClassVar[str]
+    kind: ClassVar[str]
+    paper: ClassVar[str]
+    requirements: ClassVar[frozenset[str]]
+    __dataclass_fields__: ClassVar[dict]
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    def __call__(
+        self, weight: Tensor, statistics: LinearStatistics | None, coding: Coding
+    ) -> PackedWeight: ...
+
+
+LINEAR_METHODS: dict[str, type[Rtn] | type[Gptq]] = {"rtn": Rtn, "gptq": Gptq}
+FOLDS: dict[str, type[Awq]] = {"awq": Awq}

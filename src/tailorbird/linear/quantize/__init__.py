@@ -1,0 +1,1 @@
+"""Linear methods that lower the bits of a weight."""

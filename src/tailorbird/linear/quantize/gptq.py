@@ -1,0 +1,312 @@
+"""GPTQ: round column by column, and let the columns that follow make up for each error.
+
+Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers"
+(arXiv:2210.17323), with the asymmetric calibration of Li et al. 2025, "GPTAQ: Efficient Finetuning-Free
+Quantization for Asymmetric Calibration" (arXiv:2504.02692).
+
+The output error of a row is `(v - w) H (v - w)^T` with `H = E[x x^T]`. Once column `q` has been rounded
+to `v_q`, the best change of the columns `F` after it is `-(w_q - v_q) / [A]_qq * [A]_qF` with
+`A = (H_(q and F))^-1`. All these inverses stand in one triangular matrix `U` with `H^-1 = U^T U`: row `q`
+of `A` over its pivot is row `q` of `U` over `U_qq`. `U` is found from the Cholesky factor of `H` taken
+from its last column to its first, `H = R R^T` with `R` upper triangular, as `U = R^-1`; it is the
+Cholesky factor of the inverse that the paper uses, without forming that inverse.
+
+Asymmetric calibration aims at the output that the source model has at this place. Its inputs `x~` differ
+from the `x` that the compressed model will have, and row `w` leaves the residual `w E[(x~ - x) x^T] H^-1`
+uncorrected. Taken up one column at a time, the share of column `q` is added to the columns after it:
+`w_q D_qF (H_FF)^-1` with `D = E[(x~ - x) x^T]`. For all columns these are the rows of
+`P = triu(D U^T, 1) U`, scaled by `correction`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tailorbird.calibrate.statistics import LinearStatistics
+from tailorbird.errors import SettingsError, TailorbirdError
+from tailorbird.formats.packed import Coding, FloatCoding, IntegerCoding, PackedWeight
+from tailorbird.kernels.reference import group_layout
+from tailorbird.linear.quantize.grid import coding_zero, fit_grid, nearest_codes
+from tailorbird.linear.quantize.rtn import round_to_float
+
+#: how often the damping is raised tenfold before the Gram matrix is given up
+DAMPING_RETRIES = 6
+RESIDUALS = ("whole", "column")
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """Rounding with error feedback, from the Gram matrix of the inputs.
+
+    Beyond weight, statistics and result it takes three `[in_features, in_features]` float32 matrices at
+    its peak, two float32 copies of the weight and one of its codes.
+
+    Parameters
+    ----------
+    block_size : int
+        Columns rounded before the columns after them are updated, in one matrix product. The result is
+        the same for every size, up to rounding errors.
+    damping : float
+        Added to the diagonal of the Gram matrix, as a fraction of the diagonal's mean. Raised tenfold, up
+        to `DAMPING_RETRIES` times, while the matrix can't be factorized.
+    act_order : bool
+        True: columns are rounded in the order of falling input energy `H_ii`. False: in their own order,
+        and the grid of a group is fitted when its first column is reached, to the weights as they then
+        are.
+    static_groups : bool
+        What `act_order` does with groups. True: a group holds neighbouring columns, its grid is fitted to
+        the weights as they are at the start, and no order is stored. False: groups are formed along the
+        order, each is fitted when it's reached, and the order is stored with the weight.
+    asymmetric : bool
+        Whether to aim at the source model's outputs, with the statistics' `cross`. Where that is None,
+        source and compressed inputs are the same and nothing changes.
+    residual : str
+        How. "whole": the weight first moves to `W + W D H^-1`, from which the least error is reached if
+        nothing is rounded, and is rounded from there. "column": the share of each column goes to the
+        columns after it, as in the paper.
+    correction : float
+        Fraction of the residual that is taken up, above 0 and up to 1. The paper's code takes 0.25 for
+        "column".
+    clip_search : bool
+        Whether grids narrower than the range of the values are tried (see `fit_grid`), errors weighted by
+        `H_ii`.
+    """
+
+    family: ClassVar[str] = "quantize"
+    kind: ClassVar[str] = "linear method"
+    paper: ClassVar[str] = "Frantar et al. 2022, arXiv:2210.17323; Li et al. 2025, arXiv:2504.02692"
+    requirements: ClassVar[frozenset[str]] = frozenset({"gram", "cross"})
+
+    block_size: int = 128
+    damping: float = 0.01
+    act_order: bool = True
+    static_groups: bool = True
+    asymmetric: bool = True
+    residual: str = "whole"
+    correction: float = 1.0
+    clip_search: bool = True
+
+    def __post_init__(self) -> None:
+        _check(self.block_size >= 1, "block_size", self.block_size, "at least 1")
+        _check(0 < self.damping < math.inf, "damping", self.damping, "a number above 0, such as 0.01")
+        _check(self.residual in RESIDUALS, "residual", self.residual, "one of " + ", ".join(RESIDUALS))
+        _check(0 < self.correction <= 1, "correction", self.correction, "above 0, up to 1")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Which statistics these settings read: "gram", and "cross" where `asymmetric`."""
+        return self.requirements if self.asymmetric else frozenset({"gram"})
+
+    def __call__(self, weight: Tensor, statistics: LinearStatistics | None, coding: Coding) -> PackedWeight:
+        """Round a weight.
+
+        Parameters
+        ----------
+        weight : Tensor[out_features, in_features], float32
+            Not modified.
+        statistics : LinearStatistics
+            Not modified. An input that calibration never saw (`H_ii = 0`) is rounded to nearest.
+        coding : Coding
+            A floating-point coding rounds to nearest, since its error is too small to feed back.
+
+        Returns
+        -------
+        PackedWeight
+            The same bits for the same arguments, number of threads and build of PyTorch.
+
+        Raises
+        ------
+        SettingsError
+            Without statistics, or when weights are too large for the coding.
+        TailorbirdError
+            When the statistics hold NaN or infinity, or can't be factorized with any damping tried.
+        """
+        if isinstance(coding, FloatCoding):
+            return round_to_float(weight, coding)
+        if statistics is None:
+            raise SettingsError(
+                "gptq without calibration statistics",
+                "the Gram matrix of the linear's inputs",
+                "calibrate, or choose rtn",
+            )
+        energies = statistics.gram.diagonal()
+        order = _rounding_order(energies, self.act_order)
+        factor = inverse_factor(statistics.gram, order, self.damping)
+        columns = weight.float().t()[order]  # [in, out], so that a column of the weight lies together
+        feedback = None
+        cross = statistics.cross if self.asymmetric else None
+        if cross is not None and not math.isfinite(float(cross.sum())):
+            raise _not_finite("cross moments of the inputs that aren't finite")
+        if cross is not None and self.residual == "whole":
+            columns += self.correction * ((weight.float() @ cross)[:, order] @ factor.t() @ factor).t()
+        elif cross is not None:
+            feedback = self.correction * column_residuals(cross, order, factor)
+        groups, _ = group_layout(weight.shape[1], coding.group_size)
+        static = self.act_order and (self.static_groups or groups == 1)
+        return self._round(columns, factor, feedback, energies, order, coding, static)
+
+    def _round(
+        self,
+        columns: Tensor,
+        factor: Tensor,
+        feedback: Tensor | None,
+        energies: Tensor,
+        order: Tensor,
+        coding: IntegerCoding,
+        static: bool,
+    ) -> PackedWeight:
+        """Round `columns` `[in, out]`, which stand in `order` and are overwritten, one after the other."""
+        in_features, out_features = columns.shape
+        groups, size = group_layout(in_features, coding.group_size)
+        one_group = dataclasses.replace(coding, group_size=0)
+        importance = energies[order]
+        scales = torch.empty((groups, out_features), device=columns.device)
+        zeros = torch.full_like(scales, coding_zero(coding))
+        group_of = [column // size for column in range(in_features)]
+        if static:
+            natural = torch.empty_like(columns)
+            natural[order] = columns
+            _store_grid(fit_grid(natural.t(), coding, energies, self.clip_search), scales, zeros)
+            del natural
+            group_of = (order // size).tolist()
+        codes = torch.empty((in_features, out_features), dtype=torch.uint8, device=columns.device)
+        for start, stop in _blocks(in_features, self.block_size, in_features if static else size):
+            if not static and start % size == 0:
+                members, group = slice(start, min(start + size, in_features)), start // size
+                grid = fit_grid(columns[members].t(), one_group, importance[members], self.clip_search)
+                _store_grid(grid, scales[group : group + 1], zeros[group : group + 1])
+            errors = torch.empty_like(columns[start:stop])
+            for column in range(start, stop):
+                scale, zero = scales[group_of[column]], zeros[group_of[column]]
+                values, inside = columns[column], slice(column + 1, stop)
+                code = nearest_codes(values, scale, zero, coding.bits)
+                codes[column] = code
+                error = errors[column - start]
+                torch.sub(values, code.sub_(zero).mul_(scale), out=error).div_(factor[column, column])
+                columns[inside].addr_(factor[column, inside], error, alpha=-1)
+                if feedback is not None:
+                    columns[inside].addr_(feedback[column, inside], values)
+            columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+            if feedback is not None:
+                columns[stop:].addmm_(feedback[start:stop, stop:].t(), columns[start:stop])
+        if static:
+            natural_codes = torch.empty_like(codes)
+            natural_codes[order] = codes
+            codes = natural_codes
+        return PackedWeight.from_codes(
+            codes.t(),
+            scales.t(),
+            None if coding.symmetric else zeros.t().to(torch.uint8),
+            coding,
+            order=order if self.act_order and not static else None,
+        )
+
+
+def inverse_factor(gram: Tensor, order: Tensor, damping: float) -> Tensor:
+    """The upper triangular `U` with `U^T U = (H + l I)^-1`, rows and columns of `H` taken in an order.
+
+    Three matrices of the size of `gram` are alive at its peak, `U` among them.
+
+    Parameters
+    ----------
+    gram : Tensor[in_features, in_features], float32
+        Symmetric; not modified.
+    order : Tensor[in_features], int64
+        Row and column `j` of the result belong to input `order[j]`.
+    damping : float
+        `l` as a fraction of the mean of the diagonal; raised tenfold while the factorization fails.
+
+    Returns
+    -------
+    Tensor[in_features, in_features], float32
+        The identity where no input was ever seen.
+
+    Raises
+    ------
+    TailorbirdError
+        When `gram` isn't finite or no damping helps.
+    """
+    mean = float(gram.diagonal().mean())
+    if not math.isfinite(mean) or mean < 0:
+        raise _not_finite(f"inputs with a mean square of {mean}")
+    if mean == 0:
+        return torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    backwards = order.flip(0)
+    for retry in range(DAMPING_RETRIES + 1):
+        damped = gram[backwards[:, None], backwards]
+        damped.diagonal().add_(mean * damping * 10**retry)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
+        if int(failed) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+            break
+    else:
+        raise TailorbirdError(
+            f"a Gram matrix that can't be factorized with damping up to {damping * 10**DAMPING_RETRIES:g}",
+            "the mean outer product of finite inputs",
+            "calibrate in float32, or with other text",
+        )
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    del lower, identity
+    return inverse.flip(0, 1)
+
+
+def column_residuals(cross: Tensor, order: Tensor, factor: Tensor) -> Tensor:
+    """`P` of the paper: row `q` says where the residual of column `q` goes, among the columns after it.
+
+    Parameters
+    ----------
+    cross : Tensor[in_features, in_features], float32
+        `D = E[(x~ - x) x^T]`, in the order of the inputs; not modified.
+    order : Tensor[in_features], int64
+    factor : Tensor[in_features, in_features], float32
+        `U` of `inverse_factor`, in `order`.
+
+    Returns
+    -------
+    Tensor[in_features, in_features], float32
+        `triu(D U^T, 1) U`, in `order`; its row `q` is `D_qF (H_FF)^-1` for the columns `F` after `q`.
+    """
+    later = cross[order[:, None], order] @ factor.t()
+    return later.triu_(1) @ factor
+
+
+def _rounding_order(energies: Tensor, act_order: bool) -> Tensor:
+    """Inputs by falling energy, equal ones as they stand; or all as they stand."""
+    if act_order:
+        return torch.argsort(energies, descending=True, stable=True)
+    return torch.arange(len(energies), device=energies.device)
+
+
+def _blocks(in_features: int, block_size: int, cut: int) -> Iterator[tuple[int, int]]:
+    """Blocks of at most `block_size` columns, cut also at every multiple of `cut`."""
+    start = 0
+    while start < in_features:
+        stop = min(start + block_size, (start // cut + 1) * cut, in_features)
+        yield start, stop
+        start = stop
+
+
+def _store_grid(grid: tuple[Tensor, Tensor | None], scales: Tensor, zeros: Tensor) -> None:
+    """Write a grid `[out, groups]` into `scales` and `zeros` `[groups, out]`."""
+    scales.copy_(grid[0].t())
+    if grid[1] is not None:
+        zeros.copy_(grid[1].t())
+
+
+def _not_finite(given: str) -> TailorbirdError:
+    return TailorbirdError(
+        given, "finite activations in calibration", "calibrate in float32, or with other text"
+    )
+
+
+def _check(right: bool, name: str, given: object, expected: str) -> None:
+    if not right:
+        raise SettingsError(f"{name} {given!r} of gptq", expected, "correct the setting")
