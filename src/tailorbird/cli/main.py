@@ -68,9 +68,8 @@ def run(arguments: Sequence[str]) -> int:
         Without the program's name.
     """
     try:
-        app(list(arguments))
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        status = _parse_and_do(arguments)
+        sys.stdout.flush()
     except TailorbirdError as error:
         _print_error(error)
         status = error.exit_status
@@ -83,13 +82,20 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         _print_failure(error)
         status = 1
-    else:
-        status = 0
     if status == INTERRUPTED:
         resumable = next((a for a in arguments if not a.startswith("-")), "") in _RESUMABLE
         again = "; the same command resumes where it stopped" if resumable else ""
         err().print(Text(f"interrupted{again}", style="yellow"))
     return status
+
+
+def _parse_and_do(arguments: Sequence[str]) -> int:
+    """Let typer parse, print usage errors and call the command; its exit status."""
+    try:
+        app(list(arguments))
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    return 0
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tailorbird.cli import options
-from tailorbird.cli.output import plain, print_json, print_table
+from tailorbird.cli.output import plain, print_json, print_table, working
 
 EXAMPLE = "Example: tailorbird methods --family quantize"
 
@@ -21,7 +21,8 @@ def methods(
     """List the methods with family, kind, paper and needs."""
     from tailorbird import api
 
-    fields = plain(api.methods(family=family))
+    with working():
+        fields = plain(api.methods(family=family))
     if json:
         print_json(fields)
         return

@@ -1,0 +1,138 @@
+"""A stand-in for `tailorbird.api` that records its calls, and a way to run command lines."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, make_dataclass
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import tailorbird
+import tailorbird.api as real_api
+from sample_report import sample
+from tailorbird.cli.main import run
+
+FIT = sample()["result"]
+DRY_RUN = {
+    "model": "m",
+    "parameters": 1000,
+    "dense_bytes": 2000,
+    "budget_bytes": 900,
+    "kv_bytes": 0,
+    "smallest_bytes": 300,
+    "predicted_total_bytes": 899,
+    "stages": [
+        {"name": "compress", "peak_rss_bytes": 2**28, "device_bytes": 0, "disk_bytes": 2**20, "seconds": 3.0}
+    ],
+    "fits": True,
+    "advice": None,
+    "machine_available_bytes": 2**30,
+    "disk_free_bytes": 2**34,
+}
+PROBE = sample()["probe"]
+EVALUATION = {"perplexity": 6.25, "tokens": 4096, "kl_mean": 0.0125, "kl_p99": 0.5, "top1_agreement": 0.93}
+SPEED = {
+    "prefill_tokens_per_s": 1234.0,
+    "decode_tokens_per_s": 56.0,
+    "load_seconds": 1.5,
+    "bandwidth_fraction": 0.5,
+    "peak_rss_bytes": 2**29,
+    "paths": {"int4 planes": 7},
+}
+GENERATION = {"text": " world", "tokens": [5, 6], "seconds": 0.5}
+EXPORT = {"format": "dense", "output": "out/dense", "kl_mean": 1e-5, "max_logit_difference": 0.01}
+METHOD = {
+    "name": "gptq",
+    "family": "quantize",
+    "kind": "linear method",
+    "paper": "2210.17323",
+    "needs": "gram",
+}
+
+
+def record(fields: dict[str, Any]) -> Any:
+    """A dataclass with these fields, as the api returns them."""
+    return make_dataclass("Result", fields)(**fields)
+
+
+@dataclass
+class FakeApi:
+    """Answers per call (a value, an error to raise, or a function of the arguments), and the calls made."""
+
+    answers: dict[str, Any] = field(
+        default_factory=lambda: {
+            "probe": record(PROBE),
+            "fit": record(FIT),
+            "compress": record(FIT),
+            "evaluate": record(EVALUATION),
+            "speed": record(SPEED),
+            "generate": record(GENERATION),
+            "export": record(EXPORT),
+            "methods": [record(METHOD)],
+        }
+    )
+    calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    def function(self, name: str) -> Callable[..., Any]:
+        """A function that takes exactly what the real one takes."""
+        signature = inspect.signature(getattr(real_api, name))
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            arguments = signature.bind(*args, **kwargs).arguments
+            self.calls.append((name, arguments))
+            answer = self.answers[name]
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer(**arguments) if inspect.isfunction(answer) else answer
+
+        return call
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of the only call."""
+        ((_, arguments),) = self.calls
+        return arguments
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command line left behind."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> FakeApi:
+    """The stand-in, in place of the real module."""
+    fake, module = FakeApi(), ModuleType("tailorbird.api")
+    for name in fake.answers:
+        setattr(module, name, fake.function(name))
+    monkeypatch.setitem(sys.modules, "tailorbird.api", module)
+    monkeypatch.setattr(tailorbird, "api", module)
+    return fake
+
+
+@pytest.fixture
+def dry_run() -> Any:
+    """A dry run that fits."""
+    return record(DRY_RUN)
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Finished]:
+    """Run one command line in this process."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def call(*arguments: str) -> Finished:
+        status = run(arguments)
+        captured = capsys.readouterr()
+        return Finished(status, captured.out, captured.err)
+
+    return call
