@@ -126,6 +126,7 @@ def test_the_weight_can_be_read_in_every_way() -> None:
     assert weight.requires_grad_(True).requires_grad
     assert weight.sum().item() == plain.sum().item()
     assert "0." in repr(weight)
+    assert torch.equal(torch.stack(list(weight)), plain)
 
 
 @pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, nn.Module.float])

@@ -18,6 +18,23 @@ from tailorbird.formats.packed import FloatCoding, IntegerCoding, PackedWeight, 
 from tailorbird.kernels import dispatch, reference
 
 _STORED = ("codes", "scales", "zeros", "order")
+_IN_PLACE = {"__setitem__"} | {
+    f"__i{operator}__"
+    for operator in [
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+    ]
+}
 
 
 def _refuse_write() -> NoReturn:
@@ -44,10 +61,11 @@ class DequantizedWeight(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        in_place = (name.endswith("_") and not name.startswith("__") and name != "requires_grad_") or (
-            name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
+        writes = (
+            name in _IN_PLACE
+            or (name.endswith("_") and not name.startswith("__") and name != "requires_grad_")
+            or func == Tensor.data.__set__  # type: ignore[attr-defined]
         )
-        writes = in_place or name == "__setitem__" or func == Tensor.data.__set__  # type: ignore[attr-defined]
         # functions of torch.nn.init pass the tensor by name
         changed = (*args[:1], *([] if args else kwargs.values())) if writes else ()
         out = kwargs.get("out")
