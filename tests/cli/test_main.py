@@ -166,7 +166,7 @@ def test_help_comes_without_loading_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_reader_that_leaves_early_is_no_error() -> None:
+def test_a_reader_that_leaves_early_gets_no_traceback() -> None:
     code = "import sys; sys.argv = ['tailorbird', '--help']; from tailorbird.cli.main import main; main()"
     reading, writing = os.pipe()
     os.close(reading)
@@ -176,7 +176,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
         )
     finally:
         os.close(writing)
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_errors_keep_square_brackets_as_they_are(command: Callable[..., Any], api: Any) -> None:

@@ -76,9 +76,9 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         status = INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output (`| head`) has left; what it wanted it got.
+        # The reader of our output (`| head`) has left; nobody is there to be told.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        status = 0
+        status = 1
     except Exception as error:
         _print_failure(error)
         status = 1
