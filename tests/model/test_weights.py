@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from tailorbird.errors import CheckpointError
 from tailorbird.model import weights as weights_module
-from tailorbird.model.weights import DTYPES, Weights
+from tailorbird.model.safetensors_header import DTYPES
+from tailorbird.model.weights import Weights
 from tailorbird.model.writing import tensor_hash, write_tensors
 
 

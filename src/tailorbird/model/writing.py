@@ -21,7 +21,8 @@ from typing import Any, BinaryIO
 import torch
 
 from tailorbird.errors import ResourceError
-from tailorbird.model.weights import CHUNK, DTYPE_NAMES, HASH_PREFIX, MAX_NAME
+from tailorbird.model.safetensors_header import DTYPE_NAMES, HASH_PREFIX, MAX_NAME
+from tailorbird.model.weights import CHUNK
 
 #: ends the name of a file that isn't finished: `.<name>.<process id>.unfinished`
 UNFINISHED = ".unfinished"
@@ -43,7 +44,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], hashes: bool = T
     path : Path
         Replaced if it exists.
     tensors : dict of str to Tensor
-        Any shape; dtypes of `weights.DTYPES`. Laid out by falling item size, then by name.
+        Any shape; dtypes of `safetensors_header.DTYPES`. Laid out by falling item size, then by name.
     hashes : bool
         Record `sha256:<name>` of every body in the metadata, for `Weights.verify`.
 
