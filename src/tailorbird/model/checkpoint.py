@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tailorbird.errors import CheckpointError, ResourceError
-from tailorbird.model.config_file import check_config, make_config, refuse_code, typed
+from tailorbird.model.config_file import check_config, is_compressed, make_config, refuse_code, typed
 from tailorbird.model.file_names import TOKENIZER_FILES, is_companion, refuse_pickles
 from tailorbird.model.json_file import read_json
 from tailorbird.model.location import DEMO, demo_text, locate
