@@ -52,6 +52,7 @@ def test_a_file_alone_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path_factory
     for part in parts[:-1]:
         assert part.text.splitlines()[-1].strip() == ""
         assert len(part.text.encode()) >= SMALLEST_PART
+    assert read_documents(path.parent, TOKENIZER) == parts  # alone in a directory it is alone too
     if len(parts) > 1:
         assert len(parts[-1].text.encode()) >= SMALLEST_PART
 

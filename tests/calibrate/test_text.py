@@ -130,6 +130,8 @@ def test_drawn_windows_are_windows_of_the_text_each_at_most_once():
 def test_windows_are_spread_over_the_text():
     windows = token_windows(documents(90, 64), TOKENIZER, 16, count=90)
     assert windows.documents > 60
+    few = token_windows(documents(90, 64), TOKENIZER, 16, count=4)
+    assert few.documents <= len({token for row in few.ids.tolist() for token in row}) <= 8
 
 
 def test_the_seed_decides_and_nothing_else():

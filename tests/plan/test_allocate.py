@@ -146,7 +146,7 @@ def test_a_real_model_is_planned_in_time_and_the_budget_is_used(awkward, fractio
     plan = allocate(places, capacity)
     assert time.process_time() - start < TIME_LIMIT + 1
     assert 0.985 * capacity <= plan.bytes <= capacity
-    assert plan.gap < 1e-3
+    assert plan.gap < 5e-3
 
 
 def test_more_capacity_never_loses_more():

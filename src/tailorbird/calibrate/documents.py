@@ -57,10 +57,11 @@ class Document:
 def read_documents(path: Path, tokenizer: Any, limit_bytes: int = READ_LIMIT) -> list[Document]:
     """Read all documents of a file or directory.
 
-    A plain text file is one document; given alone, it is cut at blank lines into parts of at least
-    2 KiB, which joined give the text back. ``.jsonl`` holds one document per line, ``.parquet`` one per
-    row, each with ``text`` or ``messages`` (which go through the tokenizer's chat template). A directory
-    stands for all files in it of these kinds, at any depth, in sorted order; hidden ones are skipped.
+    A plain text file is one document; where it is the only one, it is cut at blank lines into parts of
+    at least 2 KiB, which joined give the text back. ``.jsonl`` holds one document per line, ``.parquet``
+    one per row, each with ``text`` or ``messages`` (which go through the tokenizer's chat template). A
+    directory stands for all files in it of these kinds, at any depth, in sorted order; hidden ones are
+    skipped.
 
     Parameters
     ----------
@@ -84,7 +85,7 @@ def read_documents(path: Path, tokenizer: Any, limit_bytes: int = READ_LIMIT) ->
     except (OSError, ValueError) as error:
         raise TextError(f"text {path}: {error}", "a file or directory of text", "check the path") from None
     if is_directory:
-        return _read_directory(path, tokenizer, limit_bytes)
+        return _cut_if_alone(_read_directory(path, tokenizer, limit_bytes))
     if path.suffix.lower() not in KNOWN:
         raise TextError(
             f"text {path} of the kind `{path.suffix or 'none'}`",
@@ -94,9 +95,7 @@ def read_documents(path: Path, tokenizer: Any, limit_bytes: int = READ_LIMIT) ->
     documents, _ = _read_file(path, tokenizer, limit_bytes)
     if not documents:
         raise TextError(f"text {path} is empty", "some text", "give another file")
-    if path.suffix.lower() in PLAIN:
-        return _cut(documents[0])
-    return documents
+    return _cut_if_alone(documents)
 
 
 def split_held_out(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
@@ -258,8 +257,11 @@ def _decode(data: bytes, path: Path, line: int | None = None) -> str:
         ) from None
 
 
-def _cut(document: Document) -> list[Document]:
-    """Parts of at least 2 KiB that end behind a blank line; joined they are the document."""
+def _cut_if_alone(documents: list[Document]) -> list[Document]:
+    """A single text file in parts of at least 2 KiB that end behind blank lines; joined they are the file."""
+    if len(documents) != 1 or Path(documents[0].source).suffix.lower() not in PLAIN:
+        return documents
+    document = documents[0]
     parts: list[str] = []
     start = position = size = 0
     for line in document.text.splitlines(keepends=True):

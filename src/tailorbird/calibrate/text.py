@@ -56,12 +56,12 @@ class Windows:
     source: str
     documents: int = 0
     warnings: tuple[str, ...] = ()
-    _spans: tuple[tuple[int, int], ...] = field(default=(), repr=False)  # first and last document per window
+    _held: tuple[tuple[int, ...], ...] = field(default=(), repr=False)  # numbers of each window's documents
 
     @classmethod
     def from_ids(cls, ids: Tensor, source: str) -> Windows:
         """Windows ``[n, length]`` that come from no document, such as sampled ones; each counts as one."""
-        return cls(ids.to(torch.long), source, ids.shape[0], (), tuple((i, i) for i in range(ids.shape[0])))
+        return cls(ids.to(torch.long), source, ids.shape[0], (), tuple((i,) for i in range(ids.shape[0])))
 
     @property
     def length(self) -> int:
@@ -98,8 +98,8 @@ class Windows:
         return self._part(slice(0, middle)), self._part(slice(middle, None))
 
     def _part(self, rows: slice) -> Windows:
-        spans = self._spans[rows]
-        return Windows(self.ids[rows], self.source, _covered(spans), self.warnings, spans)
+        held = self._held[rows]
+        return Windows(self.ids[rows], self.source, len(set().union(*held)), self.warnings, held)
 
 
 def token_windows(
@@ -332,11 +332,6 @@ class _Encoder:
         if self.unknown > UNKNOWN_SHARE * self.counted:
             share = 100 * self.unknown / self.counted
             warnings.append(f"{share:.0f} % of the tokens of {source} are unknown to the tokenizer")
-        spans = tuple((int(row.documents[0]), int(row.documents[-1])) for row in rows)
+        held = tuple(tuple(row.documents.unique().tolist()) for row in rows)
         ids = torch.stack([row.ids for row in rows]).to(torch.long)
-        return Windows(ids, source, _covered(spans), tuple(warnings), spans)
-
-
-def _covered(spans: Iterable[tuple[int, int]]) -> int:
-    """How many documents lie in the spans from first to last; a span is short."""
-    return len({number for first, last in spans for number in range(first, last + 1)})
+        return Windows(ids, source, len(set().union(*held)), tuple(warnings), held)

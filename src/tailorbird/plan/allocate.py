@@ -1,8 +1,8 @@
 """Allocation: one option for every place, least predicted loss, never more bytes than there are.
 
-This is the multiple-choice knapsack problem. It is solved exactly in three steps: a Lagrangian bound
-(Sinha and Zoltners, "The multiple-choice knapsack problem", 1979) says which options no optimal plan can
-hold, HiGHS solves the mixed-integer program that is left, and the answer is checked in whole bytes.
+This is the multiple-choice knapsack problem. A good plan is found greedily; with it, a Lagrangian bound
+(Sinha and Zoltners, "The multiple-choice knapsack problem", 1979) says which options no better plan can
+hold; HiGHS solves the mixed-integer program that is left, and its answer is checked in whole bytes.
 Where the losses come from is `sensitivity`'s business.
 """
 
@@ -265,7 +265,7 @@ class _Problem:
         if self._bytes(best) <= self.room:
             return best, self._loss(best)
         price, picks = self._price()
-        picks = self._fill(picks)
+        picks = self._improve(picks)
         costs = [losses + price * sizes for sizes, losses in zip(self.sizes, self.losses, strict=True)]
         bound = math.fsum(float(cost.min()) for cost in costs) - price * self.room
         gap = self._loss(picks) - bound
@@ -275,7 +275,7 @@ class _Problem:
             searched, raised = self._search(extra, price, gap + rounding, RELATIVE_GAP * abs(bound))
             bound += raised
             if self._bytes(searched) <= self.room and self._loss(searched) < self._loss(picks):
-                picks = self._fill(searched)
+                picks = self._improve(searched)
         return picks, bound
 
     def _price(self) -> tuple[float, list[int]]:
@@ -300,22 +300,36 @@ class _Problem:
             picks[group] = option
         return steps[fitting][0], picks
 
-    def _fill(self, picks: list[int]) -> list[int]:
-        """Spend what is left on the single change that saves most, as long as there is one."""
-        picks = list(picks)
-        left = self.room - self._bytes(picks)
+    def _improve(self, picks: list[int]) -> list[int]:
+        """Change one place for the better, or two where one makes room for the other, until none helps."""
+        counts = [len(sizes) for sizes in self.sizes]
+        group = np.repeat(np.arange(len(counts)), counts)
+        option = np.concatenate([np.arange(count) for count in counts])
+        first = np.cumsum([0, *counts[:-1]])
+        sizes, losses = np.concatenate(self.sizes), np.concatenate(self.losses)
+        chosen = np.array(picks)
         while True:
-            best, saved = (-1, -1), 0.0
-            for group, (sizes, losses) in enumerate(zip(self.sizes, self.losses, strict=True)):
-                at = picks[group]
-                option = int(np.searchsorted(sizes, sizes[at] + left, side="right")) - 1
-                if losses[at] - losses[option] > saved:
-                    best, saved = (group, option), float(losses[at] - losses[option])
-            group, option = best
-            if group < 0:
-                return picks
-            left -= int(self.sizes[group][option] - self.sizes[group][picks[group]])
-            picks[group] = option
+            now = first + chosen
+            grown, saved = sizes - sizes[now][group], losses[now][group] - losses
+            left = self.room - int(sizes[now].sum())
+            (gains,) = np.nonzero(saved > 0)
+            (payers,) = np.nonzero(grown < 0)
+            payers = payers[np.argsort(grown[payers], kind="stable")]  # who frees most comes first
+            freed = np.append(-grown[payers], 0)  # and last, that nobody has to pay
+            cost = np.append(-saved[payers], 0.0)
+            payer_group = np.append(group[payers], -1)
+            least = np.minimum.accumulate(cost)
+            cheapest = np.maximum.accumulate(np.where(cost == least, np.arange(len(cost)), 0))
+            able = (
+                np.searchsorted(-freed, left - grown[gains], side="right") - 1
+            )  # the last that frees enough
+            net = saved[gains] - least[able]
+            net[(able < 0) | (payer_group[cheapest[able]] == group[gains])] = -np.inf
+            if not len(net) or net.max() <= 1e-12 * abs(float(losses[now].sum())):
+                return [int(pick) for pick in chosen]
+            best = int(net.argmax())
+            for change in (gains[best], *payers[cheapest[able[best]] : cheapest[able[best]] + 1]):
+                chosen[group[change]] = option[change]
 
     def _search(
         self, extra: list[_Floats], price: float, gap: float, enough: float
