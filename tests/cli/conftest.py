@@ -44,7 +44,15 @@ SPEED = {
     "paths": {"int4 planes": 7},
 }
 GENERATION = {"text": " world", "tokens": [5, 6], "seconds": 0.5}
-EXPORT = {"format": "dense", "output": "out/dense", "kl_mean": 1e-5, "max_logit_difference": 0.01}
+EXPORT = {
+    "format": "dense",
+    "output": "out/dense",
+    "kl_mean": 1e-5,
+    "max_logit_difference": 0.01,
+    "bytes_before": 2**20,
+    "bytes_after": 2**22,
+    "notes": ("scales were widened",),
+}
 METHOD = {
     "name": "gptq",
     "family": "quantize",

@@ -18,5 +18,8 @@ def test_format_and_output_must_be_given(command: Any, api: Any) -> None:
     assert api.calls == []
 
 
-def test_the_distance_to_the_packed_model_is_shown(command: Any, api: Any) -> None:
-    assert "1.00e-05 nats/token" in command("export", "d", "--to", "dense", "-o", "f").out
+def test_the_distance_the_growth_and_the_remarks_are_shown(command: Any, api: Any) -> None:
+    done = command("export", "d", "--to", "dense", "-o", "f")
+    assert "1.00e-05 nats/token" in done.out
+    assert "4.00 MiB (+300.0 %)" in done.out
+    assert done.err == "scales were widened\n"

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from tailorbird.cli import options
-from tailorbird.cli.output import plain, print_facts, print_json, working
-from tailorbird.report.table import number_text
+from tailorbird.cli.output import plain, print_facts, print_json, print_remarks, working
+from tailorbird.report.table import change_text, number_text, size_text
 
 EXAMPLE = "Example: tailorbird export out/demo --to dense -o out/demo-dense"
 
@@ -31,11 +31,15 @@ def export(
     if json:
         print_json(fields)
         return
+    before, after = fields["bytes_before"], fields["bytes_after"]
     print_facts(
         [
             ("format", str(fields["format"])),
             ("output", str(fields["output"])),
             ("KL to the packed model", f"{number_text(fields['kl_mean'])} nats/token"),
             ("largest logit difference", number_text(fields["max_logit_difference"])),
+            ("packed", size_text(before)),
+            ("exported", f"{size_text(after)} ({change_text(before, after)})"),
         ]
     )
+    print_remarks(fields["notes"])

@@ -125,6 +125,12 @@ def print_warnings(result: Mapping[str, Any]) -> None:
         err().print(Text(f"warning: {warning}", style=style), soft_wrap=True)
 
 
+def print_remarks(remarks: Sequence[str]) -> None:
+    """Lines on standard error that the user should know."""
+    for remark in remarks:
+        err().print(Text(remark), soft_wrap=True)
+
+
 def print_dry_run(dry: Mapping[str, Any]) -> None:
     """The stages of a dry run, the memory of the result, and whether it fits this machine."""
     print_table(
