@@ -320,9 +320,8 @@ class _Problem:
             payer_group = np.append(group[payers], -1)
             least = np.minimum.accumulate(cost)
             cheapest = np.maximum.accumulate(np.where(cost == least, np.arange(len(cost)), 0))
-            able = (
-                np.searchsorted(-freed, left - grown[gains], side="right") - 1
-            )  # the last that frees enough
+            needed = grown[gains] - left
+            able = np.searchsorted(-freed, -needed, side="right") - 1  # the last that frees enough
             net = saved[gains] - least[able]
             net[(able < 0) | (payer_group[cheapest[able]] == group[gains])] = -np.inf
             if not len(net) or net.max() <= 1e-12 * abs(float(losses[now].sum())):
