@@ -48,7 +48,7 @@ class Listener:
 def test_fields_and_values(tmp_path: Path) -> None:
     start = time.perf_counter()
     found = probe(directory=tmp_path)
-    assert time.perf_counter() - start < 20, "meant for 6 s on a quiet machine"
+    assert time.perf_counter() - start < 40, "meant for 6 s on a quiet machine"
     data = asdict(found)
     promised = "cores simd memory_bytes read_bandwidth copy_bandwidth disk_bandwidth matmul devices"
     assert set(promised.split()) | {"memory_available_bytes", "disk_free_bytes"} == set(data)

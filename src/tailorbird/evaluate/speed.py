@@ -25,6 +25,7 @@ from torch import nn
 
 from tailorbird.errors import ResourceError, SettingsError
 from tailorbird.formats.modules import CompressedLinear
+from tailorbird.hardware.cost import decode_tokens_per_s
 from tailorbird.hardware.memory import peak_resident_bytes, reset_peak
 from tailorbird.hardware.probe import probe
 from tailorbird.model.checkpoint import open_checkpoint
@@ -122,7 +123,7 @@ def speed(
         prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, rounds=rounds, threads=threads
     )
     with _threads(threads):
-        bandwidth = probe().read_bandwidth
+        machine = probe()
         reset_peak()
         start = time.perf_counter()
         subject = _Subject(model_path, prompt_tokens, new_tokens, batch)
@@ -131,11 +132,12 @@ def speed(
         for _ in range(rounds):
             subject.run()
     decode = subject.decode_tokens_per_s
+    bound = decode_tokens_per_s(step_bytes(subject.model), machine, batch=batch)
     return Speed(
         prefill_tokens_per_s=subject.prefill_tokens_per_s,
         decode_tokens_per_s=decode,
         load_seconds=load_seconds,
-        bandwidth_fraction=step_bytes(subject.model) * decode / batch / bandwidth,
+        bandwidth_fraction=decode / bound,
         peak_rss_bytes=peak_resident_bytes(),
         paths=linear_paths(subject.model, batch),
     )
