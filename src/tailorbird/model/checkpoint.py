@@ -250,6 +250,6 @@ def _beginning(path: Path) -> str:
     """The first 64 KiB of a text file; nothing where it can't be read."""
     try:
         with path.open("rb") as file:
-            return file.read(1 << 16).decode("utf-8", errors="replace")
+            return file.read(1 << 16).decode("utf-8", errors="replace").replace("\r\n", "\n")
     except OSError:
         return ""

@@ -179,7 +179,7 @@ def _check_kind(path: Path, raw: dict[str, Any]) -> None:
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
         raise CheckpointError(
-            f"{path}: model_type {kind!r}"[:300],
+            f"{path}: model_type {kind!r}"[:300] if "model_type" in raw else f"{path}: has no model_type",
             "an architecture that the installed transformers knows",
             nearest(str(kind)[:80], _FAMILIES),
         )
@@ -241,16 +241,16 @@ def make_config(directory: Path, raw: dict[str, Any], weights: Weights) -> Any:
     CheckpointError
         transformers doesn't accept it, or a size that every model has is missing or absurd.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     path = directory / "config.json"
     remedy = "take config.json from the original model, or install a newer transformers"
     with typed(directory, "the model's config", remedy):
+        methods = sorted(n for n in raw if callable(getattr(CONFIG_MAPPING[raw["model_type"]], n, None)))
+        if methods:
+            raise CheckpointError(f"{path}: `{methods[0][:80]}` is not a setting", "settings only", remedy)
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         text = config.get_text_config()
-        shadowed = sorted(name for name in raw if callable(getattr(type(config), name, None)))
-        if shadowed:
-            raise CheckpointError(f"{path}: `{shadowed[0][:80]}` is not a setting", "settings only", remedy)
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             value = getattr(text, name, None)
             low, high = _SIZES[name]

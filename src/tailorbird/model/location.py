@@ -43,7 +43,7 @@ def locate(model: str) -> Path:
         return _DEMO_DIRECTORY
     path = Path(model).expanduser()
     try:
-        if path.is_dir():
+        if model.strip() and path.is_dir():  # an empty text would be the current directory
             return path
         exists = path.exists()
     except (OSError, ValueError):  # too long for a path, or holds a NUL
