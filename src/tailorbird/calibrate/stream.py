@@ -149,7 +149,7 @@ class StreamingModel:
         return self._finish(hidden).logits.float()
 
     def head_input(self, hidden: Tensor) -> Tensor:
-        """What the head reads, ``[b, T, width]``, when `hidden` ``[b, T, hidden_size]`` left the last block."""
+        """What the head reads, ``[b, T, width]``, once `hidden` ``[b, T, hidden_size]`` left the blocks."""
         found: list[Tensor] = []
 
         def forward(x: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ class StreamingModel:
 
         with ExitStack() as hooks:
             for key in dict.fromkeys(place.shares_input for place in self.anatomy.blocks[index].linears):
-                handle = self._linear(block, key).register_forward_pre_hook(shows(key))
+                handle = self.module_of(block, key).register_forward_pre_hook(shows(key))
                 hooks.callback(handle.remove)
             return self.run_block(block, index, hidden)
 
@@ -260,9 +260,10 @@ class StreamingModel:
 
         Of a dense linear a view of the very tensor that is in use; of a packed one unpacked.
         """
-        weight: Any = self._linear(block, place.name).weight
+        module = self.module_of(block, place.name)
+        weight: Any = module.weight
         weight = weight.detach().to(self.dtype)
-        return weight.t() if place.transposed else weight
+        return weight if isinstance(module, nn.Linear) else weight.t()
 
     def set_weight(self, block: nn.Module, place: LinearPlace, weight: Tensor) -> None:
         """Let a linear of a loaded block use `weight` ``[out_features, in_features]``.
@@ -274,7 +275,19 @@ class StreamingModel:
         ValueError
             The checkpoint stores this linear packed, or the shape is wrong.
         """
-        self._set(self._linear(block, place.name), place.name, weight.t() if place.transposed else weight)
+        module = self.module_of(block, place.name)
+        self._set(module, place.name, weight if isinstance(module, nn.Linear) else weight.t())
+
+    def weight_parameter(self, block: nn.Module, place: LinearPlace) -> nn.Parameter:
+        """The parameter itself of a dense linear of a loaded block, as it is stored; for gradients."""
+        parameter: Any = self.module_of(block, place.name).weight
+        return parameter
+
+    def end_parameter(self, name: str) -> nn.Parameter:
+        """The parameter itself of a dense embedding or head, ``[vocab_size, width]``; for gradients."""
+        self._load_end(name)
+        parameter: Any = self._module(name).weight
+        return parameter
 
     def module_of(self, block: nn.Module, name: str) -> nn.Module:
         """The module that the whole model calls `name`, such as a norm, in a loaded block."""
@@ -282,9 +295,6 @@ class StreamingModel:
         return block.get_submodule(".".join(name.split(".")[depth:]))
 
     # --- below ----------------------------------------------------------------------------------
-
-    def _linear(self, block: nn.Module, name: str) -> nn.Module:
-        return self.module_of(block, name)
 
     def _module(self, name: str) -> nn.Module:
         return self._outline.model.get_submodule(name)

@@ -18,8 +18,8 @@ from tailorbird.errors import CheckpointError, UnsupportedArchitecture
 from tailorbird.model.checkpoint import Checkpoint
 from tailorbird.model.layout import ModelLayout
 from tailorbird.model.naming import check_tensors, translate
-from tailorbird.model.outline import Outline, build_outline, first_arguments, hollow, own_tensors, walk
-from tailorbird.model.trace import BlockFlow, trace_block
+from tailorbird.model.outline import Outline, block_returns_tuple, build_outline, hollow, own_tensors, walk
+from tailorbird.model.trace import BlockFlow, cached_width, trace_block
 
 ATTENTION_ROLES = {
     "q_proj": "q",
@@ -285,7 +285,7 @@ def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
 
     flows = _trace(dense)
     blocks = tuple(
-        _read_block(stored, index, flow, [n for n in expected if n not in tied])
+        _read_block(dense, stored, index, flow, [n for n in expected if n not in tied])
         for index, flow in enumerate(flows)
     )
     inside = stored.blocks_name + "."
@@ -390,17 +390,17 @@ def _trace(outline: Outline) -> list[BlockFlow]:
     try:
         ids = torch.zeros(1, 4, dtype=torch.long)
         with torch.no_grad():
-            hidden, first = first_arguments(outline, ids)
-            linears, norms = _traced_modules(outline.blocks[0])
-            flow = trace_block(outline.blocks[0], hidden, first, linears, norms)
-            arguments = walk(outline, ids, flow.returns_tuple)[1]
-        flows: dict[Any, BlockFlow] = {_signature(outline.blocks[0]): flow}
+            returns_tuple = block_returns_tuple(outline)
+            hidden, arguments = walk(outline, ids, returns_tuple)
+            with_cache = walk(outline, ids, returns_tuple, use_cache=True)[1]
+        flows: dict[Any, BlockFlow] = {}
         result = []
-        for block, given in zip(outline.blocks, arguments, strict=True):
+        for block, given, cached in zip(outline.blocks, arguments, with_cache, strict=True):
             key = _signature(block)
             if key not in flows:
                 linears, norms = _traced_modules(block)
                 flows[key] = trace_block(block, hidden, given, linears, norms)
+                flows[key].cached_width = cached_width(block, hidden, cached)
             result.append(flows[key])
     except UnsupportedArchitecture:
         raise
@@ -440,7 +440,9 @@ def _signature(block: nn.Module) -> Any:
     return tuple((name, tuple(tensor.shape)) for name, tensor in block.named_parameters())
 
 
-def _read_block(stored: Outline, index: int, flow: BlockFlow, expected: list[str]) -> BlockAnatomy:
+def _read_block(
+    dense: Outline, stored: Outline, index: int, flow: BlockFlow, expected: list[str]
+) -> BlockAnatomy:
     block, name = stored.blocks[index], stored.block_name(index)
     places: dict[str, LinearPlace] = {}
     for path in flow.order:
@@ -467,22 +469,28 @@ def _read_block(stored: Outline, index: int, flow: BlockFlow, expected: list[str
         norm_groups=tuple(groups),
         scale_pairs=tuple(_scale_pairs(places, flow)),
         other=tuple(sorted(other)),
-        cached_width=_cached_width(list(places.values())),
+        cached_width=_projected_width(block)
+        * flow.cached_width
+        // max(_projected_width(dense.blocks[index]), 1),
         window=_window(stored.model.config.get_text_config(decoder=True), index),
     )
 
 
 def _place(name: str, path: str, module: Any, shares_input: str) -> LinearPlace:
-    if isinstance(module, nn.Linear):
-        in_features, out_features = module.in_features, module.out_features
-    else:
-        in_features, out_features = module.weight.shape
+    out_features, in_features = _shape(module)
     role = _role(path)
     assert role is not None  # others were refused
     transposed = not isinstance(module, nn.Linear)
     return LinearPlace(
         name, role, in_features, out_features, module.bias is not None, transposed, shares_input
     )
+
+
+def _shape(linear: Any) -> tuple[int, int]:
+    """``(out_features, in_features)``."""
+    if isinstance(linear, nn.Linear):
+        return linear.out_features, linear.in_features
+    return linear.weight.shape[1], linear.weight.shape[0]
 
 
 def _scale_pairs(places: dict[str, LinearPlace], flow: BlockFlow) -> Iterator[ScalePair]:
@@ -495,12 +503,12 @@ def _scale_pairs(places: dict[str, LinearPlace], flow: BlockFlow) -> Iterator[Sc
         yield ScalePair(places[up].name, places[down].name, "up->down")
 
 
-def _cached_width(places: list[LinearPlace]) -> int:
-    """Keys and values per token: what the projections make, less the queries in a fused one."""
-    widths = {place.role: place.out_features for place in places}
-    if "qkv" in widths:
-        return widths["qkv"] - next(place.in_features for place in places if place.role == "o")
-    return widths.get("k", 0) + widths.get("v", 0)
+def _projected_width(block: nn.Module) -> int:
+    """Keys and values that a block's projections make per token."""
+    modules = {_role(path): module for path, module in block.named_modules() if is_linear(module)}
+    if "qkv" in modules:
+        return _shape(modules["qkv"])[0] - _shape(modules["o"])[1]  # less the queries
+    return sum(_shape(modules[role])[0] for role in ("k", "v") if role in modules)
 
 
 def _window(config: Any, index: int) -> int | None:

@@ -264,7 +264,9 @@ def split_hidden(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return kwargs["hidden_states"], ((), {k: v for k, v in kwargs.items() if k != "hidden_states"})
 
 
-def walk(outline: Outline, ids: Tensor, returns_tuple: bool) -> tuple[Tensor, list[Arguments]]:
+def walk(
+    outline: Outline, ids: Tensor, returns_tuple: bool, use_cache: bool = False
+) -> tuple[Tensor, list[Arguments]]:
     """Run the model up to its last block, none of which does anything.
 
     Parameters
@@ -274,6 +276,8 @@ def walk(outline: Outline, ids: Tensor, returns_tuple: bool) -> tuple[Tensor, li
     ids : LongTensor ``[b, T]``
     returns_tuple : bool
         Whether the model expects a block to return a tuple.
+    use_cache : bool
+        Whether the model hands an empty cache to its blocks.
 
     Returns
     -------
@@ -299,7 +303,7 @@ def walk(outline: Outline, ids: Tensor, returns_tuple: bool) -> tuple[Tensor, li
 
     stand_ins = [stand_in(i) for i in range(last + 1)]
     with replaced_forward(list(outline.blocks), stand_ins), suppress(Reached):
-        outline.model(input_ids=ids, use_cache=False)
+        outline.model(input_ids=ids, use_cache=use_cache)
     if len(arguments) != last + 1:
         raise UnsupportedArchitecture(
             f"{type(outline.model).__name__} runs {len(arguments)} of its {last + 1} blocks",
@@ -310,7 +314,7 @@ def walk(outline: Outline, ids: Tensor, returns_tuple: bool) -> tuple[Tensor, li
 
 
 def first_arguments(outline: Outline, ids: Tensor) -> tuple[Tensor, Arguments]:
-    """What enters block 0, as `walk`, before it is known what a block returns."""
+    """What enters block 0, as `walk`, for which it needn't be known what a block returns."""
     found: list[tuple[Tensor, Arguments]] = []
 
     def forward(*args: Any, **kwargs: Any) -> Any:

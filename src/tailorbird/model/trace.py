@@ -58,8 +58,8 @@ class BlockFlow:
         Norm in `consumers` -> whether it multiplies by one plus its weight.
     arguments : list of str
         Names of the block's arguments, other than the hidden states, that hold tensors.
-    returns_tuple : bool
-        Whether the block returns a tuple whose first item is the hidden states.
+    cached_width : int
+        Values per token in the cache, keys and values.
     """
 
     order: list[str] = field(default_factory=list)
@@ -67,7 +67,7 @@ class BlockFlow:
     consumers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     offsets: dict[str, bool] = field(default_factory=dict)
     arguments: list[str] = field(default_factory=list)
-    returns_tuple: bool = False
+    cached_width: int = 0
     _operations: list[_Operation] = field(default_factory=list, repr=False)
     _written: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)
     _read: dict[str, int] = field(default_factory=dict, repr=False)
@@ -192,7 +192,6 @@ def trace_block(
         for handle in handles:
             handle.remove()
     flow.arguments = _tensor_arguments(block, hidden, arguments)
-    flow.returns_tuple = isinstance(output, tuple)
     flow._operations = recorder.operations
     leaves = {recorder.memory(x) for x in tree_leaves(output) if isinstance(x, Tensor)}
     for name, (memory, start) in norm_outputs.items():
@@ -204,6 +203,31 @@ def trace_block(
             flow.consumers[name] = found
             flow.offsets[name] = offset
     return flow
+
+
+@torch.no_grad()
+def cached_width(block: nn.Module, hidden: Tensor, arguments: Arguments) -> int:
+    """Values per token that an empty block puts into the cache that `arguments` hold, keys and values.
+
+    That is what the block's own code keeps, which may be more than its projections make: some models
+    repeat shared heads before they are kept.
+    """
+    from transformers.cache_utils import Cache
+
+    kept: list[int] = []
+
+    def update(keys: Tensor, values: Tensor, *others: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        tokens = hidden.shape[0] * hidden.shape[1]
+        kept.append((keys.numel() + values.numel()) // tokens)
+        return keys, values
+
+    args, kwargs = arguments
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Cache):
+            value.update = update
+    args, kwargs = on_meta(arguments)
+    block(on_meta(hidden), *args, **kwargs)
+    return sum(kept)
 
 
 def _tensor_arguments(block: nn.Module, hidden: Tensor, arguments: Arguments) -> list[str]:
