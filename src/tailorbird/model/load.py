@@ -35,6 +35,7 @@ def load(directory: str | Path, dtype: torch.dtype | None = None, verify: bool =
     ModelNotFound, CheckpointError, UnsupportedArchitecture
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     from tailorbird.model.quantizer import register
 
@@ -42,13 +43,19 @@ def load(directory: str | Path, dtype: torch.dtype | None = None, verify: bool =
     checkpoint = open_checkpoint(str(directory))
     if verify:
         checkpoint.weights.verify(checkpoint.weights.names)
-    return AutoModelForCausalLM.from_pretrained(
-        checkpoint.directory,
-        dtype="auto" if dtype is None else dtype,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            checkpoint.directory,
+            dtype="auto" if dtype is None else dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()
 
 
 def load_tokenizer(directory: str | Path) -> Any:
