@@ -53,7 +53,7 @@ def test_output_of_the_work_never_mixes_with_results(capsys: pytest.CaptureFixtu
 
 
 def test_long_cells_stay_on_one_line_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
-    print_table(("name", "text"), [("a" * 60, "[b]" + "c" * 100)], left=2)
+    print_table(("name", "text"), [("a" * 60, "[b]" + "c" * 100)], texts=(0, 1))
     assert any(
         "a" * 60 in line and "[b]" + "c" * 100 in line for line in capsys.readouterr().out.splitlines()
     )

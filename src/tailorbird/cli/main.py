@@ -67,6 +67,8 @@ def run(arguments: Sequence[str]) -> int:
     arguments : sequence of str
         Without the program's name.
     """
+    # transformers warns of texts longer than the context, which are cut into windows here.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         status = _parse_and_do(arguments)
         sys.stdout.flush()

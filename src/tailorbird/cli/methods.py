@@ -27,7 +27,9 @@ def methods(
         print_json(fields)
         return
     columns = ("name", "family", "kind", "needs", "paper")
-    print_table(columns, [[_text(row[column]) for column in columns] for row in fields], left=len(columns))
+    print_table(
+        columns, [[_text(row[column]) for column in columns] for row in fields], texts=range(len(columns))
+    )
 
 
 def _text(value: object) -> str:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +77,11 @@ def print_json(value: Any) -> None:
     sys.stdout.flush()
 
 
-def print_table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, title: str = ""
-) -> None:
-    """A table on standard output; the first `left` columns are texts, the rest numbers."""
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim", title_justify="left")
-    if title:
-        table.title = Text(title, style="bold")
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: Container[int] = (0,)) -> None:
+    """A table on standard output; `texts` are the columns that hold texts, the others hold numbers."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < left else "right", overflow="fold")
+        table.add_column(column, justify="left" if i in texts else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     out().print(table)
@@ -107,6 +103,7 @@ def print_result(result: Mapping[str, Any]) -> None:
     print_table(
         ("", "source", "predicted", "measured", ""),
         [(row.name, row.source, row.predicted, row.result, row.remark) for row in rows],
+        texts=(0, 4),
     )
     checks = result.get("checks") or []
     if checks:
@@ -122,7 +119,7 @@ def print_warnings(result: Mapping[str, Any]) -> None:
     """Warnings on standard error, the loud ones last."""
     for warning in sorted(result.get("warnings") or [], key=is_loud):
         style = "bold white on red" if is_loud(warning) else "yellow"
-        err().print(Text(f"warning: {warning}", style=style), soft_wrap=True)
+        err().print(Text(warning, style=style), soft_wrap=True)
 
 
 def print_remarks(remarks: Sequence[str]) -> None:
