@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,10 +87,11 @@ class StoredModel:
                 "a model that `tailorbird fit` or `compress` made",
                 "use it as it is, or compress it first",
             )
-        _refuse_changed_shapes(checkpoint, layout)
+        dense = build_outline(checkpoint.config).model
+        _refuse_changed_shapes(dense, layout)
         checkpoint.weights.verify()
         anatomy = read_anatomy(checkpoint)
-        matrices = _matrices(checkpoint, anatomy, layout)
+        matrices = _matrices(checkpoint, anatomy, layout, dense)
         parts = {
             f"{m.name}.{part}" for m in matrices for part in ("weight", "codes", "scales", "zeros", "order")
         }
@@ -121,7 +123,7 @@ class StoredModel:
         return weight.T.contiguous() if matrix.kind == "conv1d" else weight
 
 
-def _refuse_changed_shapes(checkpoint: Checkpoint, layout: ModelLayout) -> None:
+def _refuse_changed_shapes(dense: Any, layout: ModelLayout) -> None:
     """Other tools build all blocks from the one set of numbers in config.json."""
     for index in layout.blocks:
         raise ExportError(
@@ -129,10 +131,9 @@ def _refuse_changed_shapes(checkpoint: Checkpoint, layout: ModelLayout) -> None:
             "blocks that are all as config.json says",
             "only tailorbird loads such a model",
         )
-    model = build_outline(checkpoint.config).model
     for name, module in layout.modules.items():
         try:
-            weight = model.get_submodule(name).weight
+            weight = dense.get_submodule(name).weight
         except AttributeError:
             continue  # named as in a decoder without head; read_anatomy finds or refuses it
         if sorted(weight.shape) != sorted((module.out_features, module.in_features)):
@@ -143,12 +144,14 @@ def _refuse_changed_shapes(checkpoint: Checkpoint, layout: ModelLayout) -> None:
             )
 
 
-def _matrices(checkpoint: Checkpoint, anatomy: Anatomy, layout: ModelLayout) -> list[Matrix]:
+def _matrices(checkpoint: Checkpoint, anatomy: Anatomy, layout: ModelLayout, dense: Any) -> list[Matrix]:
+    from transformers.pytorch_utils import Conv1D
+
     shapes: list[tuple[str, int, int, str]] = [
         (anatomy.embedding, anatomy.vocab_size, anatomy.embedding_width, "embedding")
     ]
     for place in anatomy.linears():
-        kind = "conv1d" if place.transposed else "linear"
+        kind = "conv1d" if isinstance(dense.get_submodule(place.name), Conv1D) else "linear"
         shapes.append((place.name, place.out_features, place.in_features, kind))
     if not anatomy.tied:
         shapes.append((anatomy.head, anatomy.vocab_size, anatomy.embedding_width, "head"))

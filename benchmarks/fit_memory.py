@@ -1,0 +1,184 @@
+"""Memory: what `fit` predicts of every stage against what the stage takes.
+
+Five random-weight Llamas of 50 M to 1.1 B parameters go through statistics, sensitivity, compression
+and gate, each stage in a process of its own; the peak is that process's VmHWM, file-backed pages
+included. The median of several rounds is compared with the prediction made at the start of the
+process, and the 1.1 B model's worst stage is reported beyond the imports (VmHWM minus the resident
+size right after them). Calibration: 4 sequences of 256 tokens; held out: 8 windows of 256.
+
+    python benchmarks/fit_memory.py [--rounds 3] [--sizes 50M 110M 0.25B 0.5B 1.1B]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from machine import write_result
+from random_models import write_random_llama
+
+#: name -> (blocks, width, feed-forward width, heads, KV heads)
+SIZES = {
+    "50M": (8, 512, 1536, 8, 4),
+    "110M": (12, 768, 2048, 12, 12),
+    "0.25B": (16, 1024, 2816, 16, 8),
+    "0.5B": (24, 1024, 2816, 16, 16),
+    "1.1B": (22, 2048, 5632, 32, 4),
+}
+STAGES = ("statistics", "sensitivity", "compress", "gate")
+
+
+def child(model: str, output: str, text: str, stage: str) -> None:
+    """Run one stage here and print what was predicted and what it took."""
+    from tailorbird.hardware.memory import peak_resident_bytes, resident_bytes, return_freed_memory
+
+    return_freed_memory()
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    from tailorbird.compress import fit, planning
+    from tailorbird.compress import work as work_module
+    from tailorbird.compress.job import Job
+    from tailorbird.compress.recipe import make_recipe
+
+    after_imports = resident_bytes()
+    work = work_module.open_work(
+        model, make_recipe("gptq"), calibration=text, evaluation=None, sequences=4, length=256,
+        context=None, target=None, seed=0, progress=None,
+    )  # fmt: skip
+    prediction = work_module.foresee(work, Path(output))
+    budget = work_module.budget_of(work, "28%", None, None)
+    job = Job(Path(output), {"benchmark": "fit_memory"})
+    cache = planning.score_cache(work)
+    scratch = job.work / "streams"
+    began = time.perf_counter()
+    if stage == "statistics":
+        planning.score_errors(work, cache, scratch)
+    elif stage == "sensitivity":
+        planning.score_sensitivity(work, cache, scratch)
+    else:
+        scores = cache.load()
+        assert scores is not None  # the stages before this one have run
+        codings = planning.choose(work, scores, budget)
+        if stage == "compress":
+            fit.compress_into(work, job, cache, codings)
+        else:
+            fit.check(work, job, codings, 1.0, {})
+    predicted = next(s for s in prediction.stages if s.name == stage)
+    print(
+        json.dumps(
+            {
+                "stage": stage,
+                "seconds": time.perf_counter() - began,
+                "predicted_seconds": predicted.seconds,
+                "predicted_bytes": predicted.peak_rss_bytes,
+                "measured_bytes": peak_resident_bytes(),
+                "imports_bytes": after_imports,
+            }
+        )
+    )
+
+
+def write_text(path: Path) -> None:
+    """Documents of random letters: enough for the windows of both texts."""
+    rng = random.Random(0)
+    with path.open("w") as file:
+        for _ in range(40):
+            file.write(json.dumps({"text": "".join(rng.choices("abcdefghij klmnop\n", k=600))}) + "\n")
+
+
+def measure(size: str, rounds: int, console: Console) -> list[dict[str, Any]]:
+    """All stages of one model, `rounds` times."""
+    blocks, width, inner, heads, kv_heads = SIZES[size]
+    runs = []
+    with tempfile.TemporaryDirectory(prefix="fit-memory-") as folder:
+        root = Path(folder)
+        model = write_random_llama(
+            root / "model", blocks=blocks, hidden=width, intermediate=inner, heads=heads, kv_heads=kv_heads
+        )
+        write_text(root / "text.jsonl")
+        for round_index in range(rounds):
+            for stage in STAGES:
+                command = [
+                    sys.executable, __file__, "--child", str(model), str(root / f"out-{round_index}"),
+                    str(root / "text.jsonl"), stage,
+                ]  # fmt: skip
+                environment = os.environ | {"TAILORBIRD_CACHE": str(root / f"cache-{round_index}")}
+                done = subprocess.run(command, env=environment, capture_output=True, text=True)
+                if done.returncode != 0:
+                    raise SystemExit(done.stderr)
+                runs.append({"size": size, "round": round_index, **json.loads(done.stdout.splitlines()[-1])})
+                console.print(runs[-1])
+    return runs
+
+
+def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Medians per size and stage, and whether each prediction keeps its promise."""
+    rows = []
+    for size in dict.fromkeys(run["size"] for run in runs):
+        for stage in STAGES:
+            same = [r for r in runs if r["size"] == size and r["stage"] == stage]
+            median = {
+                key: statistics.median(r[key] for r in same)
+                for key in (
+                    "predicted_bytes",
+                    "measured_bytes",
+                    "imports_bytes",
+                    "seconds",
+                    "predicted_seconds",
+                )
+            }
+            off = median["predicted_bytes"] - median["measured_bytes"]
+            if median["measured_bytes"] > 200 << 20:
+                good = -0.03 <= off / median["measured_bytes"] <= 0.10
+            else:
+                good = abs(off) <= 30 << 20
+            beyond = median["measured_bytes"] - median["imports_bytes"]
+            rows.append(
+                {"size": size, "stage": stage, **median, "beyond_imports_bytes": beyond, "good": good}
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--name", default="fit_memory", help="name of the result file")
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(*arguments.child)
+        return
+    console = Console()
+    runs: list[dict[str, Any]] = []
+    for size in arguments.sizes:
+        runs += measure(size, arguments.rounds, console)
+    rows = summarize(runs)
+    table = Table("model", "stage", "predicted MiB", "measured MiB", "off", "beyond imports MiB", "kept")
+    for row in rows:
+        off = row["predicted_bytes"] / row["measured_bytes"] - 1
+        table.add_row(
+            row["size"], row["stage"], f"{row['predicted_bytes'] / 2**20:.0f}",
+            f"{row['measured_bytes'] / 2**20:.0f}", f"{off:+.1%}",
+            f"{row['beyond_imports_bytes'] / 2**20:.0f}", "yes" if row["good"] else "no",
+        )  # fmt: skip
+    console.print(table)
+    write_result(arguments.name, {"runs": runs, "medians": rows, "all_kept": all(r["good"] for r in rows)})
+
+
+if __name__ == "__main__":
+    main()

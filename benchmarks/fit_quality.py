@@ -1,0 +1,165 @@
+"""Quality at equal bytes: uniform settings against planned mixes, on every language model at hand.
+
+For each model: round-to-nearest and second-order rounding at 2, 3, 4 and 8 bits, uniform over all
+linears (groups of 32, 64 and 128; embedding and head at 16 bits, and at the same bits), and for the
+bytes that each of these takes, the mix that `fit` plans for that many bytes. A mix wins its case when
+its KL is below that of the best uniform setting that takes no more bytes.
+
+    python benchmarks/fit_quality.py [--models DIR] [--text DIR] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import tailorbird
+from machine import write_result
+from tailorbird.errors import BudgetError, GateRefused
+
+ASSETS = Path(__file__).parents[2] / "shared" / "assets"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with its texts; None leaves them to the model's own."""
+
+    name: str
+    model: str
+    calibration: str | None
+    held_out: str | None
+
+
+def subjects(assets: Path) -> list[Subject]:
+    """The demo, and the models that lie in `assets`."""
+    found = [Subject("demo", "demo", None, None)]
+    data = assets / "data"
+    texts = {
+        "python-7m": ("python-calibration/calibration.txt", "python-heldout/heldout.txt"),
+        "gpt2-wikitext2-1m": ("wikitext-2/valid.txt", "wikitext-2/test.txt"),
+        "stories260k": ("tinystories/valid.ascii-quotes.txt", None),
+    }
+    for name, (calibration, held_out) in texts.items():
+        directory = assets / "models" / name
+        if directory.is_dir():
+            found.append(
+                Subject(
+                    name,
+                    str(directory),
+                    str(data / calibration),
+                    str(data / held_out) if held_out else None,
+                )
+            )
+    return found
+
+
+def uniform_recipes(quick: bool) -> list[tuple[str, str]]:
+    """(label, recipe) of every uniform setting."""
+    recipes = []
+    for method in ("rtn", "gptq"):
+        for bits in (2, 3, 4, 8):
+            for group in (64,) if quick else (32, 64, 128):
+                for ends in (None,) if quick else (None, bits):
+                    tail = f",embedding_bits={ends}" if ends else ""
+                    label = f"{method} {bits} bits g{group}" + (", embedding too" if ends else "")
+                    recipes.append((label, f"{method}:bits={bits},group={group}{tail}"))
+    return recipes
+
+
+def run(call: Any) -> dict[str, Any]:
+    """The numbers of one compression, whether or not the gate liked it."""
+    try:
+        result = call()
+    except GateRefused as refusal:
+        result = refusal.result
+    shutil.rmtree(result.output)
+    return {
+        "total_bytes": result.total_bytes,
+        "bits_per_weight": result.bits_per_weight,
+        "perplexity_before": result.perplexity_before,
+        "perplexity": result.perplexity_after,
+        "kl_mean": result.kl_mean,
+        "top1_agreement": result.top1_agreement,
+        "predicted_kl": result.predicted["kl"],
+        "seconds": result.seconds,
+        "accepted": result.accepted,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--assets", type=Path, default=ASSETS)
+    parser.add_argument("--quick", action="store_true", help="one group size, embedding left alone")
+    parser.add_argument("--only", help="name of one model")
+    arguments = parser.parse_args()
+    console = Console()
+    rows: list[dict[str, Any]] = []
+    for subject in subjects(arguments.assets):
+        if arguments.only and subject.name != arguments.only:
+            continue
+        texts = {"calibration": subject.calibration, "evaluation": subject.held_out}
+        with tempfile.TemporaryDirectory(prefix="fit-quality-") as folder:
+            out = Path(folder) / "out"
+            for label, recipe in uniform_recipes(arguments.quick):
+                numbers = run(
+                    lambda r=recipe, s=subject, t=texts, o=out: tailorbird.compress(
+                        s.model, o, recipe=r, measure_speed=False, **t
+                    )
+                )
+                rows.append({"model": subject.name, "setting": label, "kind": "uniform", **numbers})
+                console.print(rows[-1])
+            budgets = sorted({r["total_bytes"] for r in rows if r["model"] == subject.name})
+            for budget in budgets:
+                try:
+                    numbers = run(
+                        lambda b=budget, s=subject, t=texts, o=out: tailorbird.fit(
+                            s.model, str(b), o, measure_speed=False, **t
+                        )
+                    )
+                except BudgetError:
+                    continue
+                rows.append({"model": subject.name, "setting": "planned", "kind": "planned", **numbers})
+                rows[-1]["budget_bytes"] = budget
+                console.print(rows[-1])
+    cases = []
+    for planned in (r for r in rows if r["kind"] == "planned"):
+        rivals = [
+            r
+            for r in rows
+            if r["model"] == planned["model"]
+            and r["kind"] == "uniform"
+            and r["total_bytes"] <= planned["budget_bytes"]
+        ]
+        best = min(rivals, key=lambda r: r["kl_mean"])
+        cases.append(
+            {
+                "model": planned["model"],
+                "budget_bytes": planned["budget_bytes"],
+                "planned_kl": planned["kl_mean"],
+                "uniform_kl": best["kl_mean"],
+                "uniform": best["setting"],
+                "wins": planned["kl_mean"] < best["kl_mean"],
+            }
+        )
+    table = Table("model", "bytes", "best uniform", "its KL", "planned KL", "wins")
+    for case in cases:
+        table.add_row(
+            case["model"], f"{case['budget_bytes']:,}", case["uniform"], f"{case['uniform_kl']:.4g}",
+            f"{case['planned_kl']:.4g}", "yes" if case["wins"] else "no",
+        )  # fmt: skip
+    console.print(table)
+    share = sum(case["wins"] for case in cases) / len(cases) if cases else 0.0
+    console.print(f"planned mixes win {share:.0%} of {len(cases)} cases")
+    name = "fit_quality" + (f"_{arguments.only}" if arguments.only else "")
+    write_result(name, {"runs": rows, "cases": cases, "win_share": share})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,356 @@
+"""The Python calls that mirror the commands; each returns a dataclass with the fields of its JSON."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tailorbird.errors import SettingsError
+from tailorbird.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from tailorbird.compress.export import ExportResult
+    from tailorbird.compress.job import Job
+    from tailorbird.compress.result import DryRun, FitResult
+    from tailorbird.compress.work import Work
+    from tailorbird.evaluate.speed import Speed
+    from tailorbird.hardware.probe import Probe
+    from tailorbird.run.generate import Generation
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` returns; KL in nats per token, None without a reference."""
+
+    perplexity: float
+    tokens: int
+    kl_mean: float | None = None
+    kl_p99: float | None = None
+    top1_agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """One row of `methods`."""
+
+    name: str
+    family: str
+    kind: str
+    paper: str
+    needs: str
+
+
+def probe(refresh: bool = False, progress: Progress | None = None) -> Probe:
+    """What this machine can do; cached, measured again with `refresh`."""
+    from tailorbird.hardware.probe import probe as measure
+
+    return measure(refresh=refresh, progress=progress)
+
+
+def fit(
+    model: str,
+    memory: str,
+    output: str | Path | None = None,
+    *,
+    calibration: str | None = None,
+    evaluation: str | None = None,
+    context: int | None = None,
+    concurrency: int | None = None,
+    sequences: int | None = None,
+    length: int | None = None,
+    method: str = "gptq",
+    max_kl: float | None = None,
+    max_perplexity_increase: float | None = None,
+    target: str | None = None,
+    dry_run: bool = False,
+    frontier: bool = False,
+    resume: bool = False,
+    measure_speed: bool = True,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> FitResult | DryRun:
+    """Fit `model` to a memory budget: plan, compress, check, report.
+
+    Parameters
+    ----------
+    model : str
+        Directory, Hugging Face id or ``demo``.
+    memory : str
+        ``1.5GiB``, ``800MB``, ``60%`` or ``3.25bpw``; weights, plus KV cache where `context` is given.
+    output : path
+        Where the result goes; it must not exist. Not needed for a dry run.
+    calibration, evaluation : str, optional
+        File or directory of text; see `calibrate.text`.
+    context, concurrency : int, optional
+        Tokens per sequence and sequences at a time for which the KV cache is counted.
+    sequences, length : int, optional
+        Calibration windows and their tokens.
+    method : str
+        A linear method.
+    max_kl : float, optional
+        Nats per token; the gate refuses more.
+    max_perplexity_increase : float, optional
+        Percent; the gate refuses more.
+    target : {"gguf", "compressed-tensors"}, optional
+        Plan inside what that format holds exactly.
+    dry_run : bool
+        Predict memory, disk and time, and write nothing.
+    frontier : bool
+        Also measure quality at six budgets.
+    resume : bool
+        Insist that there is unfinished work to continue.
+    measure_speed : bool
+        Time source and result at batch 1 in a process of their own.
+
+    Returns
+    -------
+    FitResult or DryRun
+
+    Raises
+    ------
+    UserError
+        Something about the input; nothing was written.
+    GateRefused
+        The result is kept as ``OUT.rejected``; `error.result` holds the `FitResult`.
+    """
+    from tailorbird.compress import fit as fitting
+    from tailorbird.compress import planning
+    from tailorbird.compress import work as work_module
+    from tailorbird.compress.job import Job, check_output
+    from tailorbird.compress.recipe import make_recipe
+
+    progress = progress or Silent()
+    _check_device(device)
+    if output is None and not dry_run:
+        raise SettingsError("no --output", "a path for the result", "add -o OUT")
+    target_path = Path(output) if output is not None else Path("result")
+    if not dry_run:
+        check_output(target_path)
+    work = work_module.open_work(
+        model, make_recipe(method), calibration=calibration, evaluation=evaluation, sequences=sequences,
+        length=length, context=context, target=target, seed=seed, progress=progress,
+    )  # fmt: skip
+    budget = work_module.budget_of(work, memory, context, concurrency)
+    prediction = work_module.foresee(work, target_path)
+    if dry_run:
+        return fitting.dry_run(work, budget, prediction)
+    work_module.check_resources(prediction)
+    job = Job(
+        target_path, work_module.record_of(work, {"budget": asdict(budget), "frontier": frontier}), resume
+    )
+    try:
+        scores, cache = planning.score(work, job.work / "streams")
+        codings = planning.choose(work, scores, budget)
+        points = fitting.measure_frontier(work, job, scores, cache, budget) if frontier else None
+        result, accepted = fitting.make(
+            work, job, scores, cache, codings, budget,
+            {"max_kl": max_kl, "max_perplexity_increase": max_perplexity_increase},
+            prediction, command_line(), points,
+        )  # fmt: skip
+        return _hand_over(work, job, result, accepted, measure_speed)
+    finally:
+        job.close()
+
+
+def compress(
+    model: str,
+    output: str | Path,
+    *,
+    recipe: str | None = None,
+    plan: str | Path | None = None,
+    calibration: str | None = None,
+    evaluation: str | None = None,
+    sequences: int | None = None,
+    length: int | None = None,
+    max_kl: float | None = None,
+    max_perplexity_increase: float | None = None,
+    resume: bool = False,
+    measure_speed: bool = True,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> FitResult:
+    """Compress `model` by a recipe (``gptq:bits=4,group=64`` or a YAML file) or by a plan.
+
+    Parameters are those of `fit`; exactly one of `recipe` and `plan` is given.
+    """
+    from tailorbird.compress import fit as fitting
+    from tailorbird.compress import planning
+    from tailorbird.compress import work as work_module
+    from tailorbird.compress.job import Job, check_output
+    from tailorbird.compress.recipe import parse_recipe, recipe_of_plan
+    from tailorbird.plan.planfile import load_plan
+
+    progress = progress or Silent()
+    _check_device(device)
+    if (recipe is None) == (plan is None):
+        raise SettingsError(
+            "neither a recipe nor a plan" if recipe is None else "a recipe and a plan",
+            "exactly one of --recipe and --plan",
+            "give for example --recipe gptq:bits=4,group=64",
+        )
+    check_output(Path(output))
+    chosen = load_plan(Path(plan)) if plan is not None else None
+    parsed = recipe_of_plan(chosen) if chosen is not None else parse_recipe(str(recipe))
+    work = work_module.open_work(
+        model, parsed, calibration=calibration, evaluation=evaluation, sequences=sequences,
+        length=length, context=None, target=None, seed=seed, progress=progress,
+    )  # fmt: skip
+    codings = (
+        planning.codings_of_plan(work, chosen) if chosen is not None else planning.codings_of_recipe(work)
+    )
+    prediction = work_module.foresee(work, Path(output))
+    work_module.check_resources(prediction)
+    job = Job(Path(output), work_module.record_of(work, {"codings": planning.describe(codings)}), resume)
+    try:
+        scores, cache = planning.score(work, job.work / "streams")
+        result, accepted = fitting.make(
+            work, job, scores, cache, codings, None,
+            {"max_kl": max_kl, "max_perplexity_increase": max_perplexity_increase},
+            prediction, command_line(),
+        )  # fmt: skip
+        return _hand_over(work, job, result, accepted, measure_speed)
+    finally:
+        job.close()
+
+
+def _hand_over(work: Work, job: Job, result: FitResult, accepted: bool, measure_speed: bool) -> FitResult:
+    """Measure speed, draw the report, give the result its name; or keep it aside and raise."""
+    from tailorbird.compress import fit as fitting
+    from tailorbird.errors import GateRefused
+    from tailorbird.report.html import write_report
+
+    if measure_speed:
+        result = fitting.add_speed(work, job, result)
+    write_report(job.partial)
+    target = job.publish() if accepted else job.reject()
+    result = replace(result, output=str(target), report=str(target / "report.html"))
+    if accepted:
+        return result
+    failed = next(check for check in result.checks if not check["passed"])
+    where = f" at {failed['place']}" if failed["place"] else ""
+    error = GateRefused(
+        f"the gate refused the result: {failed['name']}{where}: {failed['detail']}",
+        "every check to pass",
+        f"see {target / 'report.html'}; the result was kept at {target}",
+    )
+    error.result = result  # type: ignore[attr-defined]
+    raise error
+
+
+def evaluate(
+    model: str,
+    *,
+    text: str | None = None,
+    reference: str | None = None,
+    context: int | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Perplexity of `model` on held-out text, and its divergence from `reference`.
+
+    Parameters
+    ----------
+    model, reference : str
+        Directory, Hugging Face id or ``demo``.
+    text : str, optional
+        File or directory of text; the demo's held-out modules where `model` or `reference` is the demo.
+    context : int, optional
+        Tokens per window; min(the model's, 2048) unless given.
+    """
+    from tailorbird.evaluate.checkpoint import evaluate as run
+
+    _check_device(device)
+    return Evaluation(**run(model, text, reference, context, progress or Silent()))
+
+
+def speed(
+    model: str,
+    *,
+    prompt_tokens: int = 64,
+    new_tokens: int = 32,
+    batch: int = 1,
+    threads: int | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Speed:
+    """Measure prefill and decode speed of `model` on this machine."""
+    from tailorbird.evaluate.speed import speed as measure
+
+    _check_device(device)
+    return measure(model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, threads=threads)
+
+
+def generate(
+    model: str,
+    prompt: str,
+    *,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str = "cpu",
+    on_text: Callable[[str], None] | None = None,
+) -> Generation:
+    """Continue `prompt`."""
+    from tailorbird.model.load import load, load_tokenizer
+    from tailorbird.run.generate import generate as run
+
+    _check_device(device)
+    tokenizer = load_tokenizer(model)
+    return run(
+        load(model),
+        tokenizer,
+        prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        on_text=on_text,
+    )
+
+
+def export(
+    directory: str | Path, to: str, output: str | Path, progress: Progress | None = None
+) -> ExportResult:
+    """Write a compressed checkpoint in another tool's format, and compare it there where that is possible."""
+    from tailorbird.compress.export import export as run
+
+    return run(Path(directory), to, Path(output))
+
+
+def methods(family: str | None = None) -> list[MethodRow]:
+    """Every method there is, with its paper."""
+    from tailorbird.errors import nearest
+    from tailorbird.linear import LINEAR_METHODS
+
+    rows = [
+        MethodRow(name, kind.family, kind.kind, kind.paper, ", ".join(sorted(kind.requirements)) or "nothing")
+        for name, kind in LINEAR_METHODS.items()
+    ]
+    if family is None:
+        return rows
+    families = {row.family for row in rows}
+    if family not in families:
+        raise SettingsError(f"family `{family}`", "a family of methods", nearest(family, families))
+    return [row for row in rows if row.family == family]
+
+
+def command_line() -> str:
+    """The command that runs, as the report shows it."""
+    return " ".join(["tailorbird", *sys.argv[1:]]) if sys.argv and "tailorbird" in sys.argv[0] else "Python"
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise SettingsError(f"device `{device}`", "cpu", "use --device cpu") from None
+    if kind != "cpu":
+        raise SettingsError(
+            f"device `{device}`", "cpu, the only one that these commands use so far", "use --device cpu"
+        )

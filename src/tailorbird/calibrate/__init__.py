@@ -1,0 +1,1 @@
+"""From text to token batches and statistics, one block at a time."""

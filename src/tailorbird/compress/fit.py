@@ -1,0 +1,245 @@
+"""`fit` and `compress`: from an opened source and a plan to a checked result.
+
+The pipeline writes the files, the gate compares them with the source, plan and report data are
+written beside them. What is unfinished lives in a `Job` and resumes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from tailorbird.calibrate.stream import StreamingModel
+from tailorbird.compress.gate import Verdict, examine
+from tailorbird.compress.job import Job
+from tailorbird.compress.manifest import plan_of, report_data
+from tailorbird.compress.pipeline import Compression, Pipeline
+from tailorbird.compress.planning import choose, describe, predicted_losses
+from tailorbird.compress.result import DryRun, FitResult
+from tailorbird.compress.work import Stage, Work, record_of
+from tailorbird.errors import ResumeError
+from tailorbird.evaluate.streamed import measure_quality
+from tailorbird.formats.packed import (
+    Coding,
+)
+from tailorbird.hardware.memory import (
+    available_bytes,
+    peak_resident_bytes,
+)
+from tailorbird.model.anatomy import read_anatomy
+from tailorbird.model.checkpoint import open_checkpoint
+from tailorbird.model.json_file import read_json
+from tailorbird.model.weights import Weights
+from tailorbird.model.writing import write_json
+from tailorbird.plan.budget import Budget, format_size
+from tailorbird.plan.planfile import save_plan
+from tailorbird.plan.predict import Prediction
+from tailorbird.plan.scores import (
+    ScoreCache,
+    Scores,
+)
+
+
+def dry_run(work: Work, budget: Budget | None, prediction: Prediction) -> DryRun:
+    """What `fit` would need, without doing it."""
+    return DryRun(
+        model=work.name,
+        parameters=work.checkpoint.parameters,
+        dense_bytes=work.dense_bytes,
+        budget_bytes=budget.total_bytes if budget else None,
+        kv_bytes=budget.kv_bytes if budget else 0,
+        smallest_bytes=work.smallest_bytes + (budget.kv_bytes if budget else 0),
+        predicted_total_bytes=budget.total_bytes if budget else work.smallest_bytes,
+        stages=prediction.as_dicts(),
+        fits=prediction.advice is None,
+        advice=prediction.advice,
+        machine_available_bytes=prediction.available_bytes,
+        disk_free_bytes=prediction.disk_free_bytes,
+    )
+
+
+def make(
+    work: Work,
+    job: Job,
+    scores: Scores,
+    cache: ScoreCache,
+    codings: dict[str, Coding],
+    budget: Budget | None,
+    limits: dict[str, float | None],
+    prediction: Prediction,
+    command: str,
+    frontier: Sequence[dict[str, Any]] | None = None,
+) -> tuple[FitResult, bool]:
+    """Compress, check, and write plan and report data into ``OUT.partial``.
+
+    Returns
+    -------
+    FitResult, bool
+        The result, and whether the gate accepted it.
+    """
+    if scores.content_hash != work.checkpoint.content_hash():
+        raise ResumeError(
+            f"the weights of {work.name} are not those that were measured",
+            "the source as it was when its scores were taken",
+            f"remove {cache.directory} to measure it again",
+        )
+    measured = compress_into(work, job, cache, codings)
+    predicted = predicted_losses(work, scores, codings)
+    predicted_kl = sum(p["kl"] for p in predicted.values())
+    verdict = check(work, job, codings, predicted_kl, limits)
+    result = summarize(work, job, verdict, budget, predicted_kl, prediction)
+    plan = plan_of(work, scores, codings, budget, predicted, measured, result)
+    save_plan(plan, job.partial / "plan.yaml")
+    write_json(
+        job.partial / "report.json",
+        report_data(work, scores, plan, result, verdict.quality, prediction, command, frontier),
+    )
+    return result, verdict.passed
+
+
+def compress_into(
+    work: Work, job: Job, cache: ScoreCache, codings: dict[str, Coding]
+) -> dict[str, dict[str, float]]:
+    """Run the pipeline into `job`; returns the errors measured at each place."""
+    needs_head = work.anatomy.tied and work.anatomy.embedding in codings
+    compression = Compression(
+        codings=codings,
+        method=work.recipe.method,
+        ids=work.texts.calibration.ids,
+        head=cache.load_head() if needs_head else None,
+    )
+    model = StreamingModel(work.checkpoint, work.anatomy)
+    with Stage(work, "compress", len(work.anatomy.blocks) + 1):
+        measured = Pipeline(job, work.checkpoint, model, compression, work.progress).run()
+        work.checkpoint.copy_companions(job.partial)
+    return measured
+
+
+def check(
+    work: Work, job: Job, codings: dict[str, Coding], predicted_kl: float, limits: dict[str, float | None]
+) -> Verdict:
+    """Hold what lies in ``OUT.partial`` against the source."""
+    with Stage(work, "gate", len(work.anatomy.blocks) + 1):
+        return examine(
+            work.checkpoint, work.anatomy, job.partial, codings, recorded_rows(job),
+            work.texts.held_out.ids, work.texts.held_out_texts, predicted_kl,
+            job.work / "streams", work.progress, **limits,
+        )  # fmt: skip
+
+
+def recorded_rows(job: Job) -> dict[str, torch.Tensor]:
+    """Row errors of all places as the pipeline recorded them."""
+    rows: dict[str, torch.Tensor] = {}
+    for path in sorted((job.work / "done").glob("*.rows.safetensors")):
+        weights = Weights.open_file(path)
+        rows |= {name: weights.read(name) for name in weights.names}
+    return rows
+
+
+def summarize(
+    work: Work,
+    job: Job,
+    verdict: Verdict,
+    budget: Budget | None,
+    predicted_kl: float,
+    prediction: Prediction,
+) -> FitResult:
+    """The result in numbers."""
+    weight_bytes = Weights.open(job.partial).total_bytes
+    kv_bytes = budget.kv_bytes if budget else 0
+    quality = verdict.quality
+    peaks = [s["measured_bytes"] for s in work.stages if s["measured_bytes"]]
+    return FitResult(
+        output=str(job.output),
+        budget_bytes=budget.total_bytes if budget else None,
+        total_bytes=weight_bytes + kv_bytes,
+        weight_bytes=weight_bytes,
+        kv_bytes=kv_bytes,
+        bits_per_weight=8 * weight_bytes / work.checkpoint.parameters,
+        perplexity_before=quality.perplexity_before if quality else None,
+        perplexity_after=quality.perplexity_after if quality else None,
+        kl_mean=quality.kl_mean if quality else None,
+        kl_p99=quality.kl_p99 if quality else None,
+        top1_agreement=quality.top1_agreement if quality else None,
+        predicted={
+            "kl": predicted_kl,
+            "peak_rss_bytes": prediction.peak_rss_bytes,
+            "seconds": prediction.seconds,
+        },
+        seconds=sum(s["seconds"] for s in work.stages),
+        peak_rss_bytes=max(peaks, default=peak_resident_bytes()),
+        accepted=verdict.passed,
+        checks=[asdict(check) for check in verdict.checks],
+        warnings=list(work.texts.notes),
+    )
+
+
+def measure_frontier(
+    work: Work, job: Job, scores: Scores, cache: ScoreCache, budget: Budget
+) -> list[dict[str, Any]]:
+    """Predicted and measured quality at six budgets, from near the smallest plan to near 16 bits.
+
+    Each point is a compression of its own under ``.job``; a point that is done is not made again.
+    """
+    smallest = work.smallest_bytes
+    largest = work.dense_bytes
+    points = []
+    for index, share in enumerate((0.05, 0.15, 0.25, 0.35, 0.5, 0.7)):
+        size = int(smallest + share * (largest - smallest))
+        known = job.result(f"frontier-{index}")
+        if known is None:
+            codings = choose(work, scores, replace(budget, total_bytes=size + budget.kv_bytes))
+            inner = Job(job.work / f"frontier-{index}", record_of(work, {"codings": describe(codings)}))
+            work.progress.stage(f"frontier {index + 1}/6", 2 * len(work.anatomy.blocks) + 2)
+            compress_into(work, inner, cache, codings)
+            result = open_checkpoint(str(inner.partial))
+            quality = measure_quality(
+                StreamingModel(work.checkpoint, work.anatomy),
+                StreamingModel(result, read_anatomy(result)),
+                work.texts.held_out.ids,
+                inner.work / "streams",
+                work.progress,
+            )
+            known = {
+                "bytes": result.weights.total_bytes,
+                "predicted_kl": sum(p["kl"] for p in predicted_losses(work, scores, codings).values()),
+                "measured_kl": quality.kl_mean,
+                "label": f"{8 * result.weights.total_bytes / work.checkpoint.parameters:.2f} bits",
+            }
+            inner.close()
+            shutil.rmtree(inner.partial)
+            job.finish(f"frontier-{index}", known)
+        points.append(known)
+    return points
+
+
+def add_speed(work: Work, job: Job, result: FitResult) -> FitResult:
+    """Tokens per second of source and result at batch 1, where both fit into memory at once.
+
+    They are measured in a process of their own, so that neither the peak nor the caches of this one
+    count.
+    """
+    needed = 2 * (work.checkpoint.weights.total_bytes + result.weight_bytes) + (1 << 30)
+    if needed > available_bytes():
+        note = f"speed was not measured: source and result together need {format_size(needed)} of memory"
+        return replace(result, warnings=[*result.warnings, note])
+    from tailorbird.evaluate.speed import compare_in_child
+
+    work.progress.stage("speed", 0)
+    found = compare_in_child(work.checkpoint.directory, job.partial)
+    warnings = list(result.warnings)
+    if found["ratio"] < 1:
+        paths = ", ".join(found["paths"])
+        warnings.append(
+            f"SLOWER than its source at batch 1 on this machine: {found['ratio']:.2f} times its speed "
+            f"({paths})"
+        )
+    result = replace(result, speed=found, warnings=warnings)
+    data = read_json(job.partial / "report.json")
+    data["result"] = asdict(result)
+    write_json(job.partial / "report.json", data)
+    return result

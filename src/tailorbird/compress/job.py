@@ -1,0 +1,188 @@
+"""Unfinished work on disk: what a killed run leaves, and what the same command continues.
+
+A job lives in ``OUT.partial``. Finished files of the result stand there under their final names;
+everything that only the job needs lies in ``OUT.partial/.job``: the record that fixes its inputs,
+one file per finished stage or block, and the activation streams. Every file appears whole (written
+under a temporary name, synced, renamed), so a kill at any moment leaves a state that resumes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tailorbird.errors import ResourceError, ResumeError, SettingsError
+from tailorbird.model.writing import write_json
+
+WORK = ".job"
+
+
+def check_output(output: Path) -> None:
+    """Raise where `output` can't become the result: it exists, or its folder can't be written."""
+    if output.exists():
+        raise SettingsError(
+            f"output {output} exists already",
+            "a path that doesn't exist",
+            "choose another --output or remove it",
+        )
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ResourceError(
+            f"{parent} can't be written to",
+            "a directory with write permission",
+            "choose another --output or change the permissions",
+        )
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """One line per field in which two records differ: `field: saved -> now`."""
+    lines = []
+    for key in sorted(saved.keys() | now.keys()):
+        a, b = saved.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {_short(a)} -> {_short(b)}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class Job:
+    """Exclusive hold on ``OUT.partial`` for one run.
+
+    Attributes
+    ----------
+    output, partial, work : Path
+        The result's final path, ``OUT.partial`` and ``OUT.partial/.job``.
+    resumed : bool
+        Whether earlier work was found.
+    """
+
+    def __init__(self, output: Path, record: dict[str, Any], resume: bool = False) -> None:
+        """Start a job or continue one.
+
+        Parameters
+        ----------
+        output : Path
+            Where the result will stand.
+        record : dict
+            Everything that decides the result's bytes, in JSON types.
+        resume : bool
+            Insist that there is something to resume.
+
+        Raises
+        ------
+        ResumeError
+            Unfinished work with another record, or none although `resume` was asked for.
+        ResourceError
+            Another process holds the job.
+        """
+        check_output(output)
+        self.output = output
+        self.partial = output.with_name(output.name + ".partial")
+        self.rejected = output.with_name(output.name + ".rejected")
+        self.work = self.partial / WORK
+        record_file = self.work / "record.json"
+        self.resumed = record_file.exists()
+        if self.partial.exists() and not self.resumed:
+            raise ResumeError(
+                f"{self.partial} exists but holds no record of a job",
+                "unfinished work of tailorbird, or nothing",
+                "remove it or choose another --output",
+            )
+        if resume and not self.resumed:
+            raise ResumeError(
+                f"nothing to resume at {self.partial}",
+                "unfinished work of the same command",
+                "run without --resume to start",
+            )
+        if self.resumed:
+            self._hold()
+            self._compare(record_file, record)
+        else:
+            # The record must come to be together with the directory: build both aside, then rename.
+            fresh = output.with_name(f"{output.name}.starting-{os.getpid()}")
+            (fresh / WORK / "done").mkdir(parents=True)
+            (fresh / WORK / "streams").mkdir()
+            write_json(fresh / WORK / "record.json", record)
+            os.rename(fresh, self.partial)
+            self._hold()
+
+    def _hold(self) -> None:
+        self._lock = open(self.work / "lock", "w")  # noqa: SIM115  held until the job ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise ResourceError(
+                f"{self.partial} is in use by another process",
+                "one run per output",
+                "wait for it to end, or choose another --output",
+            ) from None
+
+    def _compare(self, record_file: Path, record: dict[str, Any]) -> None:
+        try:
+            saved = json.loads(record_file.read_text())
+        except (OSError, ValueError):
+            saved = None
+        if not isinstance(saved, dict):
+            raise ResumeError(
+                f"{record_file} can't be read", "the record of an unfinished job", f"remove {self.partial}"
+            )
+        lines = differences(saved, json.loads(json.dumps(record)))
+        if lines:
+            self._lock.close()
+            raise ResumeError(
+                f"{self.partial} was made with other inputs: " + "; ".join(lines[:8]),
+                "the same source, plan, text, settings, threads and versions",
+                f"give the command that began it, or remove {self.partial}",
+            )
+
+    def result(self, stage: str) -> Any | None:
+        """What `finish` recorded for `stage`, or None where it isn't done."""
+        path = self.work / "done" / f"{stage}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def finish(self, stage: str, data: Any) -> None:
+        """Mark `stage` done for good, with `data` (JSON types) for whoever continues."""
+        write_json(self.work / "done" / f"{stage}.json", data)
+
+    def stream(self, name: str) -> Path:
+        """Path of the activation stream `name`."""
+        return self.work / "streams" / name
+
+    def drop_streams(self, keep: set[str]) -> None:
+        """Delete the activation streams that are not named in `keep`."""
+        for path in (self.work / "streams").iterdir():
+            if path.name not in keep:
+                path.unlink()
+
+    def publish(self) -> Path:
+        """Turn ``OUT.partial`` into the result."""
+        return self._move(self.output)
+
+    def reject(self) -> Path:
+        """Keep the result as ``OUT.rejected``, in place of an earlier one."""
+        if self.rejected.exists():
+            shutil.rmtree(self.rejected)
+        return self._move(self.rejected)
+
+    def _move(self, target: Path) -> Path:
+        os.rename(self.partial, target)
+        shutil.rmtree(target / WORK)
+        self._lock.close()
+        return target
+
+    def close(self) -> None:
+        """Let go of the job without finishing it."""
+        self._lock.close()

@@ -1,0 +1,136 @@
+"""What a result says of itself: ``plan.yaml`` and the data of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import tailorbird
+from tailorbird.calibrate.text import (
+    Windows,
+)
+from tailorbird.compress.result import FitResult
+from tailorbird.compress.work import Work, machine, record_of
+from tailorbird.evaluate.quality import Quality
+from tailorbird.formats.packed import (
+    Coding,
+    FloatCoding,
+    coding_to_dict,
+    stored_bytes,
+)
+from tailorbird.plan.budget import Budget
+from tailorbird.plan.planfile import Plan
+from tailorbird.plan.predict import Prediction
+from tailorbird.plan.scores import PlaceScore, Scores
+
+
+def plan_of(
+    work: Work,
+    scores: Scores,
+    codings: dict[str, Coding],
+    budget: Budget | None,
+    predicted: dict[str, dict[str, float]],
+    measured: dict[str, dict[str, float]],
+    result: FitResult,
+) -> Plan:
+    """The manifest of the result."""
+    texts = work.texts
+
+    def text_facts(windows: Windows) -> dict[str, Any]:
+        return {
+            "source": windows.source,
+            "fingerprint": windows.fingerprint,
+            "tokens": windows.tokens,
+            "sequences": windows.ids.shape[0],
+            "length": windows.ids.shape[1],
+            "documents": windows.documents,
+        }
+
+    places = []
+    for place in scores.places:
+        coding = codings.get(place.name)
+        if coding is None:
+            dtype = work.checkpoint.weights.info(f"{place.name}.weight").dtype
+            coding = FloatCoding(str(dtype).removeprefix("torch."))
+        places.append(
+            {
+                "name": place.name,
+                "role": place.role,
+                "block": block_of(work, place),
+                "shape": list(place.shape),
+                "coding": coding_to_dict(coding),
+                "bytes": stored_bytes(coding, *place.shape),
+                "predicted": predicted.get(place.name),
+                "measured": measured.get(place.name),
+            }
+        )
+    facts = record_of(work, {})
+    return Plan.model_validate(
+        {
+            "schema": 1,
+            "tailorbird": tailorbird.__version__,
+            "source": {
+                "model": work.name,
+                "fingerprint": work.checkpoint.fingerprint,
+                "content_hash": scores.content_hash,
+                "architecture": work.anatomy.architecture,
+                "parameters": work.checkpoint.parameters,
+                "licence": work.checkpoint.licence,
+            },
+            "budget": asdict(budget) if budget else None,
+            "method": facts["method"],
+            "target": work.target,
+            "calibration": text_facts(texts.calibration),
+            "evaluation": text_facts(texts.held_out),
+            "machine": machine(),
+            "versions": facts["versions"],
+            "seed": work.seed,
+            "result": {k: v for k, v in asdict(result).items() if k not in ("checks", "warnings")},
+            "places": places,
+        }
+    )
+
+
+def block_of(work: Work, place: PlaceScore) -> int | None:
+    """Index of the block that `place` belongs to; None for the embedding and the head."""
+    return place.block if 0 <= place.block < len(work.anatomy.blocks) else None
+
+
+def report_data(
+    work: Work,
+    scores: Scores,
+    plan: Plan,
+    result: FitResult,
+    quality: Quality | None,
+    prediction: Prediction,
+    command: str,
+    frontier: Sequence[dict[str, Any]] | None,
+) -> dict[str, Any]:
+    """Everything that the report draws, in JSON types."""
+    foreseen = {stage.name: stage for stage in prediction.stages}
+    return {
+        "result": asdict(result),
+        "plan": plan.model_dump(mode="json", by_alias=True),
+        "kl_histogram": quality.histogram if quality else None,
+        "frontier": list(frontier) if frontier else None,
+        "sensitivity": [
+            {"name": p.name, "block": block_of(work, p), "role": p.role, "coefficient": p.coefficient}
+            for p in scores.places
+        ],
+        "candidates": {p.name: p.errors for p in scores.places},
+        "probe": machine(),
+        "calibration_halves_kl": None,
+        "command": command,
+        "stages": [
+            {
+                "name": stage["name"],
+                "predicted_bytes": foreseen[stage["name"]].peak_rss_bytes,
+                "measured_bytes": stage["measured_bytes"],
+                "predicted_seconds": foreseen[stage["name"]].seconds,
+                "seconds": stage["seconds"],
+            }
+            for stage in work.stages
+            if stage["name"] in foreseen
+        ],
+    }

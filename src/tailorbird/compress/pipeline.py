@@ -1,0 +1,352 @@
+"""Compression, one block at a time: from a source and a choice per place to the files of the result.
+
+Two streams of hidden states walk over the blocks: one through the source, one through what has been
+compressed so far. Inside a block the linears are treated in the order in which data reaches them;
+after each group that shares an input the block runs again, so that every linear is rounded against
+the inputs it will really see (and, for asymmetric calibration, S139, towards the outputs of the
+source). When a block is finished its file is written, both streams are saved at its boundary and
+the block is marked done: a killed run continues there and ends with the same bytes.
+
+Files: one safetensors file for what lies outside the blocks, one per block, one for an untied head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tailorbird.calibrate.activations import ActivationFile
+from tailorbird.calibrate.statistics import GramAccumulator, LinearStatistics
+from tailorbird.calibrate.stream import StreamingModel
+from tailorbird.compress.job import Job
+from tailorbird.evaluate.streamed import batches
+from tailorbird.formats.packed import Coding, IntegerCoding, PackedWeight, coding_to_dict
+from tailorbird.linear import LinearMethod
+from tailorbird.linear.error import output_error, row_errors
+from tailorbird.linear.quantize.rtn import Rtn
+from tailorbird.model.anatomy import Anatomy, BlockAnatomy, LinearPlace
+from tailorbird.model.checkpoint import Checkpoint
+from tailorbird.model.json_file import read_json
+from tailorbird.model.weights import Weights
+from tailorbird.model.writing import write_json, write_tensors
+from tailorbird.progress import Progress
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What the pipeline needs to know, fixed before it starts.
+
+    Attributes
+    ----------
+    codings : dict
+        Place -> coding; a place that isn't named stays as it is stored.
+    method : LinearMethod
+        Rounds the linears inside the blocks, and the head.
+    ids : LongTensor ``[windows, length]`` or None
+        Calibration tokens; None only for a method that needs none.
+    head : LinearStatistics or None
+        Statistics of the head's input in the source, for a tied pair that is compressed.
+    """
+
+    codings: dict[str, Coding]
+    method: LinearMethod
+    ids: torch.Tensor | None
+    head: LinearStatistics | None
+
+
+def file_count(anatomy: Anatomy) -> int:
+    """Number of safetensors files of a result."""
+    return len(anatomy.blocks) + (1 if anatomy.tied else 2)
+
+
+def file_name(anatomy: Anatomy, part: int) -> str:
+    """Name of the file of `part`: 0 is the embedding, ``i + 1`` block ``i``, the last an untied head."""
+    return f"model-{part + 1:05d}-of-{file_count(anatomy):05d}.safetensors"
+
+
+class Pipeline:
+    """One compression; `run` does what is left of it."""
+
+    def __init__(
+        self,
+        job: Job,
+        checkpoint: Checkpoint,
+        model: StreamingModel,
+        compression: Compression,
+        progress: Progress,
+    ) -> None:
+        self.job = job
+        self.checkpoint = checkpoint
+        self.model = model
+        self.anatomy = model.anatomy
+        self.compression = compression
+        self.progress = progress
+        self.streamed = "gram" in compression.method.needs
+        self.paired = "cross" in compression.method.needs
+
+    @torch.no_grad()
+    def run(self) -> dict[str, dict[str, float]]:
+        """Write every file of the result that is not there yet.
+
+        Returns
+        -------
+        dict
+            Place -> ``{"error": relative output error as measured when it was rounded}``.
+        """
+        measured: dict[str, dict[str, float]] = {}
+        done = self.job.result("embedding")
+        if done is None:
+            done = self._embedding()
+        measured |= done
+        blocks = self.anatomy.blocks
+        for block in blocks:
+            name = f"block-{block.index:05d}"
+            done = self.job.result(name)
+            if done is None:
+                done = self._block(block)
+                self.job.finish(name, done)
+            if self.streamed:
+                self.job.drop_streams(self._stream_names(block.index + 1))
+            measured |= done
+            self.progress.advance(note=block.name)
+        if not self.anatomy.tied:
+            done = self.job.result("head")
+            if done is None:
+                done = self._head()
+            measured |= done
+        self.progress.advance()
+        self.job.drop_streams(set())
+        self._index()
+        return measured
+
+    def _stream_names(self, index: int) -> set[str]:
+        return {f"result-{index}"} | ({f"source-{index}"} if self.paired else set())
+
+    def _open_stream(self, kind: str, index: int) -> ActivationFile:
+        ids = self.compression.ids
+        assert ids is not None  # `streamed` methods come with tokens; `fit` sees to it
+        windows, length = ids.shape
+        return ActivationFile(self.job.stream(f"{kind}-{index}"), windows, length, self.anatomy.hidden_size)
+
+    def _embedding(self) -> dict[str, Any]:
+        """Round the embedding, write all that lies outside the blocks, start both streams."""
+        name = self.anatomy.embedding
+        coding = self.compression.codings.get(name)
+        weight = self.model.end_weight(name)
+        tensors = {other: self.checkpoint.weights.read(other) for other in self.anatomy.other}
+        done: dict[str, Any] = {}
+        replacement = None
+        if coding is None:
+            tensors[f"{name}.weight"] = self.checkpoint.weights.read(f"{name}.weight")
+        else:
+            statistics = self.compression.head if self.anatomy.tied else None
+            method = self.compression.method if statistics is not None else Rtn()
+            packed = method(weight, statistics, coding)
+            tensors |= {f"{name}.{part}": tensor for part, tensor in packed.tensors.items()}
+            replacement = packed.dequantize()
+            gram = None if statistics is None else statistics.gram
+            done[name] = {"error": output_error(weight, replacement, gram)}
+            self._write_row_errors("embedding", {name: row_errors(weight, replacement)})
+        write_tensors(self.job.partial / file_name(self.anatomy, 0), tensors)
+        if self.streamed:
+            assert self.compression.ids is not None
+            if self.paired:
+                self._embed_into("source")
+            if replacement is not None:
+                self.model.set_end_weight(name, replacement)
+            self._embed_into("result")
+        self.model.release_ends()
+        self.job.finish("embedding", done)
+        return done
+
+    def _embed_into(self, kind: str) -> None:
+        ids = self.compression.ids
+        assert ids is not None
+        stream = self._open_stream(kind, 0)
+        for start, stop in batches(*ids.shape):
+            stream.write(start, self.model.embed(ids[start:stop]))
+        stream.close()
+
+    def _block(self, anatomy: BlockAnatomy) -> dict[str, Any]:
+        """Compress one block, write its file, carry both streams over it."""
+        index = anatomy.index
+        chosen = [p for p in anatomy.linears if p.name in self.compression.codings]
+        working = self.model.load_block(index)
+        source = self.model.load_block(index) if self.streamed and self.paired else None
+        tensors = {other: self.checkpoint.weights.read(other) for other in anatomy.other}
+        for place in anatomy.linears:
+            if place not in chosen:
+                tensors[place.weight_name] = self.checkpoint.weights.read(place.weight_name)
+        done: dict[str, Any] = {}
+        rows: dict[str, torch.Tensor] = {}
+        for together in sharing_input(chosen):
+            statistics = None
+            if self.streamed:
+                statistics = self._statistics(index, together[0], working, source)
+            for place in together:
+                weight = self.model.weight_of(working, place)
+                coding = self.compression.codings[place.name]
+                packed = self.compression.method(weight, statistics, coding)
+                approximation = packed.dequantize()
+                gram = None if statistics is None else statistics.gram
+                done[place.name] = {"error": output_error(weight, approximation, gram)}
+                rows[place.name] = row_errors(weight, approximation)
+                tensors |= self._stored(place, packed)
+                self.model.set_weight(working, place, approximation)
+                del weight, approximation, packed
+        write_tensors(self.job.partial / file_name(self.anatomy, index + 1), tensors)
+        if rows:
+            self._write_row_errors(f"block-{index:05d}", rows)
+        if self.streamed:
+            self._carry("result", index, working)
+            if source is not None:
+                self._carry("source", index, source)
+        return done
+
+    def _stored(self, place: LinearPlace, packed: PackedWeight) -> dict[str, torch.Tensor]:
+        """Tensors of a compressed linear under their names in the file."""
+        parts = dict(packed.tensors)
+        if place.transposed and "weight" in parts:
+            parts["weight"] = parts["weight"].t().contiguous()
+        return {f"{place.name}.{part}": tensor for part, tensor in parts.items()}
+
+    def _statistics(
+        self, index: int, place: LinearPlace, working: torch.nn.Module, source: torch.nn.Module | None
+    ) -> LinearStatistics:
+        """Statistics of the input that `place` and its fellows read in the compressed block."""
+        key = place.shares_input
+        accumulator = GramAccumulator(place.in_features, cross=source is not None)
+        ids = self.compression.ids
+        assert ids is not None
+        result_stream = self._open_stream("result", index)
+        source_stream = self._open_stream("source", index) if source is not None else None
+        for start, stop in batches(*ids.shape):
+            x = self._input(key, index, working, result_stream.read(start, stop))
+            if source is not None and source_stream is not None:
+                accumulator.add(x, self._input(key, index, source, source_stream.read(start, stop)))
+            else:
+                accumulator.add(x)
+        result_stream.close()
+        if source_stream is not None:
+            source_stream.close()
+        return accumulator.finish()
+
+    def _input(self, key: str, index: int, block: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """What the linears that share the input `key` read when `hidden` enters the block."""
+        found: list[torch.Tensor] = []
+
+        def keep(name: str, x: torch.Tensor) -> None:
+            if name == key:
+                found.append(x)
+
+        self.model.capture_inputs(block, index, hidden, keep)
+        return found[0]
+
+    def _carry(self, kind: str, index: int, block: torch.nn.Module) -> None:
+        """Run a stream through `block` into the stream of the next boundary."""
+        ids = self.compression.ids
+        assert ids is not None
+        before, after = self._open_stream(kind, index), self._open_stream(kind, index + 1)
+        for start, stop in batches(*ids.shape):
+            after.write(start, self.model.run_block(block, index, before.read(start, stop)))
+        before.close()
+        after.close()
+
+    def _head(self) -> dict[str, Any]:
+        """Round an untied head against the inputs that reach it, and write its file."""
+        name = self.anatomy.head
+        coding = self.compression.codings.get(name)
+        tensors: dict[str, torch.Tensor] = {}
+        done: dict[str, Any] = {}
+        if coding is None:
+            tensors[f"{name}.weight"] = self.checkpoint.weights.read(f"{name}.weight")
+        else:
+            weight = self.model.end_weight(name)
+            statistics = self._head_statistics() if self.streamed else None
+            packed = self.compression.method(weight, statistics, coding)
+            approximation = packed.dequantize()
+            gram = None if statistics is None else statistics.gram
+            done[name] = {"error": output_error(weight, approximation, gram)}
+            self._write_row_errors("head", {name: row_errors(weight, approximation)})
+            tensors |= {f"{name}.{part}": tensor for part, tensor in packed.tensors.items()}
+            self.model.release_ends()
+        if f"{name}.bias" in self.checkpoint.weights.names:
+            tensors[f"{name}.bias"] = self.checkpoint.weights.read(f"{name}.bias")
+        last = file_count(self.anatomy) - 1
+        write_tensors(self.job.partial / file_name(self.anatomy, last), tensors)
+        self.job.finish("head", done)
+        return done
+
+    def _head_statistics(self) -> LinearStatistics:
+        count = len(self.anatomy.blocks)
+        ids = self.compression.ids
+        assert ids is not None
+        accumulator = GramAccumulator(self.model.head_width, cross=self.paired)
+        streams = [self._open_stream("result", count)]
+        if self.paired:
+            streams.append(self._open_stream("source", count))
+        for start, stop in batches(*ids.shape):
+            accumulator.add(*(self.model.head_input(s.read(start, stop)) for s in streams))
+        for stream in streams:
+            stream.close()
+        return accumulator.finish()
+
+    def _write_row_errors(self, name: str, rows: dict[str, torch.Tensor]) -> None:
+        write_tensors(self.job.work / "done" / f"{name}.rows.safetensors", rows)
+
+    def _index(self) -> None:
+        """Write the index of all files and the configuration of the result."""
+        weight_map: dict[str, str] = {}
+        total = 0
+        for part in range(file_count(self.anatomy)):
+            file = file_name(self.anatomy, part)
+            weights = Weights.open_file(self.job.partial / file)
+            weight_map |= dict.fromkeys(weights.names, file)
+            total += weights.total_bytes
+        write_json(
+            self.job.partial / INDEX,
+            {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+        )
+        config = read_json(self.checkpoint.directory / "config.json")
+        config["quantization_config"] = quantization_config(self.anatomy, self.compression.codings)
+        write_json(self.job.partial / "config.json", config)
+
+
+def sharing_input(places: list[LinearPlace]) -> list[list[LinearPlace]]:
+    """`places` grouped by the input they read, in forward order."""
+    groups: dict[str, list[LinearPlace]] = {}
+    for place in places:
+        groups.setdefault(place.shares_input, []).append(place)
+    return list(groups.values())
+
+
+def quantization_config(anatomy: Anatomy, codings: dict[str, Coding]) -> dict[str, Any]:
+    """The entry of ``config.json`` by which the result is loaded; see ``docs/formats.md``."""
+    modules: dict[str, Any] = {}
+    for place in anatomy.linears():
+        coding = codings.get(place.name)
+        if isinstance(coding, IntegerCoding):
+            modules[place.name] = {
+                "out": place.out_features, "in": place.in_features, "bias": place.bias,
+                "coding": coding_to_dict(coding), "order": False,
+            }  # fmt: skip
+    for name in dict.fromkeys((anatomy.embedding, anatomy.head)):
+        coding = codings.get(name)
+        if isinstance(coding, IntegerCoding):
+            out_features, in_features = anatomy.end_shape(name)
+            modules[name] = {
+                "out": out_features, "in": in_features, "bias": False,
+                "coding": coding_to_dict(coding), "order": False,
+            }  # fmt: skip
+    return {
+        "quant_method": "tailorbird",
+        "schema": 1,
+        "modules": modules,
+        "embedding": anatomy.embedding,
+        "head": anatomy.head,
+        "tied": anatomy.tied,
+    }

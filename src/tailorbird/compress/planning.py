@@ -1,0 +1,159 @@
+"""From a source to a choice per place: scores, allocation, and what the choice is predicted to cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tailorbird.calibrate.stream import StreamingModel
+from tailorbird.compress.work import Stage, Work, as_stored, sensitivity_ids
+from tailorbird.errors import SettingsError, nearest
+from tailorbird.formats.packed import (
+    Coding,
+    coding_to_dict,
+)
+from tailorbird.plan.allocate import allocate
+from tailorbird.plan.budget import Budget
+from tailorbird.plan.planfile import Plan
+from tailorbird.plan.scores import (
+    PlaceScore,
+    ScoreCache,
+    Scores,
+    assemble,
+    measure_coefficients,
+    measure_errors,
+    options,
+)
+
+
+def score_cache(work: Work) -> ScoreCache:
+    """Where the scores of this source, text and method are kept."""
+    return ScoreCache(
+        {
+            "source": work.checkpoint.fingerprint,
+            "calibration": work.texts.calibration.fingerprint,
+            "method": work.recipe.describe(),
+            "target": work.target,
+        }
+    )
+
+
+def score(work: Work, scratch: Path) -> tuple[Scores, ScoreCache]:
+    """Errors and sensitivities of the source, from the cache where they are known."""
+    cache = score_cache(work)
+    scores = cache.load()
+    if scores is not None:
+        work.progress.note("scores of this model and text are known; planning without reading weights")
+        return scores, cache
+    if cache.load_errors() is None:
+        score_errors(work, cache, scratch)
+    return score_sensitivity(work, cache, scratch), cache
+
+
+def score_errors(work: Work, cache: ScoreCache, scratch: Path) -> None:
+    """First pass over the source: errors of all candidates, kept in `cache`."""
+    model = StreamingModel(work.checkpoint, work.anatomy)
+    with Stage(work, "statistics", len(work.anatomy.blocks) + 1):
+        errors, ratios, head = measure_errors(
+            model, work.texts.calibration.ids, work.recipe.method, work.codings, scratch, work.progress
+        )
+        cache.save_head(head)
+        cache.save_errors(errors, ratios)
+
+
+def score_sensitivity(work: Work, cache: ScoreCache, scratch: Path) -> Scores:
+    """Second pass over the source: what the errors cost; the scores are then whole and kept."""
+    known = cache.load_errors()
+    assert known is not None  # `score_errors` has run
+    errors, ratios = known
+    ids = sensitivity_ids(work)
+    model = StreamingModel(work.checkpoint, work.anatomy)
+    with Stage(work, "sensitivity", len(work.anatomy.blocks) + len(ids)):
+        coefficients = measure_coefficients(model, ids, errors, scratch, work.progress)
+        content_hash = work.checkpoint.content_hash()
+    scores = assemble(work.anatomy, errors, ratios, coefficients, content_hash)
+    cache.save(scores)
+    return scores
+
+
+def choose(work: Work, scores: Scores, budget: Budget) -> dict[str, Coding]:
+    """Place -> coding of the best plan within `budget`; places that stay as stored are left out."""
+    together = (lambda place: together_for(work.target, place)) if work.target else (lambda place: None)
+    allocation = allocate(options(scores, work.codings, together), budget.weight_bytes - work.other_bytes)
+    return {
+        name: option.coding
+        for name, option in allocation.choices.items()
+        if not as_stored(work, name, option.coding)
+    }
+
+
+def together_for(target: str | None, place: PlaceScore) -> str | None:
+    """Places that must share a coding because `target` fuses them when it loads: q/k/v and gate/up."""
+    if target != "compressed-tensors":
+        return None
+    if place.role in ("q", "k", "v"):
+        return f"{place.block}.qkv"
+    if place.role in ("gate", "up"):
+        return f"{place.block}.gate-up"
+    return None
+
+
+def predicted_losses(work: Work, scores: Scores, codings: dict[str, Coding]) -> dict[str, dict[str, float]]:
+    """Place -> predicted relative error and KL under `codings`; places left as stored cost nothing."""
+    result = {}
+    for place in scores.places:
+        coding = codings.get(place.name)
+        if coding is None:
+            continue
+        if coding.label in place.errors:
+            error = scores.predicted_error(place, coding)
+        else:
+            error = _nearest_error(scores, place, coding)
+        result[place.name] = {"error": error, "kl": place.coefficient * error}
+    return result
+
+
+def _nearest_error(scores: Scores, place: PlaceScore, coding: Coding) -> float:
+    """Error of a coding that was not a candidate: that of the candidate with as many bits, or fewer."""
+    same = [label for label in place.errors if label.startswith(f"int{coding.bits} ")]
+    lower = [
+        label
+        for bits in range(coding.bits, 1, -1)
+        for label in place.errors
+        if label.startswith(f"int{bits} ")
+    ]
+    label = (same or lower or list(place.errors))[-1]
+    return place.errors[label] * scores.ratios.get(label, 1.0)
+
+
+def codings_of_recipe(work: Work) -> dict[str, Coding]:
+    """Place -> coding as the recipe states it for all linears, and for the ends."""
+    recipe = work.recipe
+    if recipe.coding is None:
+        raise SettingsError("a recipe without a coding", "coding: {bits: N, group_size: M}", "add it")
+    codings: dict[str, Coding] = {place.name: recipe.coding for place in work.anatomy.linears()}
+    if recipe.embedding is not None:
+        for name in dict.fromkeys((work.anatomy.embedding, work.anatomy.head)):
+            if name in work.place_shapes():
+                codings[name] = recipe.embedding
+    return {n: c for n, c in codings.items() if not as_stored(work, n, c)}
+
+
+def codings_of_plan(work: Work, plan: Plan) -> dict[str, Coding]:
+    """Place -> coding as the plan states it; a place that it doesn't name stays as stored."""
+    known = work.place_shapes()
+    codings = {}
+    for place in plan.places:
+        if place.name not in known:
+            raise SettingsError(
+                f"the plan names `{place.name}`", "a place of this model", nearest(place.name, known)
+            )
+        coding = place.coding.coding()
+        if not as_stored(work, place.name, coding):
+            codings[place.name] = coding
+    return codings
+
+
+def describe(codings: dict[str, Coding]) -> dict[str, Any]:
+    """Codings in JSON types."""
+    return {name: coding_to_dict(coding) for name, coding in codings.items()}

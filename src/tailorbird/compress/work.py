@@ -1,0 +1,364 @@
+"""What a compression works with: the opened source, its texts, the recipe; checked before work starts.
+
+Everything that can be wrong with the input is found here, without reading weights and without
+writing anything.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tailorbird
+from tailorbird.calibrate.text import (
+    Windows,
+    check_disjoint,
+    held_out_windows,
+    read_documents,
+    split_held_out,
+    token_windows,
+)
+from tailorbird.compress.recipe import Recipe
+from tailorbird.errors import ResourceError, SettingsError, TextError
+from tailorbird.formats.packed import (
+    Coding,
+    FloatCoding,
+    stored_bytes,
+)
+from tailorbird.hardware.memory import (
+    available_bytes,
+    peak_resident_bytes,
+    reset_peak,
+    return_freed_memory,
+)
+from tailorbird.model.anatomy import Anatomy, read_anatomy
+from tailorbird.model.checkpoint import Checkpoint, demo_text, locate, open_checkpoint
+from tailorbird.plan.budget import Budget, format_size, read_budget
+from tailorbird.plan.candidates import candidate_codings
+from tailorbird.plan.predict import Prediction, Workload, predict
+from tailorbird.plan.scores import (
+    places_of,
+)
+from tailorbird.progress import Progress, Silent
+
+SEQUENCES = 128
+LONGEST_WINDOW = 512
+HELD_OUT_TOKENS = 32_768
+LONGEST_HELD_OUT_WINDOW = 2048
+SENSITIVITY_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token windows of both texts, and what the report says of them."""
+
+    calibration: Windows
+    held_out: Windows
+    held_out_texts: tuple[str, ...]
+    notes: tuple[str, ...]
+    self_generated: bool = False
+
+
+@dataclass
+class Work:
+    """Everything that one `fit` or `compress` works with."""
+
+    name: str
+    checkpoint: Checkpoint
+    anatomy: Anatomy
+    tokenizer: Any
+    recipe: Recipe
+    texts: Texts
+    target: str | None
+    seed: int
+    progress: Progress
+    stages: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def codings(self) -> tuple[Coding, ...]:
+        """Candidates of the planner."""
+        return candidate_codings(self.target, self.float_dtype)
+
+    @property
+    def float_dtype(self) -> str:
+        """The 16-bit dtype in which a place is left: the source's own, or bfloat16."""
+        dtype = self.checkpoint.weights.info(f"{self.anatomy.embedding}.weight").dtype
+        return "float16" if dtype == torch.float16 else "bfloat16"
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the source with every parameter at 2 bytes."""
+        return 2 * self.checkpoint.parameters
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes of everything that is not a place, as it is stored."""
+        places = {f"{p.name}.weight" for p in places_of(self.anatomy)}
+        weights = self.checkpoint.weights
+        names = [n for n in weights.names if n not in places and n not in self.anatomy.ignored]
+        return sum(weights.info(name).nbytes for name in names)
+
+    def place_shapes(self) -> dict[str, tuple[int, int]]:
+        """Place -> ``(out_features, in_features)``."""
+        shapes = {p.name: (p.out_features, p.in_features) for p in self.anatomy.linears()}
+        for place in places_of(self.anatomy):
+            if place.name not in shapes:
+                shapes[place.name] = self.anatomy.end_shape(place.name)
+        return shapes
+
+    @property
+    def smallest_bytes(self) -> int:
+        """Tensor data of the smallest plan there is."""
+        return self.other_bytes + sum(
+            min(stored_bytes(coding, *shape) for coding in self.codings)
+            for shape in self.place_shapes().values()
+        )
+
+
+def open_work(
+    model: str,
+    recipe: Recipe,
+    *,
+    calibration: str | None,
+    evaluation: str | None,
+    sequences: int | None,
+    length: int | None,
+    context: int | None,
+    target: str | None,
+    seed: int,
+    progress: Progress | None,
+) -> Work:
+    """Open source and texts; everything here is checked before any work starts.
+
+    Raises
+    ------
+    UserError
+        Whatever is wrong with the model, the texts or the settings.
+    """
+    progress = progress or Silent()
+    return_freed_memory()
+    checkpoint = open_checkpoint(model)
+    if checkpoint.compressed:
+        raise SettingsError(
+            f"{model} is compressed already",
+            "a dense source",
+            "start from the model it was made of (`plan.yaml` names it)",
+        )
+    anatomy = read_anatomy(checkpoint)
+    if target == "gguf":
+        from tailorbird.compress.export import check_gguf_architecture
+
+        check_gguf_architecture(checkpoint)
+    tokenizer = checkpoint.tokenizer()
+    if length is not None and not 1 <= length <= anatomy.context:
+        raise SettingsError(
+            f"calibration windows of {length} tokens",
+            f"1 to {anatomy.context} tokens",
+            "choose another --length",
+        )
+    if context is not None and not 1 <= context <= anatomy.context:
+        raise SettingsError(
+            f"a context of {context} tokens", f"1 to {anatomy.context} tokens", "choose another --context"
+        )
+    texts = open_texts(
+        checkpoint, anatomy, tokenizer, model, calibration, evaluation,
+        sequences or SEQUENCES, length or min(anatomy.context, LONGEST_WINDOW), seed, progress,
+    )  # fmt: skip
+    return Work(model, checkpoint, anatomy, tokenizer, recipe, texts, target, seed, progress)
+
+
+def open_texts(
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    tokenizer: Any,
+    model: str,
+    calibration: str | None,
+    evaluation: str | None,
+    sequences: int,
+    length: int,
+    seed: int,
+    progress: Progress,
+) -> Texts:
+    """Calibration and held-out windows: from files, from the demo's own texts, or from the model itself."""
+    window = min(anatomy.context, LONGEST_HELD_OUT_WINDOW)
+    notes: list[str] = []
+    if calibration is None and checkpoint.directory == locate("demo"):
+        calibration = str(demo_text("calibration"))
+        evaluation = evaluation or str(demo_text("held_out"))
+        notes.append("text: the demo's own calibration and held-out modules of Python's standard library")
+    if calibration is None:
+        return _generated_texts(
+            checkpoint, tokenizer, anatomy, evaluation, sequences, length, window, seed, progress
+        )
+    documents = read_documents(Path(calibration), tokenizer)
+    if evaluation is None:
+        documents, held_out = split_held_out(documents)
+        notes.append(
+            f"held-out text: {len(held_out)} of {len(documents) + len(held_out)} documents of {calibration}"
+        )
+    else:
+        held_out = read_documents(Path(evaluation), tokenizer)
+        check_disjoint(documents, held_out)
+    cal = token_windows(documents, tokenizer, length, sequences, seed)
+    if cal.ids.shape[0] < sequences:
+        notes.append(
+            f"calibration text holds {cal.ids.shape[0]} windows of {length} tokens, fewer than {sequences}"
+        )
+    ev = held_out_windows(held_out, tokenizer, window, HELD_OUT_TOKENS)
+    notes += [*cal.warnings, *ev.warnings]
+    return Texts(cal, ev, tuple(d.text for d in held_out[:64]), tuple(notes))
+
+
+def _generated_texts(
+    checkpoint: Checkpoint,
+    tokenizer: Any,
+    anatomy: Anatomy,
+    evaluation: str | None,
+    sequences: int,
+    length: int,
+    window: int,
+    seed: int,
+    progress: Progress,
+) -> Texts:
+    """Text sampled from the model itself, where the user gave none."""
+    from tailorbird.model.load import load
+    from tailorbird.run.generate import sample_text
+
+    needed = checkpoint.weights.total_bytes * 2
+    if needed > available_bytes():
+        raise TextError(
+            f"no calibration text, and the model ({format_size(checkpoint.weights.total_bytes)}) is too "
+            f"large to sample text from with {format_size(available_bytes())} of memory free",
+            "text to calibrate with",
+            "give --calibration FILE",
+        )
+    model = load(str(checkpoint.directory))
+    progress.stage("sample text", 2 if evaluation is None else 1)
+    cal_ids = sample_text(model, tokenizer, sequences, length, seed)
+    progress.advance()
+    notes = ["calibration text was sampled from the model itself; give --calibration for text like yours"]
+    cal = Windows.from_ids(cal_ids, "sampled from the model")
+    if evaluation is not None:
+        held_out = read_documents(Path(evaluation), tokenizer)
+        ev = held_out_windows(held_out, tokenizer, window, HELD_OUT_TOKENS)
+        return Texts(cal, ev, tuple(d.text for d in held_out[:64]), tuple(notes))
+    count = max(1, min(32, HELD_OUT_TOKENS // window))
+    ev = Windows.from_ids(sample_text(model, tokenizer, count, window, seed + 1), "sampled from the model")
+    progress.advance()
+    notes.append("quality is measured on self-generated text")
+    decoded = tuple(tokenizer.decode(row) for row in ev.ids[:8])
+    return Texts(cal, ev, decoded, tuple(notes), self_generated=True)
+
+
+def budget_of(work: Work, memory: str, context: int | None, concurrency: int | None) -> Budget:
+    """The budget in bytes; refused where it can't be met or is met already."""
+    return read_budget(
+        memory,
+        dense_bytes=work.dense_bytes,
+        parameters=work.checkpoint.parameters,
+        smallest_bytes=work.smallest_bytes,
+        kv_bytes=work.anatomy.kv_bytes,
+        longest_context=work.anatomy.context,
+        context=context,
+        concurrency=concurrency,
+    )
+
+
+def sensitivity_ids(work: Work) -> torch.Tensor:
+    """The calibration windows on which sensitivity is measured."""
+    ids = work.texts.calibration.ids
+    return ids[: max(1, SENSITIVITY_TOKENS // ids.shape[1])]
+
+
+def as_stored(work: Work, name: str, coding: Coding) -> bool:
+    """Whether `coding` is just what the source stores there."""
+    stored = work.checkpoint.weights.info(f"{name}.weight").dtype
+    return isinstance(coding, FloatCoding) and getattr(torch, coding.dtype) == stored
+
+
+def foresee(work: Work, output: Path) -> Prediction:
+    """Memory, disk and time per stage, and whether this machine has them."""
+    return predict(
+        Workload(
+            anatomy=work.anatomy,
+            weights=work.checkpoint.weights,
+            calibration=window_shape(work.texts.calibration.ids),
+            held_out=window_shape(work.texts.held_out.ids),
+            sensitivity=window_shape(sensitivity_ids(work)),
+            needs=work.recipe.method.needs,
+            codings=work.codings,
+            output=output,
+        )
+    )
+
+
+def window_shape(ids: torch.Tensor) -> tuple[int, int]:
+    """``(windows, length)`` of token ids."""
+    windows, length = ids.shape
+    return windows, length
+
+
+def check_resources(prediction: Prediction) -> None:
+    """Stop before work starts where memory or disk can't suffice."""
+    if prediction.advice is not None:
+        raise ResourceError(prediction.shortage or "", "a machine that holds every stage", prediction.advice)
+
+
+def record_of(work: Work, what: dict[str, Any]) -> dict[str, Any]:
+    """Everything that decides the bytes of the result."""
+    import transformers
+
+    return {
+        "source": work.checkpoint.fingerprint,
+        "calibration": work.texts.calibration.fingerprint,
+        "evaluation": work.texts.held_out.fingerprint,
+        "method": work.recipe.describe(),
+        "target": work.target,
+        "seed": work.seed,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "tailorbird": tailorbird.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        **what,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the result was made on."""
+    from tailorbird.hardware.probe import processor_name, usable_cores
+
+    return {
+        "processor": processor_name(),
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+class Stage:
+    """Measures one stage: seconds, and peak resident memory where the system lets it be reset."""
+
+    def __init__(self, work: Work, name: str, steps: int) -> None:
+        self.work, self.name = work, name
+        work.progress.stage(name, steps)
+
+    def __enter__(self) -> None:
+        self.whole = not reset_peak()
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.work.stages.append(
+            {
+                "name": self.name,
+                "seconds": time.perf_counter() - self.began,
+                "measured_bytes": None if self.whole else peak_resident_bytes(),
+            }
+        )

@@ -1,0 +1,1 @@
+"""Budget, sensitivity, allocation: which choice for which place."""

@@ -1,0 +1,240 @@
+"""Memory, disk and time of a job, from configuration and file headers alone.
+
+Every stage holds one block (two where calibration is asymmetric, or while the gate compares), what
+its arithmetic needs beside it, or the two ends of the model. The terms below name what is alive at a
+stage's worst moment; tensors of a MiB and more leave the process when they are freed, so the sum is
+the peak. Hidden states lie in files and count as disk.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tailorbird.calibrate.statistics import CHUNK_TOKENS
+from tailorbird.evaluate.streamed import BATCH_TOKENS, LOGIT_VALUES
+from tailorbird.formats.packed import Coding
+from tailorbird.hardware.memory import available_bytes, resident_bytes
+from tailorbird.model.anatomy import Anatomy
+from tailorbird.model.weights import Weights
+from tailorbird.plan.budget import format_size
+
+FP32 = 4
+#: Share of the measured matmul rate that whole stages reach.
+EFFICIENCY = 0.5
+#: What small tensors, thread buffers and the interpreter add while a stage runs, bytes.
+OVERHEAD = 24 << 20
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a job.
+
+    Attributes
+    ----------
+    name : str
+    peak_rss_bytes, device_bytes, disk_bytes : int
+        Resident memory of the process at its worst; memory of an accelerator; disk for hidden states
+        and results.
+    seconds : float
+    """
+
+    name: str
+    peak_rss_bytes: int
+    device_bytes: int
+    disk_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the prediction is made from.
+
+    Attributes
+    ----------
+    calibration, held_out, sensitivity : tuple of int
+        ``(windows, length)`` of the token windows of each.
+    needs : frozenset of str
+        What the method needs: ``gram``, ``cross``.
+    """
+
+    anatomy: Anatomy
+    weights: Weights
+    calibration: tuple[int, int]
+    held_out: tuple[int, int]
+    sensitivity: tuple[int, int]
+    needs: frozenset[str]
+    codings: tuple[Coding, ...]
+    output: Path
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Stages, and where this machine falls short of them."""
+
+    stages: tuple[Stage, ...]
+    available_bytes: int
+    disk_free_bytes: int
+    shortage: str | None
+    advice: str | None
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """Resident memory of the worst stage."""
+        return max(stage.peak_rss_bytes for stage in self.stages)
+
+    @property
+    def seconds(self) -> float:
+        """All stages together."""
+        return sum(stage.seconds for stage in self.stages)
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """The stages in JSON types."""
+        return [asdict(stage) for stage in self.stages]
+
+
+def matmul_rate() -> float:
+    """FLOP per second of a float32 product here and now; takes a tenth of a second."""
+    a = torch.ones(768, 768)
+    a @ a
+    best = min(_timed(a) for _ in range(3))
+    return 2 * 768**3 / best
+
+
+def _timed(a: torch.Tensor) -> float:
+    began = time.perf_counter()
+    a @ a
+    return time.perf_counter() - began
+
+
+class _Sizes:
+    """Bytes and operations of the parts of a model, computed in float32."""
+
+    def __init__(self, work: Workload) -> None:
+        anatomy = work.anatomy
+        self.width = anatomy.hidden_size
+        self.blocks = len(anatomy.blocks)
+        self.block_parameters = [
+            sum(p.in_features * p.out_features for p in block.linears) for block in anatomy.blocks
+        ]
+        self.block = FP32 * max(self.block_parameters)
+        self.linear = FP32 * max(p.in_features * p.out_features for p in anatomy.linears())
+        self.widest = max(max(p.in_features, p.out_features) for p in anatomy.linears())
+        widths = [{p.shares_input: p.in_features for p in block.linears} for block in anatomy.blocks]
+        self.grams = FP32 * max(sum(w * w for w in inputs.values()) for inputs in widths)
+        self.gram = FP32 * max(w * w for inputs in widths for w in inputs.values())
+        self.places = sum(len(block.linears) for block in anatomy.blocks) + (1 if anatomy.tied else 2)
+        self.vocabulary = anatomy.vocab_size
+        end = FP32 * anatomy.vocab_size * anatomy.hidden_size
+        self.end = end
+        self.ends = end if anatomy.tied else 2 * end
+        self.parameters = sum(self.block_parameters)
+
+    def batch(self, windows: int, length: int) -> int:
+        """Tokens that go through a block in one call."""
+        return min(windows, max(1, BATCH_TOKENS // length)) * length
+
+    def activations(self, tokens: int) -> int:
+        """Live tensors of one block's forward pass."""
+        return FP32 * tokens * (3 * self.width + 3 * self.widest)
+
+    def logits(self, copies: int) -> int:
+        """Logits of some positions and their log-probabilities."""
+        return FP32 * max(self.vocabulary, LOGIT_VALUES) * copies
+
+
+def predict(work: Workload) -> Prediction:
+    """Stages of `fit` for `work` on this machine.
+
+    Returns
+    -------
+    Prediction
+    """
+    s = _Sizes(work)
+    base = resident_bytes() + OVERHEAD
+    rate = matmul_rate() * EFFICIENCY
+    cal, held, sens = work.calibration, work.held_out, work.sensitivity
+    source_bytes = work.weights.total_bytes
+
+    def hidden(shape: tuple[int, int], copies: int) -> int:
+        return FP32 * shape[0] * shape[1] * s.width * copies
+
+    def forward(tokens: int) -> float:
+        return 2.0 * tokens * s.parameters
+
+    streams = 2 if "cross" in work.needs else 1
+    tokens = {k: v[0] * v[1] for k, v in (("cal", cal), ("held", held), ("sens", sens))}
+    ends = s.ends + FP32 * s.batch(*cal) * s.width
+
+    statistics = max(
+        ends + (s.end if work.anatomy.tied else 0),
+        s.block + s.grams + max(s.activations(s.batch(*cal)) + FP32 * CHUNK_TOKENS * s.widest, 2 * s.gram),
+    )
+    sensitivity = max(
+        s.ends + s.end + s.logits(4),
+        s.block + 2 * s.linear + s.activations(s.batch(*sens)),
+    )
+    compress = max(
+        ends + 2 * s.end,
+        streams * s.block + streams * s.gram + max(s.activations(s.batch(*cal)), 3 * s.gram + 3 * s.linear),
+    )
+    gate = max(
+        2 * s.ends + s.logits(6),
+        s.block * 2 + s.linear + s.activations(s.batch(*held)),
+    )
+    gram_flops = sum(
+        2.0 * tokens["cal"] * sum(w * w for w in {p.shares_input: p.in_features for p in b.linears}.values())
+        for b in work.anatomy.blocks
+    )
+    rounding = sum(256.0 * 2 * p.in_features**2 * len(work.codings) for p in work.anatomy.linears())
+    solving = sum(
+        4 / 3 * p.in_features**3 + p.out_features * p.in_features**2 for p in work.anatomy.linears()
+    )
+    copies = s.places * (s.blocks + 1) / 2
+    head_flops = 2.0 * s.vocabulary * s.width
+    times = {
+        "statistics": forward(tokens["cal"]) + gram_flops + rounding,
+        "sensitivity": copies / max(s.blocks, 1) * forward(tokens["sens"])
+        + s.places * tokens["sens"] * head_flops,
+        "compress": 5 * streams * forward(tokens["cal"]) + streams * gram_flops + 4 * solving,
+        "gate": 2 * forward(tokens["held"]) + 2 * tokens["held"] * head_flops,
+    }
+    stages = (
+        Stage("statistics", base + statistics, 0, hidden(cal, 1), times["statistics"] / rate),
+        Stage("sensitivity", base + sensitivity, 0, hidden(sens, 1 + s.places), times["sensitivity"] / rate),
+        Stage(
+            "compress", base + compress, 0, hidden(cal, 2 * streams) + source_bytes, times["compress"] / rate
+        ),
+        Stage("gate", base + gate, 0, hidden(held, 2) + source_bytes, times["gate"] / rate),
+    )
+    available = available_bytes() + resident_bytes()
+    parent = work.output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    worst = max(stages, key=lambda stage: stage.peak_rss_bytes)
+    disk = max(stages, key=lambda stage: stage.disk_bytes)
+    shortage = advice = None
+    if worst.peak_rss_bytes > available:
+        shortage = (
+            f"stage {worst.name} needs {format_size(worst.peak_rss_bytes)} of memory, "
+            f"{format_size(available)} are free"
+        )
+        advice = f"free {format_size(worst.peak_rss_bytes - available)} of memory or use a larger machine"
+    elif disk.disk_bytes > free:
+        shortage = (
+            f"stage {disk.name} needs {format_size(disk.disk_bytes)} of disk at {parent}, "
+            f"{format_size(free)} are free"
+        )
+        fewer = int(cal[0] * free / disk.disk_bytes * 0.9)
+        advice = (
+            f"use --sequences {fewer}, or an --output on a larger disk"
+            if fewer > 0
+            else "use an --output on a larger disk"
+        )
+    return Prediction(stages, available, free, shortage, advice)

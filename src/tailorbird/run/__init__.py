@@ -1,0 +1,1 @@
+"""Forward passes over a loaded model."""

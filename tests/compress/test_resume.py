@@ -1,0 +1,114 @@
+"""A run that is killed at any moment resumes and ends with the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tailorbird.errors import ResumeError
+from tiny import save_model
+
+PROGRAM = """
+import sys, torch
+torch.set_num_threads(1)
+import tailorbird
+tailorbird.fit(sys.argv[1], "30%", sys.argv[2], calibration=sys.argv[3], sequences=16, length=64,
+               measure_speed=False, seed=int(sys.argv[4]))
+"""
+
+
+def text_file(folder: Path) -> Path:
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
+    rng = random.Random(0)
+    path = folder / "text.jsonl"
+    lines = [json.dumps({"text": " ".join(rng.choices(words, k=120))}) for _ in range(60)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """Hash of every file whose bytes are promised: weights and configuration."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.glob("*"))
+        if path.suffix == ".safetensors" or path.name in ("config.json", "model.safetensors.index.json")
+    }
+
+
+def start(model: Path, output: Path, text: Path, cache: Path, seed: int = 0) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"TAILORBIRD_CACHE": str(cache)}
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(model), str(output), str(text), str(seed)],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def kill_and_finish(tmp_path: Path, kills: int, blocks: int) -> None:
+    model = save_model(tmp_path / "model", "llama", num_hidden_layers=blocks)
+    text = text_file(tmp_path)
+    began = time.monotonic()
+    process = start(model, tmp_path / "whole", text, tmp_path / "cache-a")
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors.decode()
+    duration = time.monotonic() - began
+    expected = digests(tmp_path / "whole")
+    rng = random.Random(1)
+    killed = 0
+    output = tmp_path / "broken"
+    for _ in range(kills):
+        process = start(model, output, text, tmp_path / "cache-b")
+        try:
+            # after the imports, so that kills fall on the work
+            process.wait(timeout=duration * rng.uniform(0.55, 0.98))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            killed += 1
+        process.stderr.close()  # type: ignore[union-attr]
+        if output.exists():
+            break
+    if not output.exists():
+        process = start(model, output, text, tmp_path / "cache-b")
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors.decode()
+    assert killed > 0
+    assert digests(output) == expected
+    assert not (tmp_path / "broken.partial").exists()
+
+
+def test_killed_runs_end_with_the_same_bytes(tmp_path: Path) -> None:
+    kill_and_finish(tmp_path, kills=2, blocks=2)
+
+
+@pytest.mark.full
+def test_ten_kills_end_with_the_same_bytes(tmp_path: Path) -> None:
+    kill_and_finish(tmp_path, kills=10, blocks=8)
+
+
+def test_another_seed_does_not_continue_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tailorbird
+    from tailorbird.compress import pipeline
+
+    model, text = save_model(tmp_path / "model"), text_file(tmp_path)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline.Pipeline, "_block", stop)
+    arguments = {"calibration": str(text), "sequences": 8, "length": 32, "measure_speed": False}
+    with pytest.raises(KeyboardInterrupt):
+        tailorbird.fit(str(model), "30%", tmp_path / "out", **arguments)
+    monkeypatch.undo()
+    with pytest.raises(ResumeError, match="seed: 0 -> 1"):
+        tailorbird.fit(str(model), "30%", tmp_path / "out", seed=1, **arguments)
+    with pytest.raises(ResumeError, match="budget"):
+        tailorbird.fit(str(model), "35%", tmp_path / "out", **arguments)
