@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -22,7 +24,7 @@ def collect(
 ) -> LinearStatistics:
     accumulator = GramAccumulator(WIDTH, cross=source is not None, dtype=dtype)
     edges = [0, *cuts, len(x)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         accumulator.add(x[start:stop], None if source is None else source[start:stop])
     return accumulator.finish()
 

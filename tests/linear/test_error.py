@@ -31,9 +31,7 @@ def test_no_gram_matrix_stands_for_the_identity() -> None:
     _, weight, approximation = case()
     identity = torch.eye(weight.shape[1])
     assert output_error(weight, approximation) == pytest.approx(output_error(weight, approximation, identity))
-    torch.testing.assert_close(
-        row_errors(weight, approximation), row_errors(weight, approximation, identity)
-    )
+    torch.testing.assert_close(row_errors(weight, approximation), row_errors(weight, approximation, identity))
 
 
 def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,9 @@ def test_the_search_never_makes_the_error_larger(coding: IntegerCoding) -> None:
 
 def test_the_search_gains_much_at_two_bits() -> None:
     weight, coding = normal(16, 256), IntegerCoding(2, 64)
-    plain, searched = (float((rounded(weight, coding, None, c) - weight).square().sum()) for c in (False, True))
+    plain, searched = (
+        float((rounded(weight, coding, None, c) - weight).square().sum()) for c in (False, True)
+    )
     assert searched < 0.75 * plain
 
 
