@@ -9,7 +9,7 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 ASSETS = Path(os.environ.get("TAILORBIRD_ASSETS", Path(__file__).parents[2] / "shared" / "assets"))
 

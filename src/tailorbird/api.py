@@ -203,6 +203,7 @@ def compress(
     codings = (
         planning.codings_of_plan(work, chosen) if chosen is not None else planning.codings_of_recipe(work)
     )
+    work_module.narrow(work, codings.values())
     prediction = work_module.foresee(work, Path(output))
     work_module.check_resources(prediction)
     job = Job(Path(output), work_module.record_of(work, {"codings": planning.describe(codings)}), resume)

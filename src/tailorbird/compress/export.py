@@ -320,10 +320,10 @@ _REOPEN = """
 import sys
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 folder, file, ids, out = sys.argv[1:]
-where = {"gguf_file": file} if file else {}
+where = {"gguf_file": file, "config": AutoConfig.from_pretrained(folder)} if file else {}
 model, info = AutoModelForCausalLM.from_pretrained(
     folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **where
 )
@@ -341,7 +341,7 @@ def _compare(checkpoint: Checkpoint, exported: Path, to: str) -> tuple[float, fl
     """Mean KL in nats per token and largest logit difference of the exported to the packed model."""
     ids, logits = _own_text(checkpoint)
     with tempfile.TemporaryDirectory(prefix="tailorbird-export-") as scratch:
-        other = _reopen(exported, to, ids, Path(scratch))
+        other = _reopen(checkpoint.directory, exported, to, ids, Path(scratch))
     divergence = Divergence()
     divergence.add(logits, other, ids[:, 1:])
     kl = divergence.finish().kl_mean
@@ -372,13 +372,18 @@ def _own_text(checkpoint: Checkpoint) -> tuple[Tensor, Tensor]:
     return ids, model(ids, use_cache=False).logits
 
 
-def _reopen(exported: Path, to: str, ids: Tensor, scratch: Path) -> Tensor:
+def _reopen(source: Path, exported: Path, to: str, ids: Tensor, scratch: Path) -> Tensor:
     """Logits of the exported model from a process that has transformers alone."""
     write_tensors(scratch / "ids.safetensors", {"ids": ids}, hashes=False)
     folder, file = exported.absolute(), ""
-    if to == "gguf":  # transformers wants a folder and a name that ends in .gguf
+    if to == "gguf":
+        # transformers wants a folder and a name that ends in .gguf, and doesn't read all that the file
+        # says of the model (Qwen3's head size), so that config.json stands beside it.
         folder, file = scratch, "model.gguf"
         (scratch / file).symlink_to(exported.absolute())
+        config = read_json(source / "config.json")
+        del config["quantization_config"]
+        write_json(scratch / "config.json", config)
     out = scratch / "logits.safetensors"
     run = subprocess.run(
         [sys.executable, "-I", "-c", _REOPEN, str(folder), file, str(scratch / "ids.safetensors"), str(out)],

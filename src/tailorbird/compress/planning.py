@@ -33,7 +33,8 @@ def score_cache(work: Work) -> ScoreCache:
             "source": work.checkpoint.fingerprint,
             "calibration": work.texts.calibration.fingerprint,
             "method": work.recipe.describe(),
-            "target": work.target,
+            "codings": [coding_to_dict(coding) for coding in work.codings],
+            "sensitivity_tokens": work.sensitivity_tokens,
         }
     )
 
@@ -105,25 +106,9 @@ def predicted_losses(work: Work, scores: Scores, codings: dict[str, Coding]) -> 
         coding = codings.get(place.name)
         if coding is None:
             continue
-        if coding.label in place.errors:
-            error = scores.predicted_error(place, coding)
-        else:
-            error = _nearest_error(scores, place, coding)
+        error = scores.predicted_error(place, coding)
         result[place.name] = {"error": error, "kl": place.coefficient * error}
     return result
-
-
-def _nearest_error(scores: Scores, place: PlaceScore, coding: Coding) -> float:
-    """Error of a coding that was not a candidate: that of the candidate with as many bits, or fewer."""
-    same = [label for label in place.errors if label.startswith(f"int{coding.bits} ")]
-    lower = [
-        label
-        for bits in range(coding.bits, 1, -1)
-        for label in place.errors
-        if label.startswith(f"int{bits} ")
-    ]
-    label = (same or lower or list(place.errors))[-1]
-    return place.errors[label] * scores.ratios.get(label, 1.0)
 
 
 def codings_of_recipe(work: Work) -> dict[str, Coding]:

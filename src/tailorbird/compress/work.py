@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ LONGEST_WINDOW = 512
 HELD_OUT_TOKENS = 32_768
 LONGEST_HELD_OUT_WINDOW = 2048
 SENSITIVITY_TOKENS = 2048
+#: Enough to foresee the divergence of codings that are given, within the gate's factor.
+FEWER_SENSITIVITY_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,19 @@ class Texts:
 
 @dataclass
 class Work:
-    """Everything that one `fit` or `compress` works with."""
+    """Everything that one `fit` or `compress` works with.
+
+    Attributes
+    ----------
+    name : str
+        The model as the user named it.
+    codings : tuple of Coding
+        Those whose errors are measured; the planner's candidates.
+    sensitivity_tokens : int
+        Calibration tokens on which sensitivity is measured.
+    stages : list of dict
+        What each stage took so far.
+    """
 
     name: str
     checkpoint: Checkpoint
@@ -77,12 +92,9 @@ class Work:
     target: str | None
     seed: int
     progress: Progress
+    codings: tuple[Coding, ...] = ()
+    sensitivity_tokens: int = SENSITIVITY_TOKENS
     stages: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def codings(self) -> tuple[Coding, ...]:
-        """Candidates of the planner."""
-        return candidate_codings(self.target, self.float_dtype)
 
     @property
     def float_dtype(self) -> str:
@@ -169,7 +181,9 @@ def open_work(
         checkpoint, anatomy, tokenizer, model, calibration, evaluation,
         sequences or SEQUENCES, length or min(anatomy.context, LONGEST_WINDOW), seed, progress,
     )  # fmt: skip
-    return Work(model, checkpoint, anatomy, tokenizer, recipe, texts, target, seed, progress)
+    work = Work(model, checkpoint, anatomy, tokenizer, recipe, texts, target, seed, progress)
+    work.codings = candidate_codings(target, work.float_dtype)
+    return work
 
 
 def open_texts(
@@ -272,7 +286,13 @@ def budget_of(work: Work, memory: str, context: int | None, concurrency: int | N
 def sensitivity_ids(work: Work) -> torch.Tensor:
     """The calibration windows on which sensitivity is measured."""
     ids = work.texts.calibration.ids
-    return ids[: max(1, SENSITIVITY_TOKENS // ids.shape[1])]
+    return ids[: max(1, work.sensitivity_tokens // ids.shape[1])]
+
+
+def narrow(work: Work, codings: Iterable[Coding]) -> None:
+    """Measure for `codings` only: they are chosen already, and want a prediction, not a comparison."""
+    work.codings = tuple(dict.fromkeys((*codings, FloatCoding(work.float_dtype))))
+    work.sensitivity_tokens = FEWER_SENSITIVITY_TOKENS
 
 
 def as_stored(work: Work, name: str, coding: Coding) -> bool:
