@@ -1,0 +1,52 @@
+"""The documents name what exists: every path, every command, every flag and every field."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from tailorbird.cli.main import app
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [
+    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "README.md")),
+]
+COMMANDS = {info.name or info.callback.__name__: info for info in app.registered_commands if info.callback}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_path_that_is_named_exists(document: Path) -> None:
+    named = re.findall(r"`((?:\w+/)+\w+\.(?:py|md|j2|json))`", document.read_text(encoding="utf-8"))
+    missing = [
+        path
+        for path in named
+        if not (ROOT / path).exists() and not (ROOT / "src" / "tailorbird" / path).exists()
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_inside_the_repository_leads_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", document.read_text(encoding="utf-8"))
+    assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_flag_of_every_command_is_documented_and_no_other(name: str) -> None:
+    text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    shared, *_ = re.split(r"^## `", text, maxsplit=1, flags=re.MULTILINE)
+    section = re.search(rf"^## `{name}`\n(.*?)(?=^## |\Z)", text, flags=re.MULTILINE | re.DOTALL)
+    assert section is not None
+    own = re.sub(rf"`(?!{name} )[a-z]+ --[a-z-]+`", "", section[1])
+    documented = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", own))
+    in_common = set(re.findall(r"^\| `(--[a-z]+)", shared, flags=re.MULTILINE)) | {"--help"}
+    known = set(in_common)
+    for parameter in get_command(app).commands[name].params:  # type: ignore[attr-defined]
+        spellings = {option for option in parameter.opts if option.startswith("-")}
+        known |= spellings
+        assert not spellings or spellings & (documented | in_common), spellings
+    assert documented <= known
