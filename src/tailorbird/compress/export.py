@@ -103,6 +103,8 @@ def export(directory: Path, to: str, output: Path) -> ExportResult:
         notes = _WRITERS[to](model, partial)
         kl, difference = _compare(model.checkpoint, partial, to)
         after = partial.stat().st_size if to == "gguf" else Weights.open(partial).total_bytes
+    if not model.checkpoint.weights.recorded_hashes():
+        notes.append("the source records no hashes (another program saved it), so its bytes weren't verified")
     before = model.checkpoint.weights.total_bytes
     growth = (after - before) / before
     word = "grew" if growth >= 0 else "shrank"
