@@ -45,8 +45,8 @@ RESIDUALS = ("whole", "column")
 class Gptq:
     """Rounding with error feedback, from the Gram matrix of the inputs.
 
-    Beyond weight, statistics and result it takes three `[in_features, in_features]` float32 matrices at
-    its peak, two float32 copies of the weight and one of its codes.
+    Beyond weight, statistics and result it takes two `[in_features, in_features]` float32 matrices at its
+    peak (three with `residual="column"`), two float32 copies of the weight and two of its codes.
 
     Parameters
     ----------
@@ -148,7 +148,7 @@ class Gptq:
         if cross is not None and self.residual == "whole":
             columns += self.correction * ((weight.float() @ cross)[:, order] @ factor.t() @ factor).t()
         elif cross is not None:
-            feedback = self.correction * column_residuals(cross, order, factor)
+            feedback = column_residuals(cross, order, factor).mul_(self.correction)
         groups, _ = group_layout(weight.shape[1], coding.group_size)
         static = self.act_order and (self.static_groups or groups == 1)
         return self._round(columns, factor, feedback, energies, order, coding, static)
@@ -213,7 +213,7 @@ class Gptq:
 def inverse_factor(gram: Tensor, order: Tensor, damping: float) -> Tensor:
     """The upper triangular `U` with `U^T U = (H + l I)^-1`, rows and columns of `H` taken in an order.
 
-    Three matrices of the size of `gram` are alive at its peak, `U` among them.
+    Two matrices of the size of `gram` are alive at its peak, `U` among them.
 
     Parameters
     ----------
@@ -253,9 +253,10 @@ def inverse_factor(gram: Tensor, order: Tensor, damping: float) -> Tensor:
             "the mean outer product of finite inputs",
             "calibrate in float32, or with other text",
         )
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    del lower, identity
+    # columns together, as LAPACK wants them, so that the solution takes the place of the right-hand side
+    inverse = torch.eye(len(gram), dtype=gram.dtype, device=gram.device).mT
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
     return inverse.flip(0, 1)
 
 
