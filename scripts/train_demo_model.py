@@ -238,7 +238,7 @@ works without a network; it is not meant for anything else.
 | tokens seen | {seen:,} ({epochs:.2f} epochs) in {minutes:.0f} minutes on {threads} CPU thread(s) |
 | held-out perplexity | {perplexity:.2f} per token, windows of {context}, whole held-out text, bf16 weights |
 | licence | weights Apache-2.0; the text they were trained on is under the PSF licence |
-| made by | `python scripts/train_demo_model.py --out DIR --steps {steps} --batch {batch}`, seed {seed} |
+| made by | `python scripts/train_demo_model.py --out DIR --steps {steps} --batch {batch} --compile`, seed {seed} |
 
 `calibration.jsonl` and `held_out.jsonl` hold text of the same library (PSF licence): modules that
 the model was trained on, and modules that it never saw.
