@@ -14,16 +14,27 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
+from rich.text import Text
 
 from tailorbird.report.table import duration_text
 
 _LOG_INTERVAL = 10.0
+
+
+class _TimeLeft(ProgressColumn):
+    """How long the stage will still take, once that can be told."""
+
+    def render(self, task: Task) -> Text:
+        if task.finished or task.time_remaining is None:
+            return Text("")
+        return Text(f"{duration_text(task.time_remaining)} left", style="cyan")
 
 
 class TerminalProgress:
@@ -47,8 +58,7 @@ class TerminalProgress:
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(compact=True),
+            _TimeLeft(),
             TextColumn("{task.fields[remark]}", style="dim", markup=False),
             console=console,
             disable=not console.is_terminal,
