@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tailorbird.calibrate.stream import StreamingModel
+from tailorbird.compress.folds import read_folds
 from tailorbird.compress.gate import Verdict, examine
 from tailorbird.compress.job import Job
 from tailorbird.compress.manifest import plan_of, report_data
@@ -92,7 +93,8 @@ def make(
     predicted_kl = sum(p["kl"] for p in predicted.values())
     verdict = check(work, job, codings, predicted_kl, limits)
     result = summarize(work, job, verdict, budget, predicted_kl, prediction)
-    plan = plan_of(work, scores, codings, budget, predicted, measured, result)
+    folds = read_folds(job.partial, work.anatomy)
+    plan = plan_of(work, scores, codings, budget, predicted, measured, result, folds)
     save_plan(plan, job.partial / "plan.yaml")
     write_json(
         job.partial / "report.json",
@@ -111,6 +113,7 @@ def compress_into(
         method=work.recipe.method,
         ids=work.texts.calibration.ids,
         head=cache.load_head() if needs_head else None,
+        fold=work.recipe.fold,
     )
     model = StreamingModel(work.checkpoint, work.anatomy)
     with Stage(work, "compress", len(work.anatomy.blocks) + 1):

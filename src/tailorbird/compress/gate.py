@@ -3,7 +3,8 @@
 The result is read back from its files and walks over the held-out text beside its source, one block
 of each in memory. Four checks need no setting: every stored weight is as close to its source as it
 was when it was rounded; every other tensor is equal to the bit; tokenizer, special tokens, chat
-template and generation settings behave alike; and the divergence is near what was predicted.
+template and generation settings behave alike; and the divergence is near what was predicted. Where
+folds are recorded, the source stands for what they make of it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from tailorbird.calibrate.stream import StreamingModel
+from tailorbird.compress.folds import BlockFolds, read_folds
 from tailorbird.errors import CheckpointError, TailorbirdError
 from tailorbird.evaluate.quality import Quality
 from tailorbird.evaluate.streamed import measure_quality
@@ -127,13 +129,14 @@ def examine(
         result = open_checkpoint(str(directory))
         anatomy = read_anatomy(result)
         result.weights.verify()
+        folds = read_folds(directory, source_anatomy)
     except TailorbirdError as error:
         return Verdict((Check("files", False, str(error), str(directory)),), None)
     checks.append(Check("files", True, f"{len(result.weights.names)} tensors match their hashes"))
-    checks.append(_unchanged(source, source_anatomy, result.weights, codings))
+    checks.append(_unchanged(source, source_anatomy, result.weights, codings, folds))
     checks.append(_behaviour(source, result, texts))
 
-    stored = _StoredWeights(source_anatomy, codings, recorded_rows)
+    stored = _StoredWeights(source_anatomy, codings, recorded_rows, folds)
     source_model, result_model = StreamingModel(source, source_anatomy), StreamingModel(result, anatomy)
     stored.ends(source_model, result_model)
 
@@ -180,11 +183,16 @@ class _StoredWeights:
     """Compares stored weights with their source, row by row, as blocks come by."""
 
     def __init__(
-        self, anatomy: Anatomy, codings: dict[str, Coding], recorded: dict[str, torch.Tensor]
+        self,
+        anatomy: Anatomy,
+        codings: dict[str, Coding],
+        recorded: dict[str, torch.Tensor],
+        folds: Sequence[BlockFolds],
     ) -> None:
         self.anatomy = anatomy
         self.codings = codings
         self.recorded = recorded
+        self.folds = folds
         self.failures: list[tuple[str, str]] = []
         self.compared = 0
         self.largest = -1.0
@@ -194,8 +202,8 @@ class _StoredWeights:
         for name in dict.fromkeys((self.anatomy.embedding, self.anatomy.head)):
             if name in self.codings:
                 self._compare(name, source.end_weight(name), result.end_weight(name))
-        for model in (source, result):
-            model.release_ends()
+                for model in (source, result):
+                    model.release_ends()
 
     def block(
         self,
@@ -207,7 +215,9 @@ class _StoredWeights:
     ) -> None:
         for place in self.anatomy.blocks[index].linears:
             if place.name in self.codings:
-                self._compare(place.name, source.weight_of(before, place), result.weight_of(after, place))
+                weight = source.weight_of(before, place)
+                weight = self.folds[index].weight(place.name, weight, source.checkpoint.weights)
+                self._compare(place.name, weight, result.weight_of(after, place))
 
     def _compare(self, name: str, before: torch.Tensor, after: torch.Tensor) -> None:
         self.compared += 1
@@ -237,23 +247,33 @@ class _StoredWeights:
         return Check("weights", False, detail + more, name)
 
 
-def _unchanged(source: Checkpoint, anatomy: Anatomy, result: Weights, codings: dict[str, Coding]) -> Check:
-    """Every tensor that is not a compressed weight equals the source's, bit for bit."""
+def _unchanged(
+    source: Checkpoint,
+    anatomy: Anatomy,
+    result: Weights,
+    codings: dict[str, Coding],
+    folds: Sequence[BlockFolds],
+) -> Check:
+    """Every tensor that is not a compressed weight equals the source's, or what folds made of it."""
+    folded = {name: tensor for block in folds for name, tensor in block.others(source.weights)}
     compressed = {f"{name}.weight" for name, coding in codings.items()}
     names = [name for name in source.weights.names if name not in compressed]
     names = [n for n in names if n not in anatomy.ignored]
     for name in names:
         if name not in result.names:
             return Check("unchanged", False, "is missing in the result", name)
-        before, after = source.weights.read(name), result.read(name)
+        before = folded[name] if name in folded else source.weights.read(name)
+        after = result.read(name)
         if before.dtype != after.dtype or not torch.equal(before, after):
-            return Check("unchanged", False, "differs from the source", name)
+            what = "the source after the recorded fold" if name in folded else "the source"
+            return Check("unchanged", False, f"differs from {what}", name)
     for name, coding in codings.items():
         if isinstance(coding, FloatCoding):
             before, after = source.weights.read(f"{name}.weight"), result.read(f"{name}.weight")
             if not torch.equal(before.to(getattr(torch, coding.dtype)), after):
                 return Check("unchanged", False, f"is not the source rounded to {coding.dtype}", name)
-    return Check("unchanged", True, f"{len(names)} other tensors equal to the bit")
+    after_folds = f", {len(folded)} of them after folds" if folded else ""
+    return Check("unchanged", True, f"{len(names)} other tensors equal to the bit{after_folds}")
 
 
 def _behaviour(source: Checkpoint, result: Checkpoint, texts: Sequence[str]) -> Check:

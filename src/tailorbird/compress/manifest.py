@@ -10,6 +10,7 @@ import tailorbird
 from tailorbird.calibrate.text import (
     Windows,
 )
+from tailorbird.compress.folds import FOLDS_FILE, BlockFolds
 from tailorbird.compress.result import FitResult
 from tailorbird.compress.work import Work, machine, record_of
 from tailorbird.evaluate.quality import Quality
@@ -33,6 +34,7 @@ def plan_of(
     predicted: dict[str, dict[str, float]],
     measured: dict[str, dict[str, float]],
     result: FitResult,
+    folds: Sequence[BlockFolds],
 ) -> Plan:
     """The manifest of the result."""
     texts = work.texts
@@ -86,10 +88,20 @@ def plan_of(
             "machine": machine(),
             "versions": facts["versions"],
             "seed": work.seed,
+            "folds": fold_entries(folds),
             "result": {k: v for k, v in asdict(result).items() if k not in ("checks", "warnings")},
             "places": places,
         }
     )
+
+
+def fold_entries(folds: Sequence[BlockFolds]) -> list[dict[str, Any]] | None:
+    """What was folded, block by block in the order in which it was; None where nothing was."""
+    entries: list[dict[str, Any]] = []
+    for block in folds:
+        entries += [{"source": pair.source, "linears": [pair.target]} for pair, _ in block.pairs]
+        entries += [{"norm": group.norm, "linears": list(group.linears)} for group, _ in block.norms]
+    return [{**entry, "scales_file": FOLDS_FILE} for entry in entries] or None
 
 
 def block_of(work: Work, place: PlaceScore) -> int | None:

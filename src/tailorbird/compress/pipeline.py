@@ -7,11 +7,13 @@ the inputs it will really see (and, for asymmetric calibration, S139, towards th
 source). When a block is finished its file is written, both streams are saved at its boundary and
 the block is marked done: a killed run continues there and ends with the same bytes.
 
-Files: one safetensors file for what lies outside the blocks, one per block, one for an untied head.
+Files: one safetensors file for what lies outside the blocks, one per block, one for an untied head;
+with a fold (`compress/folds.py`) one more that records its scales.
 """
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,15 +22,18 @@ import torch
 from tailorbird.calibrate.activations import ActivationFile
 from tailorbird.calibrate.statistics import GramAccumulator, LinearStatistics
 from tailorbird.calibrate.stream import StreamingModel
+from tailorbird.compress.folds import FOLDS_FILE, BlockFolding
 from tailorbird.compress.job import Job
 from tailorbird.evaluate.streamed import batches
 from tailorbird.formats.packed import Coding, IntegerCoding, PackedWeight, coding_to_dict
 from tailorbird.linear import LinearMethod
 from tailorbird.linear.error import output_error, row_errors
+from tailorbird.linear.quantize.awq import Awq
 from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.model.anatomy import Anatomy, BlockAnatomy, LinearPlace
 from tailorbird.model.checkpoint import Checkpoint
 from tailorbird.model.json_file import read_json
+from tailorbird.model.outline import Reached
 from tailorbird.model.weights import Weights
 from tailorbird.model.writing import write_json, write_tensors
 from tailorbird.progress import Progress
@@ -47,15 +52,18 @@ class Compression:
     method : LinearMethod
         Rounds the linears inside the blocks, and the head.
     ids : LongTensor ``[windows, length]`` or None
-        Calibration tokens; None only for a method that needs none.
+        Calibration tokens; None only for a method that needs none, without a fold.
     head : LinearStatistics or None
         Statistics of the head's input in the source, for a tied pair that is compressed.
+    fold : Awq or None
+        Moves scales inside the blocks before their linears are rounded.
     """
 
     codings: dict[str, Coding]
     method: LinearMethod
     ids: torch.Tensor | None
     head: LinearStatistics | None
+    fold: Awq | None = None
 
 
 def file_count(anatomy: Anatomy) -> int:
@@ -85,7 +93,8 @@ class Pipeline:
         self.anatomy = model.anatomy
         self.compression = compression
         self.progress = progress
-        self.streamed = "gram" in compression.method.needs
+        folds = compression.fold.needs if compression.fold is not None else frozenset()
+        self.streamed = "gram" in compression.method.needs | folds
         self.paired = "cross" in compression.method.needs
 
     @torch.no_grad()
@@ -128,7 +137,7 @@ class Pipeline:
 
     def _open_stream(self, kind: str, index: int) -> ActivationFile:
         ids = self.compression.ids
-        assert ids is not None  # `streamed` methods come with tokens; `fit` sees to it
+        assert ids is not None  # what needs statistics comes with tokens; `fit` sees to it
         windows, length = ids.shape
         return ActivationFile(self.job.stream(f"{kind}-{index}"), windows, length, self.anatomy.hidden_size)
 
@@ -183,10 +192,19 @@ class Pipeline:
                 tensors[place.weight_name] = self.checkpoint.weights.read(place.weight_name)
         done: dict[str, Any] = {}
         rows: dict[str, torch.Tensor] = {}
+        folding = None
+        if self.compression.fold is not None:
+            folding = BlockFolding(
+                self.compression.fold, self.model, working, anatomy, self.compression.codings, tensors
+            )
+            folding.fold_pairs(lambda place: self._statistics(index, place, working, None, None))
         for together in sharing_input(chosen):
             statistics = None
             if self.streamed:
-                statistics = self._statistics(index, together[0], working, source)
+                divided = folding.divided.get(together[0].shares_input) if folding is not None else None
+                statistics = self._statistics(index, together[0], working, source, divided)
+                if folding is not None:
+                    statistics = folding.fold_norm(together, statistics)
             for place in together:
                 weight = self.model.weight_of(working, place)
                 coding = self.compression.codings[place.name]
@@ -201,6 +219,8 @@ class Pipeline:
         write_tensors(self.job.partial / file_name(self.anatomy, index + 1), tensors)
         if rows:
             self._write_row_errors(f"block-{index:05d}", rows)
+        if folding is not None and folding.found:
+            write_tensors(self.job.work / "done" / f"block-{index:05d}.{FOLDS_FILE}", folding.found)
         if self.streamed:
             self._carry("result", index, working)
             if source is not None:
@@ -215,9 +235,18 @@ class Pipeline:
         return {f"{place.name}.{part}": tensor for part, tensor in parts.items()}
 
     def _statistics(
-        self, index: int, place: LinearPlace, working: torch.nn.Module, source: torch.nn.Module | None
+        self,
+        index: int,
+        place: LinearPlace,
+        working: torch.nn.Module,
+        source: torch.nn.Module | None,
+        divided: torch.Tensor | None,
     ) -> LinearStatistics:
-        """Statistics of the input that `place` and its fellows read in the compressed block."""
+        """Statistics of the input that `place` and its fellows read in the compressed block.
+
+        Where a fold has divided that input, `divided` holds the scales, and those of the source are
+        divided too, so that both can be compared.
+        """
         key = place.shares_input
         accumulator = GramAccumulator(place.in_features, cross=source is not None)
         ids = self.compression.ids
@@ -227,7 +256,8 @@ class Pipeline:
         for start, stop in batches(*ids.shape):
             x = self._input(key, index, working, result_stream.read(start, stop))
             if source is not None and source_stream is not None:
-                accumulator.add(x, self._input(key, index, source, source_stream.read(start, stop)))
+                source_x = self._input(key, index, source, source_stream.read(start, stop))
+                accumulator.add(x, source_x if divided is None else source_x / divided)
             else:
                 accumulator.add(x)
         result_stream.close()
@@ -242,8 +272,10 @@ class Pipeline:
         def keep(name: str, x: torch.Tensor) -> None:
             if name == key:
                 found.append(x)
+                raise Reached  # what the block does after it is not needed
 
-        self.model.capture_inputs(block, index, hidden, keep)
+        with contextlib.suppress(Reached):
+            self.model.capture_inputs(block, index, hidden, keep)
         return found[0]
 
     def _carry(self, kind: str, index: int, block: torch.nn.Module) -> None:
@@ -299,7 +331,13 @@ class Pipeline:
         write_tensors(self.job.work / "done" / f"{name}.rows.safetensors", rows)
 
     def _index(self) -> None:
-        """Write the index of all files and the configuration of the result."""
+        """Write the index of all files, the scales of all folds and the configuration of the result."""
+        scales: dict[str, torch.Tensor] = {}
+        for path in sorted((self.job.work / "done").glob(f"*.{FOLDS_FILE}")):
+            recorded = Weights.open_file(path)
+            scales |= {name: recorded.read(name) for name in recorded.names}
+        if scales:
+            write_tensors(self.job.partial / FOLDS_FILE, scales)
         weight_map: dict[str, str] = {}
         total = 0
         for part in range(file_count(self.anatomy)):

@@ -1,11 +1,14 @@
 """A recipe: which method compresses, and for `compress` also which coding every linear takes.
 
-Written as one line, ``gptq:bits=4,group=64``, or as a YAML file:
+Written as one line, ``gptq:bits=4,group=64``, or with a fold before the method,
+``awq+gptq:bits=4,group=64``, or as a YAML file:
 
     method: gptq
     settings: {act_order: true}
     coding: {bits: 4, group_size: 64, symmetric: false}
     embedding: {bits: 8, group_size: 64}     # and an untied head; left out, they stay as they are
+    fold: awq                                # left out, nothing is folded
+    fold_settings: {grid: 20}
 """
 
 from __future__ import annotations
@@ -13,17 +16,24 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from tailorbird.errors import SettingsError, nearest
 from tailorbird.formats.packed import Coding, IntegerCoding, coding_from_dict, coding_to_dict
-from tailorbird.linear import LINEAR_METHODS, LinearMethod
+from tailorbird.linear import FOLDS, LINEAR_METHODS, LinearMethod
+from tailorbird.linear.quantize.awq import Awq
+from tailorbird.linear.quantize.gptq import Gptq
+from tailorbird.linear.quantize.rtn import Rtn
 
 DEFAULT_METHOD = "gptq"
-FIELDS = ("method", "settings", "coding", "embedding")
+FIELDS = ("method", "settings", "coding", "embedding", "fold", "fold_settings")
+#: stands between a fold and the method that rounds after it
+JOINT = "+"
 SHORT = {"group": "group_size"}
+
+_Kind = TypeVar("_Kind", bound=Rtn | Gptq | Awq)
 
 
 @dataclass(frozen=True)
@@ -33,22 +43,33 @@ class Recipe:
     Attributes
     ----------
     name : str
-        Name of the method.
+        Name of the method, behind that of the fold where there is one: ``gptq``, ``awq+gptq``.
     method : LinearMethod
     coding : Coding or None
         For every linear inside the blocks; None where a plan decides.
     embedding : Coding or None
         For the embedding and an untied head; None leaves them.
+    fold : Awq or None
+        Moves scales before the linears are rounded.
     """
 
     name: str
     method: LinearMethod
     coding: Coding | None = None
     embedding: Coding | None = None
+    fold: Awq | None = None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that the method or the fold reads: "gram", "cross"."""
+        return self.method.needs | (self.fold.needs if self.fold is not None else frozenset())
 
     def describe(self) -> dict[str, Any]:
-        """The method and its settings in JSON types."""
-        return {"name": self.name, **dataclasses.asdict(self.method)}
+        """The method, the fold and their settings in JSON types."""
+        described = {"name": self.name, **dataclasses.asdict(self.method)}
+        if self.fold is not None:
+            described["fold_settings"] = dataclasses.asdict(self.fold)
+        return described
 
 
 def make_recipe(
@@ -56,23 +77,62 @@ def make_recipe(
     settings: dict[str, Any] | None = None,
     coding: dict[str, Any] | None = None,
     embedding: dict[str, Any] | None = None,
+    fold_settings: dict[str, Any] | None = None,
 ) -> Recipe:
     """Build a recipe from plain values.
+
+    Parameters
+    ----------
+    name : str
+        Of a method, or of a fold and a method: ``gptq``, ``awq+gptq``.
+    settings, fold_settings : dict, optional
+        Of the method and of the fold.
+    coding, embedding : dict, optional
+        As in ``config.json``; of an integer coding, what is left out is 4 bits in groups of 64.
 
     Raises
     ------
     SettingsError
         Unknown method, setting or value.
     """
-    if name not in LINEAR_METHODS:
+    fold_name, joint, method_name = name.rpartition(JOINT)
+    if name in FOLDS:
         raise SettingsError(
-            f"method `{name}` is unknown", "a method of `tailorbird methods`", nearest(name, LINEAR_METHODS)
+            f"method `{name}` alone", "a method that rounds after it", f"write {name}{JOINT}{DEFAULT_METHOD}"
         )
-    kind = LINEAR_METHODS[name]
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    for key, value in (settings or {}).items():
+    if method_name not in LINEAR_METHODS:
+        raise SettingsError(
+            f"method `{method_name}` is unknown",
+            "a linear method of `tailorbird methods`",
+            nearest(method_name, LINEAR_METHODS),
+        )
+    if joint and fold_name not in FOLDS:
+        raise SettingsError(
+            f"fold `{fold_name}` of `{name}` is unknown",
+            "a fold of `tailorbird methods`, then a linear method",
+            nearest(fold_name, FOLDS),
+        )
+    if fold_settings is not None and not joint:
+        raise SettingsError(
+            f"fold_settings for `{name}`", "a fold that they belong to", f"write awq{JOINT}{name}"
+        )
+    method = _with_settings(method_name, LINEAR_METHODS[method_name], settings)
+    fold = _with_settings(fold_name, FOLDS[fold_name], fold_settings) if joint else None
+    return Recipe(name, method, _coding(coding), _coding(embedding), fold)
+
+
+def _with_settings(name: str, kind: type[_Kind], settings: Any) -> _Kind:
+    """The method or fold `kind` with `settings`, each known and of the right type."""
+    if settings is None:
+        return kind()
+    if not isinstance(settings, dict):
+        raise SettingsError(f"settings {settings!r} of {name}", "a mapping", "correct the recipe")
+    known: dict[str, Any] = {f.name: f for f in dataclasses.fields(kind)}
+    for key, value in settings.items():
         if key not in known:
-            raise SettingsError(f"setting `{key}` of {name}", "a setting of the method", nearest(key, known))
+            raise SettingsError(
+                f"setting `{key}` of {name}", "a setting of the method", nearest(str(key), known)
+            )
         default = known[key].default
         wanted = (int, float) if isinstance(default, float) else type(default)
         if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, wanted):
@@ -81,7 +141,7 @@ def make_recipe(
                 f"a value like {default!r}",
                 "correct the recipe",
             )
-    return Recipe(name, kind(**(settings or {})), _coding(coding), _coding(embedding))
+    return kind(**settings)
 
 
 def _coding(entry: dict[str, Any] | None) -> Coding | None:
@@ -146,7 +206,11 @@ def _read(path: Path) -> Recipe:
             raise SettingsError(f"`{key}` in {path}", "a field of a recipe", nearest(str(key), FIELDS))
     if data.get("coding") is None:
         raise SettingsError(f"{path} states no coding", "coding: {bits: N, group_size: M}", "add it")
-    return make_recipe(str(data["method"]), data.get("settings"), data["coding"], data.get("embedding"))
+    method, fold = str(data["method"]), data.get("fold")
+    name = method if fold is None else f"{fold}{JOINT}{method}"
+    return make_recipe(
+        name, data.get("settings"), data["coding"], data.get("embedding"), data.get("fold_settings")
+    )
 
 
 def recipe_of_plan(plan: Any) -> Recipe:
@@ -154,4 +218,5 @@ def recipe_of_plan(plan: Any) -> Recipe:
     if plan.method is None:
         return make_recipe(DEFAULT_METHOD)
     settings = plan.method.model_dump()
-    return make_recipe(settings.pop("name", DEFAULT_METHOD), settings)
+    name, fold_settings = settings.pop("name"), settings.pop("fold_settings", None)
+    return make_recipe(name, settings, fold_settings=fold_settings)

@@ -310,7 +310,7 @@ def foresee(work: Work, output: Path) -> Prediction:
             calibration=window_shape(work.texts.calibration.ids),
             held_out=window_shape(work.texts.held_out.ids),
             sensitivity=window_shape(sensitivity_ids(work)),
-            needs=work.recipe.method.needs,
+            needs=work.recipe.needs,
             codings=work.codings,
             output=output,
         )

@@ -164,11 +164,21 @@ class Method(_Section):
 
 
 class Fold(_Section):
-    """One norm whose scales were folded into the linears that read it."""
+    """Scales that were moved from a norm, or from the rows of a linear, into linears that read its output.
 
-    norm: Name
+    Exactly one of `norm` and `source` is given.
+    """
+
+    norm: Name | None = None
+    source: Name | None = None
     linears: list[Name]
     scales_file: str | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Fold:
+        if (self.norm is None) == (self.source is None):
+            raise PydanticCustomError("fold_origin", "either `norm` or `source`, the linear")
+        return self
 
 
 class Plan(_Section):
