@@ -133,6 +133,32 @@ class StreamingModel:
         self._remember(tuple(ids.shape), arguments)
         return hidden
 
+    def embedding_gradient(self, ids: Tensor, gradient: Tensor) -> Tensor:
+        """Gradient with respect to the embedding's weight, its use as a tied head left out.
+
+        Parameters
+        ----------
+        ids : LongTensor ``[b, T]``
+        gradient : Tensor ``[b, T, hidden_size]``
+            With respect to what `embed` returns for `ids`.
+
+        Returns
+        -------
+        Tensor ``[vocab_size, width]``
+            The row of the padding token gets its gradient too, which it wouldn't in training.
+        """
+        parameter = self.end_parameter(self.anatomy.embedding)
+        module: Any = self._module(self.anatomy.embedding)
+        padding, module.padding_idx = module.padding_idx, None
+        parameter.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                hidden, _ = walk(self._outline, ids, self._returns_tuple)
+            return torch.autograd.grad(hidden, parameter, gradient)[0]
+        finally:
+            parameter.requires_grad_(False)
+            module.padding_idx = padding
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states that left the last block.
 

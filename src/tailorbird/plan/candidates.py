@@ -118,7 +118,7 @@ def spread(count: int, of: int) -> list[int]:
     """`count` indices spread evenly over ``range(of)``."""
     if of <= count:
         return list(range(of))
-    return sorted({round(i * (of - 1) / (count - 1)) for i in range(count)})
+    return sorted({round(i * (of - 1) / max(1, count - 1)) for i in range(count)})
 
 
 def geometric_mean(values: Sequence[float]) -> float:

@@ -140,6 +140,7 @@ class ScoreCache:
 
     def save(self, scores: Scores) -> None:
         """Keep `scores`; the file appears whole."""
+        self.directory.mkdir(parents=True, exist_ok=True)
         write_json(self.directory / "scores.json", asdict(scores))
 
     def save_head(self, statistics: LinearStatistics) -> None:
@@ -152,6 +153,7 @@ class ScoreCache:
 
     def save_errors(self, errors: dict[str, dict[str, float]], ratios: dict[str, float]) -> None:
         """Keep what the first pass measured, until the second is done."""
+        self.directory.mkdir(parents=True, exist_ok=True)
         write_json(self.directory / "errors.json", {"errors": errors, "ratios": ratios})
 
     def load_errors(self) -> tuple[dict[str, dict[str, float]], dict[str, float]] | None:
@@ -159,7 +161,7 @@ class ScoreCache:
         try:
             data = json.loads((self.directory / "errors.json").read_text())
             return data["errors"], data["ratios"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
 

@@ -122,7 +122,8 @@ def measure_divergence(
             def log_probability(
                 stream: ActivationFile, w: int = window, a: int = start, b: int = stop
             ) -> torch.Tensor:
-                return model.logits(stream.read(w, w + 1)[:, a:b])[0].log_softmax(-1)
+                # The normalizer's rounding in float32 would hide divergences below some 1e-8.
+                return model.logits(stream.read(w, w + 1)[:, a:b])[0].double().log_softmax(-1)
 
             target = log_probability(reference)
             probability = target.exp()
@@ -130,7 +131,7 @@ def measure_divergence(
                 if place.name in heads:
                     model.set_end_weight(place.name, perturbed[place.name])
                 other = log_probability(copies.get(place.name, reference))
-                totals[place.name] += float((probability * (target - other)).sum(dtype=torch.float64))
+                totals[place.name] += float((probability * (target - other)).sum())
                 if place.name in heads:
                     model.set_end_weight(place.name, originals[place.name])
         progress.advance()

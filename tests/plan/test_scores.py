@@ -1,0 +1,182 @@
+"""Scores: what is predicted is coefficient times error, kept on disk unchanged, never read when broken."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tailorbird.calibrate.statistics import LinearStatistics
+from tailorbird.calibrate.stream import StreamingModel
+from tailorbird.formats.packed import FloatCoding, IntegerCoding, stored_bytes
+from tailorbird.linear.error import output_error
+from tailorbird.linear.quantize.gptq import Gptq
+from tailorbird.linear.quantize.rtn import Rtn
+from tailorbird.model.anatomy import read_anatomy
+from tailorbird.model.checkpoint import open_checkpoint
+from tailorbird.plan.candidates import PROBE_KEY, probe_rounding
+from tailorbird.plan.scores import (
+    PlaceScore,
+    ScoreCache,
+    Scores,
+    assemble,
+    measure_coefficients,
+    measure_errors,
+    options,
+    places_of,
+)
+from tailorbird.plan.sensitivity import measure_divergence
+from tiny import save_model
+
+CODINGS = (IntegerCoding(2, 32), IntegerCoding(4, 32), IntegerCoding(4, 64), FloatCoding("bfloat16"))
+SCORES = Scores(
+    (
+        PlaceScore("embed", "tied", -1, (258, 64), {c.label: 0.1 / c.bits for c in CODINGS}, 0.7),
+        PlaceScore("blocks.0.up", "up", 0, (160, 48), {c.label: 0.3 / c.bits for c in CODINGS}, 1.9e-5),
+    ),
+    {"int4 g32": 0.25, "int2 g32": 0.5},
+    "abc",
+)
+
+
+def streaming(directory: Path) -> StreamingModel:
+    checkpoint = open_checkpoint(str(directory))
+    return StreamingModel(checkpoint, read_anatomy(checkpoint))
+
+
+def tokens(windows: int, length: int) -> torch.Tensor:
+    return torch.randint(0, 256, (windows, length), generator=torch.Generator().manual_seed(3))
+
+
+def test_predicted_loss_is_coefficient_times_the_methods_error() -> None:
+    embed, up = options(SCORES, CODINGS)
+    by_label = {option.coding.label: option for option in embed.options}
+    assert by_label["int4 g32"].loss == pytest.approx(0.7 * 0.25 * 0.1 / 4)
+    assert by_label["bf16"].loss == pytest.approx(0.7 * 0.1 / 16)  # no ratio: the error of rounding itself
+    assert by_label["int2 g32"].bytes == stored_bytes(CODINGS[0], 258, 64)
+    assert len(up.options) == len(CODINGS)
+    assert {p.together for p in options(SCORES, CODINGS, lambda p: p.role)} == {"tied", "up"}
+
+
+def test_scores_come_back_from_disk_as_they_were() -> None:
+    cache = ScoreCache({"source": "x"})
+    assert cache.load() is None
+    assert cache.load_errors() is None
+    cache.save(SCORES)
+    assert cache.load() == SCORES
+    errors, ratios = {"a": {"int4 g32": 0.1, PROBE_KEY: 1 / 3}}, {"int4 g32": 0.7}
+    cache.save_errors(errors, ratios)
+    assert cache.load_errors() == (errors, ratios)
+    head = LinearStatistics(torch.randn(8, 8), None, torch.rand(8), tokens=5)
+    cache.save_head(head)
+    found = cache.load_head()
+    assert torch.equal(found.gram, head.gram)
+    assert torch.equal(found.mean_abs, head.mean_abs)
+
+
+def test_another_key_is_another_entry() -> None:
+    ScoreCache({"source": "x", "tokens": 5}).save(SCORES)
+    assert ScoreCache({"tokens": 5, "source": "x"}).load() == SCORES
+    assert ScoreCache({"source": "x", "tokens": 6}).load() is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "3",
+        '{"places": 1}',
+        '{"places": [1], "ratios": {}, "content_hash": ""}',
+        "\udc80",
+    ],
+)
+def test_a_broken_file_counts_as_none(text: str) -> None:
+    cache = ScoreCache({"source": "x"})
+    cache.directory.mkdir(parents=True)
+    for name in ("scores.json", "errors.json"):
+        (cache.directory / name).write_bytes(text.encode(errors="surrogateescape"))
+    assert cache.load() is None
+    assert cache.load_errors() is None
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.95])
+def test_a_file_cut_short_counts_as_none(keep: float) -> None:
+    cache = ScoreCache({"source": "x"})
+    cache.save(SCORES)
+    path = cache.directory / "scores.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * keep)])
+    assert cache.load() is None
+
+
+def test_a_place_with_unknown_or_missing_fields_counts_as_none() -> None:
+    cache = ScoreCache({"source": "x"})
+    for change in ("name", "extra"):
+        cache.save(SCORES)
+        data = json.loads((cache.directory / "scores.json").read_text())
+        if change == "extra":
+            data["places"][0]["extra"] = 1
+        else:
+            del data["places"][0][change]
+        (cache.directory / "scores.json").write_text(json.dumps(data))
+        assert cache.load() is None
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
+def test_both_passes_score_every_place(architecture: str, tmp_path: Path) -> None:
+    model = streaming(save_model(tmp_path / "model", architecture))
+    anatomy, ids = model.anatomy, tokens(4, 32)
+    errors, ratios, head = measure_errors(model, ids, Gptq(), CODINGS, tmp_path)
+    coefficients = measure_coefficients(model, ids[:2], errors, tmp_path)
+    scores = assemble(anatomy, errors, ratios, coefficients, "hash")
+    assert [place.name for place in scores.places] == [place.name for place in places_of(anatomy)]
+    assert len(scores.places) == len(list(anatomy.linears())) + (1 if anatomy.tied else 2)
+    assert scores.places[0].role == ("tied" if anatomy.tied else "embedding")
+    shapes = {linear.name: (linear.out_features, linear.in_features) for linear in anatomy.linears()}
+    for place in scores.places:
+        assert set(place.errors) == {coding.label for coding in CODINGS} | {PROBE_KEY}
+        assert place.shape == shapes.get(place.name, (258, 64))
+        assert place.coefficient > 0, place.name
+    assert set(ratios) == {coding.label for coding in CODINGS[:-1]}
+    assert all(0 < ratio < 1.5 for ratio in ratios.values())
+    assert head.gram.shape == (64, 64)
+    divergence = measure_divergence(
+        model, places_of(anatomy), ids[:2], lambda name, weight: probe_rounding(weight), tmp_path
+    )
+    for name, kl in divergence.items():
+        assert coefficients[name] * errors[name][PROBE_KEY] == pytest.approx(kl)
+
+
+def test_errors_are_weighted_by_the_inputs_that_the_source_sees(tmp_path: Path) -> None:
+    model = streaming(save_model(tmp_path / "model", "llama"))
+    ids = tokens(3, 20)
+    errors, ratios, _ = measure_errors(model, ids, Rtn(), CODINGS, tmp_path)
+    block = model.load_block(0)
+    seen: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        model.capture_inputs(block, 0, model.embed(ids), lambda key, x: seen.__setitem__(key, x.clone()))
+    for linear in model.anatomy.blocks[0].linears:
+        x = seen[linear.shares_input].flatten(0, 1).double()
+        statistics = LinearStatistics((x.T @ x / len(x)).float(), None, x.abs().mean(0).float(), len(x))
+        weight = model.weight_of(block, linear)
+        rounded = Rtn()(weight, statistics, CODINGS[0]).dequantize()
+        exact = output_error(weight, rounded, statistics.gram)
+        assert errors[linear.name][CODINGS[0].label] == pytest.approx(exact, rel=1e-3)
+    assert ratios == {coding.label: pytest.approx(1.0) for coding in CODINGS[:-1]}
+
+
+def test_where_rounding_changes_nothing_the_coefficient_is_zero(tmp_path: Path) -> None:
+    model = streaming(save_model(tmp_path / "model", "llama"))
+    errors = {place.name: {PROBE_KEY: 0.0} for place in places_of(model.anatomy)}
+    assert set(measure_coefficients(model, tokens(1, 8), errors, tmp_path).values()) == {0.0}
+
+
+def test_a_place_without_a_ratio_keeps_the_error_of_rounding() -> None:
+    bare = replace(SCORES, ratios={})
+    assert bare.predicted_error(bare.places[0], CODINGS[1]) == bare.places[0].errors["int4 g32"]
