@@ -52,6 +52,8 @@ LONGEST_WINDOW = 512
 HELD_OUT_TOKENS = 32_768
 LONGEST_HELD_OUT_WINDOW = 2048
 SENSITIVITY_TOKENS = 2048
+#: Models beyond this size are measured on proportionally fewer tokens; each costs more, and tells more.
+SENSITIVITY_PARAMETERS = 200e6
 #: Enough to foresee the divergence of codings that are given, within the gate's factor.
 FEWER_SENSITIVITY_TOKENS = 512
 
@@ -286,7 +288,9 @@ def budget_of(work: Work, memory: str, context: int | None, concurrency: int | N
 def sensitivity_ids(work: Work) -> torch.Tensor:
     """The calibration windows on which sensitivity is measured."""
     ids = work.texts.calibration.ids
-    return ids[: max(1, work.sensitivity_tokens // ids.shape[1])]
+    size = work.checkpoint.parameters / SENSITIVITY_PARAMETERS
+    tokens = min(work.sensitivity_tokens, max(FEWER_SENSITIVITY_TOKENS, work.sensitivity_tokens / size))
+    return ids[: max(1, int(tokens) // ids.shape[1])]
 
 
 def narrow(work: Work, codings: Iterable[Coding]) -> None:

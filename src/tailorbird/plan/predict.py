@@ -2,7 +2,7 @@
 
 Every stage holds one block (two where calibration is asymmetric, or while the gate compares), what
 its arithmetic needs beside it, or the two ends of the model. The terms below name what is alive at a
-stage's worst moment; tensors of a MiB and more leave the process when they are freed, so the sum is
+stage's worst moment; large tensors leave the process when they are freed, so the sum is
 the peak. Hidden states lie in files and count as disk.
 """
 
@@ -28,7 +28,7 @@ FP32 = 4
 #: Share of the measured matmul rate that whole stages reach.
 EFFICIENCY = 0.5
 #: What small tensors, thread buffers and the interpreter add while a stage runs, bytes.
-OVERHEAD = 24 << 20
+OVERHEAD = 38 << 20
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,6 @@ class _Sizes:
         self.vocabulary = anatomy.vocab_size
         end = FP32 * anatomy.vocab_size * anatomy.hidden_size
         self.end = end
-        self.ends = end if anatomy.tied else 2 * end
         self.parameters = sum(self.block_parameters)
 
     def batch(self, windows: int, length: int) -> int:
@@ -143,9 +142,10 @@ class _Sizes:
         """Live tensors of one block's forward pass."""
         return FP32 * tokens * (3 * self.width + 3 * self.widest)
 
-    def logits(self, copies: int) -> int:
-        """Logits of some positions and their log-probabilities."""
-        return FP32 * max(self.vocabulary, LOGIT_VALUES) * copies
+    @property
+    def logits(self) -> int:
+        """Logits of the positions that are formed at once."""
+        return FP32 * max(self.vocabulary, LOGIT_VALUES // self.vocabulary * self.vocabulary)
 
 
 def predict(work: Workload) -> Prediction:
@@ -169,22 +169,23 @@ def predict(work: Workload) -> Prediction:
 
     streams = 2 if "cross" in work.needs else 1
     tokens = {k: v[0] * v[1] for k, v in (("cal", cal), ("held", held), ("sens", sens))}
-    ends = s.ends + FP32 * s.batch(*cal) * s.width
+    # An end's rounding by the method holds it, a working copy, its codes and the values they stand for.
+    rounding_end = int(3.8 * s.end) if "gram" in work.needs else int(2.6 * s.end)
 
     statistics = max(
-        ends + (s.end if work.anatomy.tied else 0),
+        s.end + FP32 * s.batch(*cal) * s.width,
         s.block + s.grams + max(s.activations(s.batch(*cal)) + FP32 * CHUNK_TOKENS * s.widest, 2 * s.gram),
     )
     sensitivity = max(
-        s.ends + s.end + s.logits(4),
+        2 * s.end + int(4.5 * s.logits),
         s.block + 2 * s.linear + s.activations(s.batch(*sens)),
     )
     compress = max(
-        ends + 2 * s.end,
+        rounding_end,
         streams * s.block + streams * s.gram + max(s.activations(s.batch(*cal)), 3 * s.gram + 3 * s.linear),
     )
     gate = max(
-        2 * s.ends + s.logits(6),
+        int(2.15 * s.end) + 5 * s.logits,
         s.block * 2 + s.linear + s.activations(s.batch(*held)),
     )
     gram_flops = sum(
