@@ -63,6 +63,12 @@ def test_what_is_no_number_is_never_shown_as_zero(nothing: object) -> None:
         assert shown == ABSENT
 
 
+def test_a_change_has_its_sign_unless_it_is_none() -> None:
+    assert [change_text(100, after) for after in (103.14, 96.86, 99.99, 100.01)] == [
+        *("+3.1 %", "−3.1 %", "±0.0 %", "±0.0 %")
+    ]
+
+
 def test_the_dense_size_follows_from_bits_per_weight() -> None:
     assert dense_bytes({"weight_bytes": 400, "bits_per_weight": 4.0}) == 1600
     assert dense_bytes({"weight_bytes": 400}) is None

@@ -311,9 +311,9 @@ def frontier(points: Sequence[Mapping[str, Any]], chosen: tuple[Any, Any] | None
                 axes.annotate(
                     str(point["label"]),
                     (point["bytes"] / scale, max(tops)),
-                    xytext=(0, 8),
+                    xytext=(5, 5) if point is not usable[-1] else (0, 8),
                     textcoords="offset points",
-                    ha="center",
+                    ha="left" if point is not usable[-1] else "center",
                     color=INK,
                     fontsize=11,
                 )

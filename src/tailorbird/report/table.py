@@ -74,7 +74,8 @@ def change_text(before: Any, after: Any) -> str:
     """Relative change with its sign: ``+3.1 %``."""
     if not is_number(before) or not is_number(after) or before == 0:
         return ABSENT
-    return f"{100 * (after - before) / before:+.1f} %".replace("-", "−")
+    percent = round(100 * (after - before) / before, 1)
+    return f"{percent:+.1f} %".replace("-", "−") if percent else "±0.0 %"
 
 
 def rate_text(rate: Any, unit: str) -> str:
