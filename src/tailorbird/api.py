@@ -90,7 +90,7 @@ def fit(
     sequences, length : int, optional
         Calibration windows and their tokens.
     method : str
-        A linear method.
+        A linear method, or a fold and one: ``gptq``, ``awq+gptq``.
     max_kl : float, optional
         Nats per token; the gate refuses more.
     max_perplexity_increase : float, optional
@@ -325,11 +325,11 @@ def export(
 def methods(family: str | None = None) -> list[MethodRow]:
     """Every method there is, with its paper."""
     from tailorbird.errors import nearest
-    from tailorbird.linear import LINEAR_METHODS
+    from tailorbird.linear import FOLDS, LINEAR_METHODS
 
     rows = [
         MethodRow(name, kind.family, kind.kind, kind.paper, ", ".join(sorted(kind.requirements)) or "nothing")
-        for name, kind in LINEAR_METHODS.items()
+        for name, kind in (LINEAR_METHODS | FOLDS).items()
     ]
     if family is None:
         return rows

@@ -10,7 +10,7 @@ back, and `BlockFolds` says what the source's tensors are after them, to the bit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -241,7 +241,8 @@ class BlockFolding:
         if group is None or not self._rounded(names):
             return statistics
         weights = [self.model.weight_of(self.working, place) for place in together]
-        scales, alpha, *_ = self.fold(weights, statistics, [self.codings[p.name] for p in together])
+        inputs = replace(statistics, cross=None)  # which the search doesn't read
+        scales, alpha, *_ = self.fold(weights, inputs, [self.codings[p.name] for p in together])
         if alpha == 0:
             return statistics
         norm = self.tensors[f"{group.norm}.weight"]

@@ -287,7 +287,7 @@ def _behaviour(source: Checkpoint, result: Checkpoint, texts: Sequence[str]) -> 
         if a != b:
             return Check(name, False, f"{attribute}: {b} instead of {a}", "tokenizer_config.json")
     for text in texts:
-        a, b = before(text)["input_ids"], after(text)["input_ids"]
+        a, b = before(text, verbose=False)["input_ids"], after(text, verbose=False)["input_ids"]
         if a != b:
             at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
             return Check(name, False, f"other ids from token {at} of the held-out text", "tokenizer.json")

@@ -96,9 +96,11 @@ def make_recipe(
         Unknown method, setting or value.
     """
     fold_name, joint, method_name = name.rpartition(JOINT)
-    if name in FOLDS:
+    if method_name in FOLDS:
         raise SettingsError(
-            f"method `{name}` alone", "a method that rounds after it", f"write {name}{JOINT}{DEFAULT_METHOD}"
+            f"`{name}`, which ends with a fold",
+            "a linear method that rounds after it",
+            f"write {method_name}{JOINT}{DEFAULT_METHOD}",
         )
     if method_name not in LINEAR_METHODS:
         raise SettingsError(
