@@ -164,7 +164,7 @@ def train(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(True)
     out = Path(arguments.out)
-    tokenizer, training, held_out = prepare(out, arguments.seed)
+    _, training, held_out = prepare(out, arguments.seed)
     device = arguments.device
     model = build_model(arguments.seed).to(device)
     training_loss = torch.compile(loss_of) if arguments.compile else loss_of
