@@ -144,7 +144,7 @@ def fit(
     )
     try:
         scores, cache = planning.score(work, job.work / "streams")
-        codings = planning.choose(work, scores, budget)
+        codings = planning.chosen(work, job, scores, budget)
         points = fitting.measure_frontier(work, job, scores, cache, budget) if frontier else None
         result, accepted = fitting.make(
             work, job, scores, cache, codings, budget,

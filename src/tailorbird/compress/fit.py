@@ -44,6 +44,9 @@ from tailorbird.plan.scores import (
     Scores,
 )
 
+#: Where between the smallest plan and 16 bits the frontier is measured.
+FRONTIER = (0.05, 0.15, 0.25, 0.35, 0.5, 0.7)
+
 
 def dry_run(work: Work, budget: Budget | None, prediction: Prediction) -> DryRun:
     """What `fit` would need, without doing it."""
@@ -191,14 +194,15 @@ def measure_frontier(
     smallest = work.smallest_bytes
     largest = work.dense_bytes
     points = []
-    for index, share in enumerate((0.05, 0.15, 0.25, 0.35, 0.5, 0.7)):
+    before = list(work.stages)
+    for index, share in enumerate(FRONTIER):
         size = int(smallest + share * (largest - smallest))
         known = job.result(f"frontier-{index}")
         if known is None:
             codings = choose(work, scores, replace(budget, total_bytes=size + budget.kv_bytes))
             inner = Job(job.work / f"frontier-{index}", record_of(work, {"codings": describe(codings)}))
-            work.progress.stage(f"frontier {index + 1}/6", 2 * len(work.anatomy.blocks) + 2)
             compress_into(work, inner, cache, codings)
+            work.progress.stage(f"point {index + 1} of {len(FRONTIER)}", len(work.anatomy.blocks) + 1)
             result = open_checkpoint(str(inner.partial))
             quality = measure_quality(
                 StreamingModel(work.checkpoint, work.anatomy),
@@ -217,6 +221,7 @@ def measure_frontier(
             shutil.rmtree(inner.partial)
             job.finish(f"frontier-{index}", known)
         points.append(known)
+    work.stages = before
     return points
 
 

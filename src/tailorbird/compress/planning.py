@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from tailorbird.calibrate.stream import StreamingModel
+from tailorbird.compress.job import Job
 from tailorbird.compress.work import Stage, Work, as_stored, sensitivity_ids
 from tailorbird.errors import SettingsError, nearest
 from tailorbird.formats.packed import (
     Coding,
+    coding_from_dict,
     coding_to_dict,
 )
 from tailorbird.plan.allocate import allocate
@@ -24,6 +26,18 @@ from tailorbird.plan.scores import (
     measure_errors,
     options,
 )
+
+#: Share of the predicted loss up to which a plan that isn't proved optimal is not remarked on.
+WORTH_SAYING = 1e-3
+
+
+def chosen(work: Work, job: Job, scores: Scores, budget: Budget) -> dict[str, Coding]:
+    """The plan of this job: solved once, so that a resumed run goes on with the same."""
+    known = job.result("plan")
+    if known is None:
+        known = describe(choose(work, scores, budget))
+        job.finish("plan", known)
+    return {name: coding_from_dict(entry) for name, entry in known.items()}
 
 
 def score_cache(work: Work) -> ScoreCache:
@@ -80,7 +94,10 @@ def score_sensitivity(work: Work, cache: ScoreCache, scratch: Path) -> Scores:
 def choose(work: Work, scores: Scores, budget: Budget) -> dict[str, Coding]:
     """Place -> coding of the best plan within `budget`; places that stay as stored are left out."""
     together = (lambda place: together_for(work.target, place)) if work.target else (lambda place: None)
-    allocation = allocate(options(scores, work.codings, together), budget.weight_bytes - work.other_bytes)
+    choices = options(scores, lambda place: work.codings_at(place.name, place.shape[1]), together)
+    allocation = allocate(choices, budget.weight_bytes - work.other_bytes)
+    if allocation.gap > WORTH_SAYING:
+        work.progress.note(f"a plan with up to {allocation.gap:.1%} less predicted loss may exist")
     return {
         name: option.coding
         for name, option in allocation.choices.items()

@@ -25,7 +25,8 @@ from tailorbird.calibrate.text import (
     token_windows,
 )
 from tailorbird.compress.recipe import Recipe
-from tailorbird.errors import ResourceError, SettingsError, TextError
+from tailorbird.errors import ExportError, ResourceError, SettingsError, TextError
+from tailorbird.formats import gguf
 from tailorbird.formats.packed import (
     Coding,
     FloatCoding,
@@ -129,9 +130,17 @@ class Work:
     def smallest_bytes(self) -> int:
         """Tensor data of the smallest plan there is."""
         return self.other_bytes + sum(
-            min(stored_bytes(coding, *shape) for coding in self.codings)
-            for shape in self.place_shapes().values()
+            min(stored_bytes(coding, *shape) for coding in self.codings_at(name, shape[1]))
+            for name, shape in self.place_shapes().items()
         )
+
+    def codings_at(self, name: str, in_features: int) -> list[Coding]:
+        """Those of `codings` that `target` can hold at the place `name`; a 16-bit one is among them."""
+        if self.target == "gguf":
+            return [c for c in self.codings if gguf.refusal(c, in_features) is None]
+        if self.target == "compressed-tensors" and name == self.anatomy.embedding:
+            return [c for c in self.codings if isinstance(c, FloatCoding)]
+        return list(self.codings)
 
 
 def open_work(
@@ -168,6 +177,12 @@ def open_work(
         from tailorbird.compress.export import check_gguf_architecture
 
         check_gguf_architecture(checkpoint)
+    if target == "compressed-tensors" and any(place.transposed for place in anatomy.linears()):
+        raise ExportError(
+            f"{model} has linears stored as [in, out], which compressed-tensors can't hold",
+            "a model made of torch's linears",
+            "fit it without --target",
+        )
     tokenizer = checkpoint.tokenizer()
     if length is not None and not 1 <= length <= anatomy.context:
         raise SettingsError(

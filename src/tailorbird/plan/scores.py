@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,9 +98,11 @@ def places_of(anatomy: Anatomy) -> list[Place]:
 
 
 def options(
-    scores: Scores, codings: tuple[Coding, ...], together: Callable[[PlaceScore], str | None] = lambda p: None
+    scores: Scores,
+    codings: Callable[[PlaceScore], Sequence[Coding]],
+    together: Callable[[PlaceScore], str | None] = lambda place: None,
 ) -> list[PlaceOptions]:
-    """What the allocator chooses from: bytes and predicted KL of every coding at every place."""
+    """What the allocator chooses from: bytes and predicted KL of every coding that a place may take."""
     result = []
     for place in scores.places:
         choices = tuple(
@@ -109,7 +111,7 @@ def options(
                 stored_bytes(coding, *place.shape),
                 place.coefficient * scores.predicted_error(place, coding),
             )
-            for coding in distinct(codings, *place.shape)
+            for coding in distinct(codings(place), *place.shape)
         )
         result.append(PlaceOptions(place.name, choices, together(place)))
     return result
