@@ -92,3 +92,20 @@ def test_the_source_is_left_as_it_was(tmp_path: Path) -> None:
     first = measure_divergence(model, [place], ids, rounded, tmp_path)
     assert torch.equal(model.end_weight(place.name), before)
     assert measure_divergence(model, [place], ids, rounded, tmp_path) == first
+
+
+def test_divergences_far_below_float32s_rounding_are_seen(tmp_path: Path) -> None:
+    model = streaming(save_model(tmp_path / "model", "llama"))
+    ids = tokens(2, 24)
+
+    def nudged(factor: float) -> dict[str, float]:
+        def perturb(name: str, weight: torch.Tensor) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(len(name))
+            return weight + factor * torch.randn(weight.shape, generator=generator)
+
+        return measure_divergence(model, places_of(model.anatomy), ids, perturb, tmp_path)
+
+    large, small = nudged(1e-3), nudged(1e-4)
+    assert min(small.values()) < 1e-9
+    for name, kl in large.items():  # a tenth of the change, a hundredth of the divergence
+        assert small[name] == pytest.approx(kl / 100, rel=0.2), name
