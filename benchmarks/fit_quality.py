@@ -110,7 +110,7 @@ def main() -> None:
             for label, recipe in uniform_recipes(arguments.quick):
                 numbers = run(
                     lambda r=recipe, s=subject, t=texts, o=out: tailorbird.compress(
-                        s.model, o, recipe=r, measure_speed=False, sequences=64, **t
+                        s.model, o, recipe=r, measure_speed=False, measure_spread=False, sequences=64, **t
                     )
                 )
                 rows.append({"model": subject.name, "setting": label, "kind": "uniform", **numbers})
@@ -120,7 +120,7 @@ def main() -> None:
                 try:
                     numbers = run(
                         lambda b=budget, s=subject, t=texts, o=out: tailorbird.fit(
-                            s.model, str(b), o, measure_speed=False, sequences=64, **t
+                            s.model, str(b), o, measure_speed=False, measure_spread=False, sequences=64, **t
                         )
                     )
                 except BudgetError:

@@ -69,6 +69,7 @@ def fit(
     frontier: bool = False,
     resume: bool = False,
     measure_speed: bool = True,
+    measure_spread: bool = True,
     seed: int = 0,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -105,6 +106,9 @@ def fit(
         Insist that there is unfinished work to continue.
     measure_speed : bool
         Time source and result at batch 1 in a process of their own.
+    measure_spread : bool
+        Compress with either half of the calibration text too, where that takes a minute or less each, and
+        report how far the two lead apart.
 
     Returns
     -------
@@ -149,7 +153,7 @@ def fit(
         result, accepted = fitting.make(
             work, job, scores, cache, codings, budget,
             {"max_kl": max_kl, "max_perplexity_increase": max_perplexity_increase},
-            prediction, command_line(), points,
+            prediction, command_line(), points, measure_spread,
         )  # fmt: skip
         return _hand_over(work, job, result, accepted, measure_speed)
     finally:
@@ -170,6 +174,7 @@ def compress(
     max_perplexity_increase: float | None = None,
     resume: bool = False,
     measure_speed: bool = True,
+    measure_spread: bool = True,
     seed: int = 0,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -212,7 +217,7 @@ def compress(
         result, accepted = fitting.make(
             work, job, scores, cache, codings, None,
             {"max_kl": max_kl, "max_perplexity_increase": max_perplexity_increase},
-            prediction, command_line(),
+            prediction, command_line(), None, measure_spread,
         )  # fmt: skip
         return _hand_over(work, job, result, accepted, measure_speed)
     finally:

@@ -22,7 +22,7 @@ import sys, torch
 torch.set_num_threads(1)
 import tailorbird
 tailorbird.fit(sys.argv[1], "30%", sys.argv[2], calibration=sys.argv[3], sequences=16, length=64,
-               measure_speed=False, seed=int(sys.argv[4]))
+               measure_speed=False, measure_spread=False, seed=int(sys.argv[4]))
 """
 
 

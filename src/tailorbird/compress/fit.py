@@ -21,6 +21,7 @@ from tailorbird.compress.manifest import plan_of, report_data
 from tailorbird.compress.pipeline import Compression, Pipeline
 from tailorbird.compress.planning import choose, describe, predicted_losses
 from tailorbird.compress.result import DryRun, FitResult
+from tailorbird.compress.spread import calibration_spread
 from tailorbird.compress.work import Stage, Work, record_of
 from tailorbird.errors import ResumeError
 from tailorbird.evaluate.streamed import measure_quality
@@ -44,6 +45,8 @@ from tailorbird.plan.scores import (
     Scores,
 )
 
+#: The spread of calibration is measured where one compression is predicted to take no longer.
+SPREAD_SECONDS = 60
 #: Where between the smallest plan and 16 bits the frontier is measured.
 FRONTIER = (0.05, 0.15, 0.25, 0.35, 0.5, 0.7)
 
@@ -77,6 +80,7 @@ def make(
     prediction: Prediction,
     command: str,
     frontier: Sequence[dict[str, Any]] | None = None,
+    measure_spread: bool = True,
 ) -> tuple[FitResult, bool]:
     """Compress, check, and write plan and report data into ``OUT.partial``.
 
@@ -95,29 +99,52 @@ def make(
     predicted = predicted_losses(work, scores, codings)
     predicted_kl = sum(p["kl"] for p in predicted.values())
     verdict = check(work, job, codings, predicted_kl, limits)
+    spread = spread_of(work, job, cache, codings, prediction) if measure_spread else None
     result = summarize(work, job, verdict, budget, predicted_kl, prediction)
     folds = read_folds(job.partial, work.anatomy)
     plan = plan_of(work, scores, codings, budget, predicted, measured, result, folds)
     save_plan(plan, job.partial / "plan.yaml")
     write_json(
         job.partial / "report.json",
-        report_data(work, scores, plan, result, verdict.quality, prediction, command, frontier),
+        report_data(work, scores, plan, result, verdict.quality, prediction, command, frontier, spread),
     )
     return result, verdict.passed
 
 
-def compress_into(
-    work: Work, job: Job, cache: ScoreCache, codings: dict[str, Coding]
-) -> dict[str, dict[str, float]]:
-    """Run the pipeline into `job`; returns the errors measured at each place."""
+def compression_of(work: Work, cache: ScoreCache, codings: dict[str, Coding]) -> Compression:
+    """What the pipeline is asked to do."""
     needs_head = work.anatomy.tied and work.anatomy.embedding in codings
-    compression = Compression(
+    return Compression(
         codings=codings,
         method=work.recipe.method,
         ids=work.texts.calibration.ids,
         head=cache.load_head() if needs_head else None,
         fold=work.recipe.fold,
     )
+
+
+def spread_of(
+    work: Work, job: Job, cache: ScoreCache, codings: dict[str, Coding], prediction: Prediction
+) -> float | None:
+    """How far two halves of the calibration text lead apart; None, with a remark, where it takes too long."""
+    seconds = next(stage.seconds for stage in prediction.stages if stage.name == "compress")
+    if seconds > SPREAD_SECONDS:
+        work.progress.note(
+            f"the spread between halves of the calibration text was not measured: it takes about "
+            f"{2 * seconds / 60:.0f} minutes"
+        )
+        return None
+    compression = compression_of(work, cache, codings)
+    return calibration_spread(
+        job, work.checkpoint, work.anatomy, compression, work.texts.held_out.ids, work.progress
+    )
+
+
+def compress_into(
+    work: Work, job: Job, cache: ScoreCache, codings: dict[str, Coding]
+) -> dict[str, dict[str, float]]:
+    """Run the pipeline into `job`; returns the errors measured at each place."""
+    compression = compression_of(work, cache, codings)
     model = StreamingModel(work.checkpoint, work.anatomy)
     with Stage(work, "compress", len(work.anatomy.blocks) + 1):
         measured = Pipeline(job, work.checkpoint, model, compression, work.progress).run()

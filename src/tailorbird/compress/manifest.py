@@ -118,6 +118,7 @@ def report_data(
     prediction: Prediction,
     command: str,
     frontier: Sequence[dict[str, Any]] | None,
+    spread: float | None,
 ) -> dict[str, Any]:
     """Everything that the report draws, in JSON types."""
     foreseen = {stage.name: stage for stage in prediction.stages}
@@ -132,7 +133,7 @@ def report_data(
         ],
         "candidates": {p.name: p.errors for p in scores.places},
         "probe": machine(),
-        "calibration_halves_kl": None,
+        "calibration_halves_kl": spread,
         "command": command,
         "stages": [
             {
