@@ -8,11 +8,13 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tailorbird import api
 from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.compress import fit, manifest, pipeline, planning
 from tailorbird.compress import work as work_module
@@ -21,10 +23,11 @@ from tailorbird.compress.gate import Verdict, examine
 from tailorbird.compress.job import Job
 from tailorbird.compress.recipe import Recipe, make_recipe
 from tailorbird.errors import CheckpointError
-from tailorbird.formats.packed import Coding
+from tailorbird.formats.packed import Coding, FloatCoding
 from tailorbird.linear.quantize.awq import Awq, Fold
 from tailorbird.model.weights import Weights
 from tailorbird.model.writing import write_tensors
+from tailorbird.plan.planfile import load_plan
 from tailorbird.plan.scores import ScoreCache
 from tailorbird.progress import Silent
 from tiny import save_model
@@ -255,14 +258,19 @@ def test_scales_count_in_no_index_and_stand_in_the_plan(made: Made) -> None:
     ]
 
 
-def test_a_linear_that_stays_as_it_is_keeps_its_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("becomes", [None, FloatCoding("bfloat16")])
+def test_a_norm_is_folded_only_where_all_its_readers_become_integers(
+    becomes: Coding | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_source(tmp_path, "llama", torch.float32)
     monkeypatch.setattr(Awq, "__call__", large_scales)
-    kept = {"model.layers.0.self_attn.k_proj", "model.layers.0.mlp.up_proj"}
+    others = dict.fromkeys(("model.layers.0.self_attn.k_proj", "model.layers.0.mlp.up_proj"), becomes)
     chosen = planning.codings_of_recipe
-    monkeypatch.setattr(
-        planning, "codings_of_recipe", lambda work: {n: c for n, c in chosen(work).items() if n not in kept}
-    )
+
+    def mixed(work: work_module.Work) -> dict[str, Coding]:
+        return {n: c for n, c in (chosen(work) | others).items() if c is not None}
+
+    monkeypatch.setattr(planning, "codings_of_recipe", mixed)
     made = make(tmp_path, recipe_of("awq+rtn", 8))
     folds = read_folds(made.directory, made.work.anatomy)[0]
     assert [pair.kind for pair, _ in folds.pairs] == ["v->o"]
@@ -275,14 +283,70 @@ def test_a_linear_that_stays_as_it_is_keeps_its_norm(tmp_path: Path, monkeypatch
 def test_at_three_bits_the_scales_that_are_found_lower_the_error(method: str, tmp_path: Path) -> None:
     save_salient_source(tmp_path)
     # a grid of one exponent, 0, finds nothing; everything else is alike
-    without = make(
-        tmp_path, make_recipe(f"awq+{method}", coding={"bits": 3}, fold_settings={"grid": 1}), "without"
-    )
-    folded = make(tmp_path, make_recipe(f"awq+{method}", coding={"bits": 3}, fold_settings={"grid": 8}))
+    recipes = {
+        grid: make_recipe(f"awq+{method}", coding={"bits": 3}, fold_settings={"grid": grid})
+        for grid in (1, 8)
+    }
+    without, folded = (make(tmp_path, recipe, f"grid-{grid}") for grid, recipe in recipes.items())
     assert not (without.directory / FOLDS_FILE).exists()
-    before = sum(entry["error"] for entry in without.measured.values())
-    after = sum(entry["error"] for entry in folded.measured.values())
-    print(before, after)
-    verdicts = [made.verdict(made.directory) for made in (without, folded)]
-    assert all(verdict.passed for verdict in verdicts)
-    print([v.quality.kl_mean for v in verdicts])
+    assert (folded.directory / FOLDS_FILE).exists()
+    before, after = (sum(entry["error"] for entry in made.measured.values()) for made in (without, folded))
+    assert after < 0.97 * before
+    for made in (without, folded):
+        verdict = made.verdict(made.directory)
+        assert verdict.passed, failed(verdict)
+
+
+def test_an_interrupted_fold_ends_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_salient_source(tmp_path)
+    recipe = recipe_of("awq+gptq", 4)
+    expected = contents(make(tmp_path, recipe, "whole").directory)
+    assert FOLDS_FILE in expected
+    calls = iter(range(100))
+    search = Awq.__call__
+
+    def interrupted(self: Awq, *given: object) -> Fold:
+        if next(calls) == 5:  # in the second block, after its pairs and the first of its norms
+            raise KeyboardInterrupt
+        return search(self, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Awq, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, recipe, "broken")
+    resumed = make(tmp_path, recipe, "broken")
+    assert next(calls) == 5 + 1 + 4  # the first block's four searches were not made again
+    assert contents(resumed.directory) == expected
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {
+        path.name: path.read_bytes()
+        for path in directory.iterdir()
+        if path.suffix in (".safetensors", ".json")
+    }
+
+
+def test_a_result_with_folds_is_compressed_again_by_its_plan(tmp_path: Path) -> None:
+    save_source(tmp_path, "llama", torch.float32)
+    (tmp_path / "recipe.yaml").write_text(
+        "method: rtn\ncoding: {bits: 3, group_size: 64}\nfold: awq\nfold_settings: {grid: 4}\n"
+    )
+    arguments: Any = {
+        "calibration": str(tmp_path / "text.jsonl"), "sequences": 8, "length": 64, "measure_speed": False,
+    }  # fmt: skip
+    model = str(tmp_path / "model")
+    api.compress(model, tmp_path / "first", recipe=str(tmp_path / "recipe.yaml"), **arguments)
+    plan = load_plan(tmp_path / "first" / "plan.yaml")
+    assert plan.method is not None
+    assert plan.method.model_dump() == {
+        "name": "awq+rtn", "clip_search": True, "fold_settings": {"grid": 4, "clip_search": False},
+    }  # fmt: skip
+    assert plan.folds
+    assert all(fold.scales_file == FOLDS_FILE for fold in plan.folds)
+    api.compress(model, tmp_path / "second", plan=tmp_path / "first" / "plan.yaml", **arguments)
+    names = [path.name for path in (tmp_path / "first").glob("*.safetensors")]
+    assert FOLDS_FILE in names
+    for name in names:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()

@@ -53,7 +53,10 @@ def full_plan(**changes):
         "machine": {"processor": "no", "cores": 2, "system": "Linux x86_64"},
         "versions": {"torch": "2.13.0+cpu", "python": "3.11"},
         "seed": 0,
-        "folds": [{"norm": "model.layers.0.norm", "linears": ["a", "b"], "scales_file": "folds.safetensors"}],
+        "folds": [
+            {"norm": "model.layers.0.norm", "linears": ["a", "b"], "scales_file": "folds.safetensors"},
+            {"source": "model.layers.0.up_proj", "linears": ["c"]},
+        ],
         "result": {"kl_mean": 1e-05, "perplexity_after": float("inf"), "predicted": {"kl": 2.5}},
         "places": [
             *(place(i) for i in range(3)),
@@ -196,6 +199,8 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("seed: -1\n" + MINIMAL, "`seed` -1"),
         ("seed: 1.0\n" + MINIMAL, "`seed` 1.0"),
         ("target: ggml\n" + MINIMAL, "gguf"),
+        ("folds: [{linears: [a]}]\n" + MINIMAL, r"`folds\[0\]`.*either `norm` or `source`"),
+        ("folds: [{norm: n, source: v, linears: [a]}]\n" + MINIMAL, "either `norm` or `source`"),
         ("versions: {torch: 2.13}\n" + MINIMAL, "`versions.torch`"),
         ("seed: " + "9" * 5000 + "\n" + MINIMAL, "digits"),
         ("seed: 1\nseed: 2\n" + MINIMAL, "twice"),

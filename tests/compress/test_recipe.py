@@ -1,0 +1,101 @@
+"""Recipes: what a line or a file says is what is built, and what is wrong is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tailorbird import api
+from tailorbird.compress.recipe import make_recipe, parse_recipe, recipe_of_plan
+from tailorbird.errors import SettingsError
+from tailorbird.formats.packed import IntegerCoding
+from tailorbird.linear.quantize.awq import Awq
+from tailorbird.linear.quantize.gptq import Gptq
+from tailorbird.linear.quantize.rtn import Rtn
+from tailorbird.plan.planfile import Method, Plan
+
+
+@pytest.mark.parametrize(
+    ("line", "method", "coding", "fold"),
+    [
+        ("gptq:bits=4,group=64", Gptq(), IntegerCoding(4, 64), None),
+        ("rtn:bits=8,group=0,symmetric=true,clip_search=false", Rtn(False), IntegerCoding(8, 0, True), None),
+        ("awq+gptq:bits=4,group=64", Gptq(), IntegerCoding(4, 64), Awq()),
+        ("awq+rtn:bits=3,group=128", Rtn(), IntegerCoding(3, 128), Awq()),
+    ],
+)
+def test_a_line(line: str, method: object, coding: IntegerCoding, fold: Awq | None) -> None:
+    recipe = parse_recipe(line)
+    assert (recipe.method, recipe.coding, recipe.fold) == (method, coding, fold)
+    assert recipe.name == line.partition(":")[0]
+
+
+def test_a_file_says_the_same_as_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("method: gptq\nfold: awq\ncoding: {bits: 4, group_size: 64}\n")
+    assert parse_recipe(str(path)) == parse_recipe("awq+gptq:bits=4,group=64")
+    path.write_text("method: gptq\nfold: awq\nfold_settings: {grid: 7}\ncoding: {bits: 4}\n")
+    assert parse_recipe(str(path)).fold == Awq(grid=7)
+
+
+def test_a_fold_brings_its_needs_and_is_part_of_the_description() -> None:
+    folded, plain = make_recipe("awq+rtn"), make_recipe("rtn")
+    assert (folded.needs, plain.needs) == ({"gram"}, frozenset())
+    assert make_recipe("awq+gptq").needs == make_recipe("gptq").needs == {"gram", "cross"}
+    descriptions = [
+        recipe.describe() for recipe in (folded, plain, make_recipe("awq+rtn", fold_settings={"grid": 3}))
+    ]
+    assert all(descriptions.count(description) == 1 for description in descriptions)
+
+
+def test_every_method_that_is_listed_can_stand_in_a_recipe() -> None:
+    rows = api.methods()
+    assert {row.name for row in rows if row.kind == "fold"} == {"awq"}
+    for row in rows:
+        make_recipe(f"{row.name}+gptq" if row.kind == "fold" else row.name)
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq+rtn"])
+def test_a_plan_gives_back_the_recipe(name: str) -> None:
+    recipe = make_recipe(name, fold_settings={"grid": 3} if "awq" in name else None)
+    plan = Plan.model_construct(method=Method.model_validate(recipe.describe()))
+    assert recipe_of_plan(plan) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("awq:bits=4", r"awq\+gptq"),
+        ("gptq+awq:bits=4", r"awq\+gptq"),
+        ("awk+gptq:bits=4", "fold `awk`.*awq"),
+        ("awq+awq+gptq:bits=4", "fold `awq.awq`"),
+        ("awq+gtpq:bits=4", "gtpq.*gptq"),
+        ("+gptq:bits=4", "fold ``"),
+        ("awq+gptq:bits=4,grid=5", "setting `grid` of gptq"),
+        ("gptq", "no bits"),
+    ],
+)
+def test_what_is_wrong_with_a_line_is_named(text: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        parse_recipe(text)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("method: gptq\nfold_settings: {grid: 5}", "fold_settings"),
+        ("method: gptq\nfold: gptq", "fold `gptq`"),
+        ("method: gptq\nfold: awq\nfold_settings: {grid: 5.5}", "grid: 5.5"),
+        ("method: gptq\nfold: awq\nfold_settings: {grid: 0}", "grid 0"),
+        ("method: gptq\nfold: awq\nfold_settings: {gird: 5}", "gird.*grid"),
+        ("method: gptq\nfold: awq\nfold_settings: 5", "settings 5 of awq"),
+        ("method: gptq\nsettings: [1]", "settings .1. of gptq"),
+        ("method: gptq\nfolds: awq", "folds.*fold"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, body: str, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(body + "\ncoding: {bits: 4}\n")
+    with pytest.raises(SettingsError, match=message):
+        parse_recipe(str(path))
