@@ -52,13 +52,19 @@ def tokens(windows: int, length: int) -> torch.Tensor:
 
 
 def test_predicted_loss_is_coefficient_times_the_methods_error() -> None:
-    embed, up = options(SCORES, CODINGS)
+    embed, up = options(SCORES, lambda place: CODINGS)
     by_label = {option.coding.label: option for option in embed.options}
     assert by_label["int4 g32"].loss == pytest.approx(0.7 * 0.25 * 0.1 / 4)
     assert by_label["bf16"].loss == pytest.approx(0.7 * 0.1 / 16)  # no ratio: the error of rounding itself
     assert by_label["int2 g32"].bytes == stored_bytes(CODINGS[0], 258, 64)
     assert len(up.options) == len(CODINGS)
-    assert {p.together for p in options(SCORES, CODINGS, lambda p: p.role)} == {"tied", "up"}
+    fewer = options(SCORES, lambda place: CODINGS[place.role == "up" :])
+    assert [option.coding for option in fewer[0].options] == [*CODINGS]
+    assert [option.coding for option in fewer[1].options] == [*CODINGS[1:]]
+    assert {p.together for p in options(SCORES, lambda place: CODINGS, lambda place: place.role)} == {
+        "tied",
+        "up",
+    }
 
 
 def test_scores_come_back_from_disk_as_they_were() -> None:
