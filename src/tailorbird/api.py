@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -129,6 +130,7 @@ def fit(
 
     progress = progress or Silent()
     _check_device(device)
+    _check_limits(max_kl, max_perplexity_increase)
     if output is None and not dry_run:
         raise SettingsError("no --output", "a path for the result", "add -o OUT")
     target_path = Path(output) if output is not None else Path("result")
@@ -143,10 +145,8 @@ def fit(
     if dry_run:
         return fitting.dry_run(work, budget, prediction)
     work_module.check_resources(prediction)
-    job = Job(
-        target_path, work_module.record_of(work, {"budget": asdict(budget), "frontier": frontier}), resume
-    )
-    try:
+    record = work_module.record_of(work, {"budget": asdict(budget), "frontier": frontier})
+    with Job(target_path, record, resume) as job:
         scores, cache = planning.score(work, job.work / "streams")
         codings = planning.chosen(work, job, scores, budget)
         points = fitting.measure_frontier(work, job, scores, cache, budget) if frontier else None
@@ -156,8 +156,6 @@ def fit(
             prediction, command_line(), points, measure_spread,
         )  # fmt: skip
         return _hand_over(work, job, result, accepted, measure_speed)
-    finally:
-        job.close()
 
 
 def compress(
@@ -192,6 +190,7 @@ def compress(
 
     progress = progress or Silent()
     _check_device(device)
+    _check_limits(max_kl, max_perplexity_increase)
     if (recipe is None) == (plan is None):
         raise SettingsError(
             "neither a recipe nor a plan" if recipe is None else "a recipe and a plan",
@@ -211,8 +210,8 @@ def compress(
     work_module.narrow(work, codings.values())
     prediction = work_module.foresee(work, Path(output))
     work_module.check_resources(prediction)
-    job = Job(Path(output), work_module.record_of(work, {"codings": planning.describe(codings)}), resume)
-    try:
+    record = work_module.record_of(work, {"codings": planning.describe(codings)})
+    with Job(Path(output), record, resume) as job:
         scores, cache = planning.score(work, job.work / "streams")
         result, accepted = fitting.make(
             work, job, scores, cache, codings, None,
@@ -220,8 +219,6 @@ def compress(
             prediction, command_line(), None, measure_spread,
         )  # fmt: skip
         return _hand_over(work, job, result, accepted, measure_speed)
-    finally:
-        job.close()
 
 
 def _hand_over(work: Work, job: Job, result: FitResult, accepted: bool, measure_speed: bool) -> FitResult:
@@ -360,3 +357,11 @@ def _check_device(device: str) -> None:
         raise SettingsError(
             f"device `{device}`", "cpu, the only one that these commands use so far", "use --device cpu"
         )
+
+
+def _check_limits(max_kl: float | None, max_perplexity_increase: float | None) -> None:
+    """Raise where a limit could refuse nothing, or everything."""
+    limits = {"--max-kl": max_kl, "--max-perplexity-increase": max_perplexity_increase}
+    for name, limit in limits.items():
+        if limit is not None and not math.isfinite(limit):
+            raise SettingsError(f"{name} {limit}", "a finite number", f"give another, or leave out {name}")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from tailorbird.compress import gguf_file
-from tailorbird.compress.job import check_output
+from tailorbird.compress.job import check_output, missing_parents, remove_empty
 from tailorbird.compress.stored_model import Matrix, StoredModel
 from tailorbird.errors import ExportError, ResourceError, SettingsError, nearest
 from tailorbird.evaluate.quality import Divergence
@@ -141,6 +141,7 @@ def _unfinished(output: Path, is_file: bool) -> Iterator[Path]:
             "finish or remove it, or choose another --output",
         )
     partial.unlink(missing_ok=True)
+    parents = missing_parents(output)
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         if not is_file:
@@ -161,6 +162,7 @@ def _unfinished(output: Path, is_file: bool) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
         else:
             partial.unlink(missing_ok=True)
+        remove_empty(parents)
 
 
 # --- safetensors ---------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def examine(
             Check(
                 "max-perplexity-increase",
                 increase <= max_perplexity_increase,
-                f"perplexity +{increase:.2f} %, allowed +{max_perplexity_increase:g} %",
+                f"perplexity {increase:+.2f} %, allowed {max_perplexity_increase:+g} %",
                 None if increase <= max_perplexity_increase else stored.worst,
             )
         )

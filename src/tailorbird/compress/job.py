@@ -13,22 +13,29 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from tailorbird.errors import ResourceError, ResumeError, SettingsError
+from tailorbird.errors import ResourceError, ResumeError, SettingsError, UserError
 from tailorbird.model.writing import write_json
 
 WORK = ".job"
 
 
 def check_output(output: Path) -> None:
-    """Raise where `output` can't become the result: it exists, or its folder can't be written."""
-    if output.exists():
+    """Raise where `output` can't become the result: it exists, or it or its folder can't be made."""
+    if os.path.lexists(output):  # a link that leads nowhere is in the way too
         raise SettingsError(
             f"output {output} exists already",
             "a path that doesn't exist",
             "choose another --output or remove it",
         )
+    try:
+        os.lstat(_starting(output))  # the longest name that a job takes
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # free, or below a file, which is found next
+    except OSError as error:
+        raise _unusable(output, error) from None
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -38,6 +45,31 @@ def check_output(output: Path) -> None:
             "a directory with write permission",
             "choose another --output or change the permissions",
         )
+
+
+def missing_parents(output: Path) -> list[Path]:
+    """Directories above `output` that would have to be made, the innermost first."""
+    return [parent for parent in output.absolute().parents if not parent.exists()]
+
+
+def remove_empty(directories: list[Path]) -> None:
+    """Remove these directories, in this order, as far as they are empty."""
+    for directory in directories:
+        try:
+            directory.rmdir()
+        except OSError:
+            return
+
+
+def _starting(output: Path) -> Path:
+    """Where a job is built before it appears under its name."""
+    return output.with_name(f"{output.name}.starting-{os.getpid()}")
+
+
+def _unusable(output: Path, error: OSError) -> ResourceError:
+    return ResourceError(
+        f"output {output} can't be made ({error.strerror})", "a path that can", "choose another --output"
+    )
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
@@ -59,6 +91,9 @@ def _short(value: Any) -> str:
 
 class Job:
     """Exclusive hold on ``OUT.partial`` for one run.
+
+    Used with ``with``: what was finished stays for the same command to resume, whatever happens; but a
+    user's mistake that shows before anything was finished leaves nothing behind.
 
     Attributes
     ----------
@@ -93,6 +128,7 @@ class Job:
         self.rejected = output.with_name(output.name + ".rejected")
         self.work = self.partial / WORK
         record_file = self.work / "record.json"
+        self._parents = missing_parents(output)
         self.resumed = record_file.exists()
         if self.partial.exists() and not self.resumed:
             raise ResumeError(
@@ -111,11 +147,16 @@ class Job:
             self._compare(record_file, record)
         else:
             # The record must come to be together with the directory: build both aside, then rename.
-            fresh = output.with_name(f"{output.name}.starting-{os.getpid()}")
-            (fresh / WORK / "done").mkdir(parents=True)
-            (fresh / WORK / "streams").mkdir()
-            write_json(fresh / WORK / "record.json", record)
-            os.rename(fresh, self.partial)
+            fresh = _starting(output)
+            try:
+                (fresh / WORK / "done").mkdir(parents=True)
+                (fresh / WORK / "streams").mkdir()
+                write_json(fresh / WORK / "record.json", record)
+                os.rename(fresh, self.partial)
+            except (OSError, ResourceError) as error:
+                shutil.rmtree(fresh, ignore_errors=True)
+                remove_empty(self._parents)
+                raise error if isinstance(error, ResourceError) else _unusable(output, error) from error
             self._hold()
 
     def _hold(self) -> None:
@@ -182,6 +223,25 @@ class Job:
         shutil.rmtree(target / WORK)
         self._lock.close()
         return target
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, UserError) and self._nothing_finished():
+            shutil.rmtree(self.partial)
+            remove_empty(self._parents)
+        self.close()
+
+    def _nothing_finished(self) -> bool:
+        """Whether the job holds no file but its record, its lock and the streams of an unfinished stage."""
+        own = (self.work / "record.json", self.work / "lock")
+        streams = self.work / "streams"
+        return self.partial.is_dir() and all(
+            path.is_dir() or path in own or path.parent == streams for path in self.partial.rglob("*")
+        )
 
     def close(self) -> None:
         """Let go of the job without finishing it."""

@@ -122,6 +122,7 @@ def speed(
     _check_numbers(
         prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, rounds=rounds, threads=threads
     )
+    open_checkpoint(str(model_path))  # a mistake shows before the machine is measured
     with _threads(threads):
         machine = probe()
         reset_peak()

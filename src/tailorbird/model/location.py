@@ -43,9 +43,9 @@ def locate(model: str) -> Path:
         return _DEMO_DIRECTORY
     path = Path(model).expanduser()
     try:
-        if model.strip() and path.is_dir():  # an empty text would be the current directory
+        exists = bool(model.strip()) and path.exists()  # an empty text would be the current directory
+        if exists and path.is_dir():
             return path
-        exists = path.exists()
     except (OSError, ValueError):  # too long for a path, or holds a NUL
         exists = False
     if exists:

@@ -1,0 +1,641 @@
+"""Whatever is wrong with the input: status 2, words that name it and help, and nothing written.
+
+Every case is a real command line on a real (small) model; no part of the program is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tailorbird
+from tailorbird.cli.main import run
+from tailorbird.errors import CheckpointError
+from tiny import DECODER, byte_tokenizer, save_model
+
+FIT = (
+    "fit",
+    "MODEL",
+    "--memory",
+    "45%",
+    "-o",
+    "out",
+    "--calibration",
+    "TEXT",
+    "--sequences",
+    "4",
+    "--length",
+    "32",
+)
+COMPRESS = ("compress", "MODEL", "-o", "out", "--calibration", "TEXT", "--sequences", "4", "--length", "32")
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+def write_text(path: Path, seed: int = 0, documents: int = 24) -> Path:
+    rng = random.Random(seed)
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
+    lines = [json.dumps({"text": " ".join(rng.choices(words, k=120))}) for _ in range(documents)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound model; copied before it is damaged."""
+    return save_model(tmp_path_factory.mktemp("sound") / "model", "llama")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
+
+
+@pytest.fixture(scope="module")
+def fitted(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The control: the same command with nothing wrong."""
+    folder = tmp_path_factory.mktemp("fitted")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("TAILORBIRD_CACHE", str(folder / "cache"))
+    try:
+        arguments = filled(FIT, model, text)
+        arguments[arguments.index("out")] = str(folder / "out")
+        assert run(arguments) == 0
+    finally:
+        patch.undo()
+    return folder / "out"
+
+
+def filled(arguments: tuple[str, ...], model: Path | str, text: Path | str) -> list[str]:
+    """`arguments` with the paths in place of the words MODEL and TEXT."""
+    return [str(model) if a == "MODEL" else str(text) if a == "TEXT" else a for a in arguments]
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    """Everything below `folder`: path -> size and time."""
+    return {
+        str(path.relative_to(folder)): (path.lstat().st_size, path.lstat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.fixture
+def refused(
+    command: Any, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    """Run a command line that must be refused with these words, and return the message.
+
+    The current directory is the output's parent; neither it nor the source may change.
+    """
+    place = tmp_path / "place"
+    place.mkdir()
+    monkeypatch.chdir(place)
+
+    def call(*arguments: str, says: tuple[str, ...], usage: bool = False, source: Path | str = model) -> str:
+        folders = [place] + [p for p in (Path(source),) if os.path.isdir(p) and p.is_absolute()]
+        before = [tree(folder) for folder in folders]
+        done = command(*filled(arguments, source, text))
+        assert done.status == 2, done.err
+        assert done.out == ""
+        assert "Traceback" not in done.err
+        assert usage or ("expected: " in done.err and "what to do: " in done.err)
+        for words in says:
+            assert words in done.err
+        assert [tree(folder) for folder in folders] == before
+        return str(done.err)
+
+    return call
+
+
+# --- the control ---------------------------------------------------------------------------------
+
+
+def test_control_the_same_command_without_a_mistake_gives_a_model_that_writes(fitted: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded = AutoModelForCausalLM.from_pretrained(fitted)
+    tokens = AutoTokenizer.from_pretrained(fitted)("alpha beta", return_tensors="pt")
+    written = loaded.generate(**tokens, max_new_tokens=4, do_sample=False)
+    assert written.shape[1] > tokens["input_ids"].shape[1]
+    assert sorted(os.listdir(fitted.parent)) == ["cache", "out"]
+    shares = json.loads((fitted / "report.json").read_text())["result"]
+    assert shares["total_bytes"] <= shares["budget_bytes"]
+
+
+# --- where the model is --------------------------------------------------------------------------
+
+LEAST = {
+    "fit": ("fit", "MODEL", "--memory", "45%", "-o", "out"),
+    "compress": ("compress", "MODEL", "-o", "out", "--recipe", "rtn:bits=4,group=32"),
+    "evaluate": ("evaluate", "MODEL", "--text", "TEXT"),
+    "speed": ("speed", "MODEL"),
+    "generate": ("generate", "MODEL", "alpha"),
+    "export": ("export", "MODEL", "--to", "dense", "-o", "out"),
+}
+
+
+@pytest.mark.parametrize("name", LEAST)
+def test_no_such_path(refused: Any, name: str) -> None:
+    refused(*LEAST[name], source="/no/such/path", says=("/no/such/path", "check the path"))
+
+
+@pytest.mark.parametrize("name", LEAST)
+def test_a_file_in_place_of_a_directory(refused: Any, model: Path, name: str) -> None:
+    given = model / "config.json"
+    refused(*LEAST[name], source=given, says=(f"{given} is a file", f"give its directory, `{model}`"))
+
+
+@pytest.mark.parametrize("name", LEAST)
+def test_a_directory_that_is_no_model(refused: Any, tmp_path: Path, name: str) -> None:
+    (tmp_path / "holiday").mkdir()
+    (tmp_path / "holiday" / "photo.txt").write_text("sea")
+    refused(*LEAST[name], source=tmp_path / "holiday", says=("holiday has no config.json", "safetensors"))
+
+
+@pytest.mark.parametrize("name", LEAST)
+def test_a_hub_id_while_offline(refused: Any, name: str) -> None:
+    refused(*LEAST[name], source="no-org/no-model", says=("no-org/no-model", "cannot be reached", "demo"))
+
+
+@pytest.mark.parametrize("given", ["", "..", "a/../b", "x" * 300, "http://example.org/model"])
+def test_what_cannot_name_a_model(refused: Any, given: str) -> None:
+    refused(*FIT, source=given, says=("config.json",) if given == ".." else ("there is no directory",))
+
+
+# --- what is in its files ------------------------------------------------------------------------
+
+
+def edit_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return edit
+
+
+def edit_json(file: str, **fields: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return edit
+
+
+def edit_header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Rewrite the header of the safetensors file, the body left as it is."""
+
+    def edit(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        data = path.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])
+        change(header)
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+    return edit
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 100)
+
+
+def endless_header(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes((2**62).to_bytes(8, "little") + path.read_bytes()[8:])
+
+
+def remove(*patterns: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        for pattern in patterns:
+            for path in folder.glob(pattern):
+                path.unlink()
+
+    return edit
+
+
+def pickled(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def change_last_byte(file: Path) -> None:
+    with file.open("r+b") as handle:
+        handle.seek(-1, os.SEEK_END)
+        last = handle.read(1)[0]
+        handle.seek(-1, os.SEEK_END)
+        handle.write(bytes([last ^ 1]))
+
+
+def spoil(value: float, name: str = Q) -> Callable[[Path], None]:
+    return edit_tensors(lambda tensors: tensors[name].view(-1)[5].fill_(value))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "truncated": (truncate, ("model.safetensors", "bytes")),
+    "empty weights": (lambda f: os.truncate(f / "model.safetensors", 0), ("model.safetensors",)),
+    "header longer than the file": (endless_header, ("model.safetensors", "header")),
+    "offsets beyond the file": (
+        edit_header(lambda h: h[Q].update(data_offsets=[2**40, 2**40 + 16384])),
+        ("model.safetensors", "bodies that follow each other"),
+    ),
+    "offsets that overlap": (
+        edit_header(lambda h: h[Q].update(data_offsets=h["model.norm.weight"]["data_offsets"])),
+        ("model.safetensors", Q),
+    ),
+    "shape that is not the body's": (
+        edit_header(lambda h: h[Q].update(shape=[10**9, 10**9])),
+        ("model.safetensors", Q),
+    ),
+    "unknown dtype": (edit_header(lambda h: h[Q].update(dtype="Q7")), ("model.safetensors", Q, "Q7")),
+    "nan": (spoil(float("nan")), (Q, "nan", "finite")),
+    "infinity": (spoil(float("-inf")), (Q, "inf", "finite")),
+    "nan in the embedding": (
+        spoil(float("nan"), "model.embed_tokens.weight"),
+        ("model.embed_tokens.weight", "nan"),
+    ),
+    "nan in the last norm": (spoil(float("nan"), "model.norm.weight"), ("model.norm.weight", "nan")),
+    "nan in the head": (spoil(float("nan"), "lm_head.weight"), ("lm_head.weight", "nan")),
+    "missing tensor": (edit_tensors(lambda t: t.pop(Q)), (Q, "missing")),
+    "extra tensor": (edit_tensors(lambda t: t.update({"spare.weight": torch.ones(2)})), ("spare.weight",)),
+    "tensor of another shape": (edit_tensors(lambda t: t.update({Q: torch.ones(64, 60)})), (Q, "60")),
+    "no weights": (remove("*.safetensors"), ("no weights", "model.safetensors")),
+    "no tokenizer": (remove("tokenizer*"), ("no tokenizer", "copy the tokenizer")),
+    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), ("tokenizer",)),  # type: ignore[dict-item]
+    "broken config": (lambda f: (f / "config.json").write_text("{"), ("config.json", "JSON")),  # type: ignore[dict-item]
+    "no config": (remove("config.json"), ("config.json",)),
+    "pickles only": (pickled, ("pytorch_model.bin", "pickle", "safe_serialization=True")),
+    "code of its own": (
+        edit_json("config.json", auto_map={"AutoModelForCausalLM": "evil.Model"}),
+        ("auto_map", "evil.Model", "never executed"),
+    ),
+    "code for the tokenizer": (
+        edit_json("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Tok", None]}),
+        ("auto_map", "evil.Tok"),
+    ),
+    "unknown architecture": (edit_json("config.json", model_type="lama"), ("lama", "`llama`")),
+    "sequence to sequence": (
+        edit_json("config.json", model_type="t5", is_encoder_decoder=True),
+        ("t5", "encoder-decoder"),
+    ),
+    "more blocks than weights": (edit_json("config.json", num_hidden_layers=3), ("model.layers.2",)),
+    "other tool's quantization": (
+        edit_json("config.json", quantization_config={"quant_method": "bitsandbytes"}),
+        ("bitsandbytes", "original model"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_or_unsafe_model_is_refused(refused: Any, model: Path, tmp_path: Path, damage: str) -> None:
+    edit, says = DAMAGES[damage]
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    edit(broken)
+    refused(*FIT, source=broken, says=says)
+
+
+@pytest.mark.parametrize("damage", ["nan", "nan in the head"])
+def test_compress_finds_what_is_not_a_number_too(
+    refused: Any, model: Path, tmp_path: Path, damage: str
+) -> None:
+    edit, says = DAMAGES[damage]
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    edit(broken)
+    refused(*COMPRESS, "--recipe", "rtn:bits=4,group=32", source=broken, says=says)
+
+
+def test_a_model_with_experts_is_refused_by_the_names_of_its_modules(refused: Any, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **DECODER, **experts))
+    made.save_pretrained(tmp_path / "experts")
+    byte_tokenizer().save_pretrained(tmp_path / "experts")
+    refused(*FIT, source=tmp_path / "experts", says=("mlp.experts", "MixtralExperts", "without experts"))
+
+
+def test_a_body_that_is_not_what_was_written_is_refused_by_name(
+    refused: Any, fitted: Path, tmp_path: Path
+) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(fitted, changed)
+    file = sorted(changed.glob("*.safetensors"))[1]
+    change_last_byte(file)
+    message = refused(
+        "export", "MODEL", "--to", "dense", "-o", "out", source=changed,
+        says=(file.name, "was changed after it was written", "SHA-256"),
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match="was changed after it was written") as caught:
+        tailorbird.load(changed, verify=True)
+    assert caught.value.given in message
+
+
+def test_a_compressed_model_is_no_source(refused: Any, fitted: Path) -> None:
+    says = ("compressed already", "plan.yaml")
+    refused(*FIT, source=fitted, says=says)
+    refused(*COMPRESS, "--recipe", "rtn:bits=4,group=32", source=fitted, says=says)
+
+
+def test_only_what_tailorbird_made_is_exported(refused: Any, model: Path) -> None:
+    refused(*LEAST["export"], source=model, says=(str(model),))
+
+
+# --- the text ------------------------------------------------------------------------------------
+
+TEXTS: dict[str, tuple[str, bytes | None, tuple[str, ...]]] = {
+    "missing": ("none.txt", None, ("none.txt", "check the path")),
+    "empty": ("empty.txt", b"", ("empty.txt is empty", "another file")),
+    "blank": ("blank.txt", b" \n\n\t ", ("blank.txt",)),
+    "unknown kind": ("song.mp3", b"la la", ("song.mp3", ".jsonl")),
+    "binary": ("noise.txt", bytes(range(256)) * 8, ("noise.txt", "UTF-8")),
+    "not json": ("bad.jsonl", b'{"text": "a"}\n{"text', ("bad.jsonl", "line 2", "not JSON")),
+    "no text in it": ("keys.jsonl", b'{"body": "a"}', ("keys.jsonl", "`body`", "`text` or `messages`")),
+    "not parquet": ("bad.parquet", b"PAR0", ("bad.parquet", "arquet")),
+    "conversations without a template": (
+        "talk.jsonl",
+        b'{"messages": [{"role": "user", "content": "hello"}]}',
+        ("talk.jsonl", "chat template"),
+    ),
+    "nothing to set aside": ("one.jsonl", b'{"text": "alpha beta gamma"}', ("set aside", "--evaluation")),
+}
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_text_that_cannot_be_used(refused: Any, tmp_path: Path, case: str) -> None:
+    name, content, says = TEXTS[case]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    refused(*FIT, "--calibration", str(tmp_path / name), says=says)
+
+
+def test_a_directory_without_text(refused: Any, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    refused(*FIT, "--calibration", str(tmp_path / "pictures"), says=("pictures", "holds no text"))
+
+
+def test_text_that_may_not_be_read(refused: Any, tmp_path: Path) -> None:
+    locked = write_text(tmp_path / "locked.jsonl")
+    locked.chmod(0)
+    if os.access(locked, os.R_OK):
+        pytest.skip("this user (root) may read every file")
+    refused(*FIT, "--calibration", str(locked), says=("locked.jsonl", "ermission"))
+
+
+@pytest.mark.parametrize("which", ["--calibration", "--evaluation"])
+def test_text_that_is_one_token_throughout(refused: Any, tmp_path: Path, text: Path, which: str) -> None:
+    flat = tmp_path / "flat.txt"
+    flat.write_text("a" * 4000)
+    other = {"--calibration": "--evaluation", "--evaluation": "--calibration"}[which]
+    refused(*FIT, which, str(flat), other, str(text), says=("flat.txt", "the one token", "tokenizer"))
+
+
+def test_the_same_document_on_both_sides(refused: Any, text: Path) -> None:
+    refused(*FIT, "--evaluation", str(text), says=("held-out document", "remove it"))
+
+
+# --- budgets and settings ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "size", ["lots", "", "-1", "0", "0%", "12 parsecs", "1.5G", "1e9", "nan%", "0.1", "9" * 50]
+)
+def test_nonsense_sizes(refused: Any, size: str) -> None:
+    refused(*FIT, f"--memory={size}", says=(f"`{size[:40]}", "1.5GiB"))
+
+
+@pytest.mark.parametrize("size", ["100%", "16bpw", "400GiB"])
+def test_a_budget_that_the_model_meets_already(refused: Any, size: str) -> None:
+    refused(*FIT, "--memory", size, says=("16 bits", "the model already fits"))
+
+
+def test_a_budget_below_the_smallest_plan_names_one_that_works(
+    refused: Any, command: Any, model: Path, text: Path
+) -> None:
+    message = refused(*FIT, "--memory", "1%", says=("at least", "smallest possible plan"))
+    smallest = int(re.search(r"at least (\d+) bytes", message)[1])  # type: ignore[index]
+    advised = re.search(r"give --memory (\S+) or more", message)[1]  # type: ignore[index]
+    refused(*FIT, "--memory", str(smallest - 1), says=("smallest possible plan",))
+    assert command(*filled((*FIT, "--memory", advised, "--dry-run"), model, text)).status == 0
+    result = tailorbird.fit(
+        str(model), str(smallest), "fits", calibration=str(text), sequences=4, length=32, measure_speed=False
+    )
+    assert result.total_bytes == smallest
+
+
+def test_a_cache_that_leaves_no_room(refused: Any) -> None:
+    says = ("KV cache", "--context 128", "--concurrency 64")
+    refused(*FIT, "--context", "128", "--concurrency", "64", says=says)
+
+
+SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "long windows": ((*FIT, "--length", "4096"), ("4096 tokens", "1 to 128", "--length")),
+    "long context": ((*FIT, "--context", "4096"), ("4096 tokens", "1 to 128", "--context")),
+    "long windows to compress": (
+        (*COMPRESS, "--recipe", "rtn:bits=4", "--length", "129"),
+        ("129 tokens", "1 to 128", "--length"),
+    ),
+    "long windows to evaluate": (
+        ("evaluate", "MODEL", "--text", "TEXT", "--context", "4096"),
+        ("4096", "128"),
+    ),
+    "method": ((*FIT, "--method", "gpqt"), ("gpqt", "did you mean `gptq`")),
+    "fold": ((*FIT, "--method", "awk+gptq"), ("awk", "`awq`")),
+    "target": ((*FIT, "--target", "guff"), ("guff", "did you mean `gguf`")),
+    "method of a recipe": ((*COMPRESS, "--recipe", "rtm:bits=4"), ("rtm", "did you mean `rtn`")),
+    "setting of a recipe": (
+        (*COMPRESS, "--recipe", "gptq:bits=4,dampening=0.1"),
+        ("dampening", "did you mean `damping`"),
+    ),
+    "value of a setting": ((*COMPRESS, "--recipe", "gptq:bits=4,damping=wet"), ("damping", "wet", "0.01")),
+    "bits": ((*COMPRESS, "--recipe", "rtn:bits=7"), ("7", "2, 3, 4, 5, 6, 8")),
+    "no bits": ((*COMPRESS, "--recipe", "gptq"), ("no bits", "gptq:bits=4,group=64")),
+    "group": ((*COMPRESS, "--recipe", "rtn:bits=4,group=7"), ("group_size", "7")),
+    "recipe that is not there": ((*COMPRESS, "--recipe", "none.yaml"), ("none.yaml", "check the path")),
+    "plan that is not there": ((*COMPRESS, "--plan", "none.yaml"), ("none.yaml",)),
+    "neither recipe nor plan": (COMPRESS, ("neither", "exactly one of --recipe and --plan")),
+    "recipe and plan": (
+        (*COMPRESS, "--recipe", "rtn:bits=4", "--plan", "plan.yaml"),
+        ("a recipe and a plan", "exactly one"),
+    ),
+    "concurrency alone": ((*FIT, "--concurrency", "4"), ("--concurrency 4", "add --context")),
+    "nothing to resume": ((*FIT, "--resume"), ("nothing to resume", "without --resume")),
+    "no output": (("fit", "MODEL", "--memory", "45%", "--calibration", "TEXT"), ("--output", "add -o OUT")),
+    "export to what": (("export", "MODEL", "--to", "gguff", "-o", "out"), ("gguff", "did you mean `gguf`")),
+    "stream of json": (("generate", "MODEL", "a", "--stream", "--json"), ("--stream", "--json")),
+    "family": (("methods", "--family", "quantise"), ("quantise", "`quantize`")),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_that_are_unknown_or_in_conflict(refused: Any, case: str) -> None:
+    arguments, says = SETTINGS[case]
+    refused(*arguments, says=says)
+
+
+USAGE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "unknown flag": ((*FIT, "--memroy", "45%"), ("--memroy", "--memory")),
+    "no budget": (("fit", "MODEL", "-o", "out"), ("--memory",)),
+    "no model": (("fit", "--memory", "45%", "-o", "out"), ("MODEL",)),
+    "no windows": ((*FIT, "--sequences", "0"), ("--sequences", "greater than or equal to 1")),
+    "one token": ((*FIT, "--length", "1"), ("--length", "greater than or equal to 2")),
+    "no context": ((*FIT, "--context", "0"), ("--context", "greater than or equal to 1")),
+    "no concurrency": ((*FIT, "--concurrency", "0"), ("--concurrency", "greater than or equal to 1")),
+    "a word for a number": ((*FIT, "--max-kl", "little"), ("--max-kl", "valid number")),
+    "a negative divergence": ((*FIT, "--max-kl", "-1"), ("--max-kl", "greater than or equal to 0")),
+}
+
+
+@pytest.mark.parametrize("case", USAGE)
+def test_a_command_line_that_cannot_be_read(refused: Any, case: str) -> None:
+    arguments, says = USAGE[case]
+    refused(*arguments, says=says, usage=True)
+
+
+@pytest.mark.parametrize(
+    ("gate", "value"),
+    [("--max-kl", "inf"), ("--max-perplexity-increase", "nan"), ("--max-perplexity-increase", "-inf")],
+)
+def test_a_gate_that_could_never_refuse(refused: Any, gate: str, value: str) -> None:
+    refused(*FIT, gate, value, says=(gate, value))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device that is asked for")
+@pytest.mark.parametrize("name", LEAST)
+def test_a_device_that_this_machine_lacks(refused: Any, name: str) -> None:
+    refused(*LEAST[name], "--device", "cuda", says=("cuda", "--device cpu"))
+
+
+# --- plans ---------------------------------------------------------------------------------------
+
+PLANS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "unknown place": (
+        "schema: 1\nplaces:\n"
+        "- {name: model.layers.0.self_attn.q_prog, coding: {kind: integer, bits: 4, group_size: 32}}\n",
+        ("q_prog", "did you mean", "model.layers.0.self_attn.q_proj"),
+    ),
+    "unknown field": ("schema: 1\nplacs: []\n", ("placs", "places")),
+    "unknown coding": (
+        "schema: 1\nplaces:\n- {name: lm_head, coding: {kind: integer, bits: 9, group_size: 32}}\n",
+        ("9", "places"),
+    ),
+    "code": ("!!python/object/apply:os.mkdir ['made-by-the-plan']\n", ("plan.yaml",)),
+    "code in a field": (
+        "schema: 1\nplaces: !!python/object/apply:os.mkdir ['made-by-the-plan']\n",
+        ("plan.yaml",),
+    ),
+    "no yaml": ("{{{", ("plan.yaml",)),
+    "empty": ("", ("plan.yaml",)),
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_plans_that_cannot_be_followed(refused: Any, tmp_path: Path, case: str) -> None:
+    content, says = PLANS[case]
+    (tmp_path / "plan.yaml").write_text(content)
+    refused(*COMPRESS, "--plan", str(tmp_path / "plan.yaml"), says=says)
+
+
+@pytest.mark.parametrize(
+    "content", ["!!python/object/apply:os.mkdir ['made-by-the-recipe']", "{{{", "", "[1]"]
+)
+def test_recipes_that_cannot_be_followed(refused: Any, tmp_path: Path, content: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(content)
+    refused(*COMPRESS, "--recipe", str(tmp_path / "recipe.yaml"), says=("recipe.yaml",))
+
+
+# --- where the result goes -----------------------------------------------------------------------
+
+RECIPE = ("--recipe", "rtn:bits=4,group=32")
+WRITERS = {
+    "fit": FIT,
+    "compress": (*COMPRESS, *RECIPE),
+    "export": ("export", "MODEL", "--to", "dense", "-o", "out"),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("kind", ["directory", "file", "dangling link"])
+def test_an_output_that_exists(refused: Any, fitted: Path, model: Path, name: str, kind: str) -> None:
+    out = Path("out")
+    if kind == "directory":
+        out.mkdir()
+        (out / "precious").write_text("data")
+    elif kind == "file":
+        out.write_text("data")
+    else:
+        out.symlink_to("nowhere")
+    source = fitted if name == "export" else model
+    refused(*WRITERS[name], source=source, says=("out exists already", "choose another --output"))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_an_output_below_a_file(refused: Any, fitted: Path, model: Path, name: str) -> None:
+    Path("file").write_text("data")
+    source = fitted if name == "export" else model
+    refused(*WRITERS[name], "-o", "file/out", source=source, says=("file can't be written to", "--output"))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("length", [300, 250])
+def test_an_output_whose_name_is_too_long(
+    refused: Any, fitted: Path, model: Path, name: str, length: int
+) -> None:
+    source = fitted if name == "export" else model
+    refused(*WRITERS[name], "-o", "o" * length, source=source, says=("o" * length, "too long", "--output"))
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="this system has no /proc")
+@pytest.mark.parametrize("name", WRITERS)
+def test_an_output_where_nobody_may_write(refused: Any, fitted: Path, model: Path, name: str) -> None:
+    source = fitted if name == "export" else model
+    refused(*WRITERS[name], "-o", "/proc/out", source=source, says=("/proc", "--output"))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_an_output_in_a_read_only_directory(refused: Any, fitted: Path, model: Path, name: str) -> None:
+    Path("locked").mkdir(mode=0o500)
+    if os.access("locked", os.W_OK):
+        pytest.skip("this user (root) may write into every directory")
+    source = fitted if name == "export" else model
+    refused(
+        *WRITERS[name], "-o", "locked/out", source=source, says=("locked can't be written to", "--output")
+    )
+
+
+@pytest.mark.parametrize("name", ["fit", "compress"])
+def test_a_disk_without_room(refused: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
+    refused(*WRITERS[name], says=("of disk", "1000 bytes are free", "larger disk"))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_directories_on_the_way_to_the_output_are_not_left_behind(
+    refused: Any, model: Path, fitted: Path, tmp_path: Path, name: str
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(fitted if name == "export" else model, broken)
+    if name == "export":
+        change_last_byte(sorted(broken.glob("*.safetensors"))[0])
+    else:
+        spoil(float("nan"))(broken)
+    refused(*WRITERS[name], "-o", "new/folder/out", source=broken, says=(".safetensors: ",))
+
+
+def test_unfinished_work_of_another_kind_is_left_alone(refused: Any) -> None:
+    Path("out.partial").mkdir()
+    (Path("out.partial") / "notes.txt").write_text("mine")
+    refused(*FIT, says=("out.partial", "no record", "remove it or choose another --output"))
