@@ -11,7 +11,6 @@ from tailorbird.hardware.cost import (
     forward_flops,
     gptq_flops,
     gram_flops,
-    seconds_for,
 )
 from tailorbird.hardware.probe import Probe
 from tiny import make_model
@@ -51,14 +50,6 @@ def test_gram_flops_are_those_of_the_product() -> None:
 def test_gptq_flops_grow_with_the_cube_of_inputs_and_the_number_of_outputs() -> None:
     assert gptq_flops(0, 64) * 8 == gptq_flops(0, 128)
     assert gptq_flops(10, 64) - gptq_flops(0, 64) == 10 * 64**2
-
-
-def test_the_slower_resource_decides_and_the_disk_comes_first() -> None:
-    assert seconds_for(1000, 1, MACHINE) == 1
-    assert seconds_for(1000, 500, MACHINE) == 5
-    assert seconds_for(4000, 0, MACHINE, "bf16") == 1
-    assert seconds_for(1000, 0, MACHINE, "int8") == 1, "a type without a rate runs as fp32"
-    assert seconds_for(1000, 0, MACHINE, disk_bytes=20) == 3
 
 
 def test_decoding_is_bound_by_reading_weights_once_per_step() -> None:

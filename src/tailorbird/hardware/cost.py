@@ -52,40 +52,6 @@ def gptq_flops(out_features: int, in_features: int) -> float:
     return 4 / 3 * n**3 + out_features * n**2
 
 
-def seconds_for(
-    flops: float, bytes_moved: float, probe: Probe, dtype: str = "fp32", disk_bytes: float = 0.0
-) -> float:
-    """Seconds that work takes on the probed machine: the slower of arithmetic and memory, after the disk.
-
-    Parameters
-    ----------
-    flops : float
-        Operations.
-    bytes_moved : float
-        Bytes read from memory.
-    probe : Probe
-        The machine.
-    dtype : str
-        Type of the arithmetic: ``fp32``, ``bf16`` or ``int8``.
-    disk_bytes : float
-        Bytes read from disk first; reading and computing don't overlap here.
-
-    Returns
-    -------
-    float
-        Seconds. A lower bound: real work reaches a part of either rate.
-
-    Raises
-    ------
-    KeyError
-        `dtype` was not probed.
-    """
-    rate = probe.matmul[dtype] or probe.matmul["fp32"]
-    disk = disk_bytes / (probe.disk_bandwidth or probe.read_bandwidth)
-    arithmetic = flops / rate if rate else 0.0
-    return disk + max(arithmetic, bytes_moved / probe.read_bandwidth)
-
-
 def decode_tokens_per_s(weight_bytes: int, probe: Probe, *, batch: int = 1, fraction: float = 1.0) -> float:
     """Tokens per second of decoding where reading the weights is what takes the time.
 

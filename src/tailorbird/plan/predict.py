@@ -19,16 +19,20 @@ import torch
 from tailorbird.calibrate.statistics import CHUNK_TOKENS
 from tailorbird.evaluate.streamed import BATCH_TOKENS, LOGIT_VALUES
 from tailorbird.formats.packed import Coding
+from tailorbird.hardware.cost import forward_flops, gptq_flops, gram_flops
 from tailorbird.hardware.memory import available_bytes, resident_bytes
 from tailorbird.model.anatomy import Anatomy
 from tailorbird.model.weights import Weights
 from tailorbird.plan.budget import format_size
+from tailorbird.plan.scores import ERROR_ROWS, RATIO_LINEARS, RATIO_ROWS
 
 FP32 = 4
 #: Share of the measured matmul rate that whole stages reach.
 EFFICIENCY = 0.5
 #: What small tensors, thread buffers and the interpreter add while a stage runs, bytes.
 OVERHEAD = 38 << 20
+#: Elementwise passes over a weight that the search for one grid takes, and elements per second of one.
+SEARCH_PASSES, PASS_RATE = 80, 5e8
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,7 @@ def predict(work: Workload) -> Prediction:
         return FP32 * shape[0] * shape[1] * s.width * copies
 
     def forward(tokens: int) -> float:
-        return 2.0 * tokens * s.parameters
+        return forward_flops(tokens, s.parameters)
 
     streams = 2 if "cross" in work.needs else 1
     tokens = {k: v[0] * v[1] for k, v in (("cal", cal), ("held", held), ("sens", sens))}
@@ -174,9 +178,10 @@ def predict(work: Workload) -> Prediction:
 
     statistics = max(
         s.end + FP32 * s.batch(*cal) * s.width,
-        s.block + s.grams + max(s.activations(s.batch(*cal)) + FP32 * CHUNK_TOKENS * s.widest, 2 * s.gram),
+        s.block + s.grams + max(s.activations(s.batch(*cal)) + FP32 * CHUNK_TOKENS * s.widest, 3 * s.gram),
     )
     sensitivity = max(
+        3 * s.end,
         2 * s.end + int(4.5 * s.logits),
         s.block + 2 * s.linear + s.activations(s.batch(*sens)),
     )
@@ -188,21 +193,24 @@ def predict(work: Workload) -> Prediction:
         int(2.15 * s.end) + 5 * s.logits,
         s.block * 2 + s.linear + s.activations(s.batch(*held)),
     )
-    gram_flops = sum(
-        2.0 * tokens["cal"] * sum(w * w for w in {p.shares_input: p.in_features for p in b.linears}.values())
-        for b in work.anatomy.blocks
+    grams = sum(
+        gram_flops(tokens["cal"], width)
+        for block in work.anatomy.blocks
+        for width in {p.shares_input: p.in_features for p in block.linears}.values()
     )
-    rounding = sum(256.0 * 2 * p.in_features**2 * len(work.codings) for p in work.anatomy.linears())
-    solving = sum(
-        4 / 3 * p.in_features**3 + p.out_features * p.in_features**2 for p in work.anatomy.linears()
-    )
+    linears = list(work.anatomy.linears())
+    rounding = sum(2.0 * ERROR_ROWS * p.in_features**2 * len(work.codings) for p in linears)
+    searching = sum(ERROR_ROWS * p.in_features * len(work.codings) * SEARCH_PASSES for p in linears)
+    compared = len(work.codings) * RATIO_LINEARS / len(linears)
+    comparing = sum(gptq_flops(RATIO_ROWS, p.in_features) for p in linears) * min(compared, len(work.codings))
+    solving = sum(gptq_flops(p.out_features, p.in_features) for p in linears)
     copies = s.places * (s.blocks + 1) / 2
     head_flops = 2.0 * s.vocabulary * s.width
     times = {
-        "statistics": forward(tokens["cal"]) + gram_flops + rounding,
+        "statistics": forward(tokens["cal"]) + grams + rounding + comparing + searching / PASS_RATE * rate,
         "sensitivity": copies / max(s.blocks, 1) * forward(tokens["sens"])
         + s.places * tokens["sens"] * head_flops,
-        "compress": 5 * streams * forward(tokens["cal"]) + streams * gram_flops + 4 * solving,
+        "compress": 3 * streams * forward(tokens["cal"]) + streams * grams + 4 * solving,
         "gate": 2 * forward(tokens["held"]) + 2 * tokens["held"] * head_flops,
     }
     stages = (

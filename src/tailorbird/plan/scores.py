@@ -43,6 +43,8 @@ from tailorbird.plan.sensitivity import Place, measure_divergence
 from tailorbird.progress import Progress, Silent
 
 SCHEMA = 1
+#: Rows on which the errors of candidates are measured.
+ERROR_ROWS = 256
 #: Linears on which the method's error is compared with that of rounding to nearest.
 RATIO_LINEARS = 10
 #: Rows of those linears.
@@ -225,7 +227,7 @@ def measure_errors(
         for linear in block_anatomy.linears:
             weight = model.weight_of(block, linear)
             known = statistics[linear.shares_input]
-            errors[linear.name] = rounding_errors(weight, known, codings)
+            errors[linear.name] = rounding_errors(weight, known, codings, ERROR_ROWS)
             if linear.name in compared:
                 sample = sample_rows(weight, RATIO_ROWS).clone()
                 for coding in distinct(codings, *linear_shape(linear)):
