@@ -1,0 +1,94 @@
+"""Predictions: grow with the model and the text, and stop what can't fit with the change that would help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import save_model
+
+from tailorbird.formats.packed import FloatCoding, IntegerCoding
+from tailorbird.model.anatomy import read_anatomy
+from tailorbird.model.checkpoint import open_checkpoint
+from tailorbird.plan import predict as module
+from tailorbird.plan.predict import Prediction, Workload, predict
+
+CODINGS = (IntegerCoding(4, 64), FloatCoding())
+
+
+def foresee(directory: Path, windows: int = 4, needs: frozenset[str] = frozenset({"gram"})) -> Prediction:
+    checkpoint = open_checkpoint(str(directory))
+    anatomy = read_anatomy(checkpoint)
+    shape = (windows, 64)
+    return predict(Workload(anatomy, checkpoint.weights, shape, shape, shape, needs, CODINGS, directory))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    changes = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 4096, "num_hidden_layers": 1}
+    return save_model(tmp_path_factory.mktemp("wide"), "llama", **changes)
+
+
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same machine at every prediction."""
+    monkeypatch.setattr(module, "resident_bytes", lambda: 400 << 20)
+    monkeypatch.setattr(module, "matmul_rate", lambda: 1e11)
+
+
+@pytest.mark.usefixtures("steady")
+def test_every_stage_of_a_larger_model_takes_more(small: Path, wide: Path) -> None:
+    for a, b in zip(foresee(small).stages, foresee(wide).stages, strict=True):
+        assert a.name == b.name
+        assert a.peak_rss_bytes < b.peak_rss_bytes
+        assert a.disk_bytes < b.disk_bytes
+        assert a.seconds < b.seconds
+
+
+@pytest.mark.usefixtures("steady")
+def test_more_text_takes_disk_and_time_but_hardly_memory(wide: Path) -> None:
+    few, many = foresee(wide, windows=32), foresee(wide, windows=320)
+    for a, b in zip(few.stages, many.stages, strict=True):
+        assert b.peak_rss_bytes == a.peak_rss_bytes
+        assert b.seconds > a.seconds
+    assert many.stages[0].disk_bytes == 10 * few.stages[0].disk_bytes
+
+
+@pytest.mark.usefixtures("steady")
+def test_asymmetric_calibration_holds_a_second_stream(wide: Path) -> None:
+    plain, paired = (foresee(wide, needs=frozenset(n)) for n in ({"gram"}, {"gram", "cross"}))
+    assert paired.stages[2].disk_bytes > plain.stages[2].disk_bytes
+    assert paired.stages[2].peak_rss_bytes >= plain.stages[2].peak_rss_bytes
+
+
+@pytest.mark.usefixtures("steady")
+def test_too_little_memory_is_advised_on(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert foresee(wide).advice is None
+    monkeypatch.setattr(module, "available_bytes", lambda: 1 << 20)
+    prediction = foresee(wide)
+    assert prediction.shortage is not None
+    assert "of memory" in prediction.shortage
+    assert prediction.advice is not None
+    assert "free" in prediction.advice
+
+
+@pytest.mark.usefixtures("steady")
+def test_too_little_disk_is_advised_on_with_a_number_that_helps(
+    wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = max(stage.disk_bytes for stage in foresee(wide, windows=320).stages)
+
+    class Usage:
+        free = needed // 2
+
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: Usage)
+    prediction = foresee(wide, windows=320)
+    assert prediction.advice is not None
+    assert "--sequences" in prediction.advice
+    fewer = int(prediction.advice.split("--sequences ")[1].split(",")[0])
+    assert foresee(wide, windows=fewer).shortage is None
