@@ -5,7 +5,9 @@ linears (groups of 32, 64 and 128; embedding and head at 16 bits, and at the sam
 bytes that each of these takes, the mix that `fit` plans for that many bytes. A mix wins its case when
 its KL is below that of the best uniform setting that takes no more bytes.
 
-    python benchmarks/fit_quality.py [--models DIR] [--text DIR] [--quick]
+    python benchmarks/fit_quality.py [--quick] [--only MODEL ...]
+    python benchmarks/fit_quality.py --quick --uniform --name methods \\
+        --methods rtn awq+rtn gptq:asymmetric=false gptq awq+gptq
 """
 
 from __future__ import annotations
@@ -60,16 +62,17 @@ def subjects(assets: Path) -> list[Subject]:
     return found
 
 
-def uniform_recipes(quick: bool) -> list[tuple[str, str]]:
-    """(label, recipe) of every uniform setting."""
+def uniform_recipes(methods: list[str], quick: bool) -> list[tuple[str, str]]:
+    """(label, recipe) of every uniform setting; a method is written ``name`` or ``name:setting=value``."""
     recipes = []
-    for method in ("rtn", "gptq"):
+    for method in methods:
+        name, _, settings = method.partition(":")
         for bits in (2, 3, 4, 8):
             for group in (64,) if quick else (32, 64, 128):
                 for ends in (None,) if quick else (None, bits):
-                    tail = f",embedding_bits={ends}" if ends else ""
+                    tail = (f",{settings}" if settings else "") + (f",embedding_bits={ends}" if ends else "")
                     label = f"{method} {bits} bits g{group}" + (", embedding too" if ends else "")
-                    recipes.append((label, f"{method}:bits={bits},group={group}{tail}"))
+                    recipes.append((label, f"{name}:bits={bits},group={group}{tail}"))
     return recipes
 
 
@@ -93,21 +96,36 @@ def run(call: Any) -> dict[str, Any]:
     }
 
 
+def show_runs(console: Console, rows: list[dict[str, Any]]) -> None:
+    """Every run in one table."""
+    table = Table("model", "setting", "bits per weight", "KL", "predicted", "perplexity", "top-1", "s")
+    for row in rows:
+        table.add_row(
+            row["model"], row["setting"], f"{row['bits_per_weight']:.2f}", f"{row['kl_mean']:.4g}",
+            f"{row['predicted_kl']:.4g}", f"{row['perplexity']:.3f}", f"{row['top1_agreement']:.1%}",
+            f"{row['seconds']:.0f}",
+        )  # fmt: skip
+    console.print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--assets", type=Path, default=ASSETS)
     parser.add_argument("--quick", action="store_true", help="one group size, embedding left alone")
-    parser.add_argument("--only", help="name of one model")
+    parser.add_argument("--only", nargs="+", help="names of models")
+    parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"])
+    parser.add_argument("--uniform", action="store_true", help="leave out the planned mixes")
+    parser.add_argument("--name", default="fit_quality", help="name of the result file")
     arguments = parser.parse_args()
     console = Console()
     rows: list[dict[str, Any]] = []
     for subject in subjects(arguments.assets):
-        if arguments.only and subject.name != arguments.only:
+        if arguments.only and subject.name not in arguments.only:
             continue
         texts = {"calibration": subject.calibration, "evaluation": subject.held_out}
         with tempfile.TemporaryDirectory(prefix="fit-quality-") as folder:
             out = Path(folder) / "out"
-            for label, recipe in uniform_recipes(arguments.quick):
+            for label, recipe in uniform_recipes(arguments.methods, arguments.quick):
                 numbers = run(
                     lambda r=recipe, s=subject, t=texts, o=out: tailorbird.compress(
                         s.model, o, recipe=r, measure_speed=False, measure_spread=False, sequences=64, **t
@@ -115,6 +133,8 @@ def main() -> None:
                 )
                 rows.append({"model": subject.name, "setting": label, "kind": "uniform", **numbers})
                 console.print(rows[-1])
+            if arguments.uniform:
+                continue
             budgets = sorted({r["total_bytes"] for r in rows if r["model"] == subject.name})
             for budget in budgets:
                 try:
@@ -155,10 +175,10 @@ def main() -> None:
             f"{case['planned_kl']:.4g}", "yes" if case["wins"] else "no",
         )  # fmt: skip
     console.print(table)
+    show_runs(console, rows)
     share = sum(case["wins"] for case in cases) / len(cases) if cases else 0.0
     console.print(f"planned mixes win {share:.0%} of {len(cases)} cases")
-    name = "fit_quality" + (f"_{arguments.only}" if arguments.only else "")
-    write_result(name, {"runs": rows, "cases": cases, "win_share": share})
+    write_result(arguments.name, {"runs": rows, "cases": cases, "win_share": share})
 
 
 if __name__ == "__main__":
