@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny import save_model
 
 from tailorbird.formats.packed import FloatCoding, IntegerCoding
 from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.plan import predict as module
 from tailorbird.plan.predict import Prediction, Workload, predict
+from tiny import save_model
 
 CODINGS = (IntegerCoding(4, 64), FloatCoding())
 
