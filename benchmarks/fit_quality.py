@@ -26,6 +26,8 @@ import tailorbird
 from machine import write_result
 from tailorbird.errors import BudgetError, GateRefused
 
+#: Calibration windows of 512 tokens, or of the model's context.
+SEQUENCES = 32
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"
 
 
@@ -69,7 +71,7 @@ def uniform_recipes(methods: list[str], quick: bool) -> list[tuple[str, str]]:
         name, _, settings = method.partition(":")
         for bits in (2, 3, 4, 8):
             for group in (64,) if quick else (32, 64, 128):
-                for ends in (None,) if quick else (None, bits):
+                for ends in (None,) if quick and name == "rtn" else (None, bits):
                     tail = (f",{settings}" if settings else "") + (f",embedding_bits={ends}" if ends else "")
                     label = f"{method} {bits} bits g{group}" + (", embedding too" if ends else "")
                     recipes.append((label, f"{name}:bits={bits},group={group}{tail}"))
@@ -111,7 +113,9 @@ def show_runs(console: Console, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--assets", type=Path, default=ASSETS)
-    parser.add_argument("--quick", action="store_true", help="one group size, embedding left alone")
+    parser.add_argument(
+        "--quick", action="store_true", help="one group size; the embedding of rtn left alone"
+    )
     parser.add_argument("--only", nargs="+", help="names of models")
     parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"])
     parser.add_argument("--uniform", action="store_true", help="leave out the planned mixes")
@@ -128,7 +132,13 @@ def main() -> None:
             for label, recipe in uniform_recipes(arguments.methods, arguments.quick):
                 numbers = run(
                     lambda r=recipe, s=subject, t=texts, o=out: tailorbird.compress(
-                        s.model, o, recipe=r, measure_speed=False, measure_spread=False, sequences=64, **t
+                        s.model,
+                        o,
+                        recipe=r,
+                        measure_speed=False,
+                        measure_spread=False,
+                        sequences=SEQUENCES,
+                        **t,
                     )
                 )
                 rows.append({"model": subject.name, "setting": label, "kind": "uniform", **numbers})
@@ -140,7 +150,13 @@ def main() -> None:
                 try:
                     numbers = run(
                         lambda b=budget, s=subject, t=texts, o=out: tailorbird.fit(
-                            s.model, str(b), o, measure_speed=False, measure_spread=False, sequences=64, **t
+                            s.model,
+                            str(b),
+                            o,
+                            measure_speed=False,
+                            measure_spread=False,
+                            sequences=SEQUENCES,
+                            **t,
                         )
                     )
                 except BudgetError:
