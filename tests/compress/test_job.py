@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,31 @@ def test_differences_name_nested_fields() -> None:
         "b.d: null -> 4",
     ]
     assert differences(RECORD, RECORD) == []
+
+
+def begin_and_fail(output: Path, work: Callable[[Job], object]) -> None:
+    with Job(output, RECORD) as job:
+        work(job)
+        raise SettingsError("", "", "")
+
+
+def test_a_mistake_leaves_nothing_unless_something_was_finished(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "out"
+    with pytest.raises(SettingsError):
+        begin_and_fail(output, lambda job: job.stream("source-0").write_bytes(b"half"))
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(SettingsError):
+        begin_and_fail(output, lambda job: job.finish("block-00000", {}))
+    assert Job(output, RECORD, resume=True).result("block-00000") == {}
+
+
+def test_an_interruption_leaves_what_resumes(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), Job(tmp_path / "out", RECORD):
+        raise KeyboardInterrupt
+    assert Job(tmp_path / "out", RECORD, resume=True).resumed
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="this system has no /proc")
+def test_a_folder_that_takes_no_entries_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="/proc/out can't be made"):
+        Job(Path("/proc/out"), RECORD)
