@@ -48,10 +48,10 @@ def test_freed_tensors_leave_only_when_asked() -> None:
     code = """
 import torch
 asked = return_freed_memory() if {asked} else False
-torch.ones(8 << 18)
+torch.ones(28 << 18)
 large, small = [], []
 for _ in range(16):
-    large.append(torch.ones(4 << 18))
+    large.append(torch.ones(20 << 18))
     small.append(torch.ones(1 << 14))
 during = resident_bytes()
 del large
