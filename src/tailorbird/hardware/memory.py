@@ -15,7 +15,7 @@ import sys
 from tailorbird.hardware.cgroup import memory_headroom, memory_limit
 
 #: Tensors at or above this size leave the process when they are freed; below it the heap may keep them.
-RETURNED_FROM = 16 << 20
+RETURNED_FROM = 4 << 20
 
 # Parameters of glibc's mallopt, from malloc.h.
 M_TRIM_THRESHOLD = -1

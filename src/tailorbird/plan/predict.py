@@ -30,7 +30,7 @@ FP32 = 4
 #: Share of the measured matmul rate that whole stages reach.
 EFFICIENCY = 0.5
 #: What small tensors, thread buffers and the interpreter add while a stage runs, bytes.
-OVERHEAD = 38 << 20
+OVERHEAD = 64 << 20
 #: Elementwise passes over a weight that the search for one grid takes, and elements per second of one.
 SEARCH_PASSES, PASS_RATE = 80, 5e8
 
@@ -174,7 +174,7 @@ def predict(work: Workload) -> Prediction:
     streams = 2 if "cross" in work.needs else 1
     tokens = {k: v[0] * v[1] for k, v in (("cal", cal), ("held", held), ("sens", sens))}
     # An end's rounding by the method holds it, a working copy, its codes and the values they stand for.
-    rounding_end = int(3.8 * s.end) if "gram" in work.needs else int(2.6 * s.end)
+    rounding_end = int(4.2 * s.end) if "gram" in work.needs else int(2.6 * s.end)
 
     statistics = max(
         s.end + FP32 * s.batch(*cal) * s.width,
