@@ -26,6 +26,7 @@ from tailorbird.calibrate.text import (
 )
 from tailorbird.compress.recipe import Recipe
 from tailorbird.errors import ExportError, ResourceError, SettingsError, TextError
+from tailorbird.evaluate.checkpoint import HELD_OUT_TOKENS, LONGEST_HELD_OUT_WINDOW
 from tailorbird.formats import gguf
 from tailorbird.formats.packed import (
     Coding,
@@ -50,8 +51,6 @@ from tailorbird.progress import Progress, Silent
 
 SEQUENCES = 128
 LONGEST_WINDOW = 512
-HELD_OUT_TOKENS = 32_768
-LONGEST_HELD_OUT_WINDOW = 2048
 SENSITIVITY_TOKENS = 2048
 #: Models beyond this size are measured on proportionally fewer tokens; each costs more, and tells more.
 SENSITIVITY_PARAMETERS = 200e6
