@@ -141,12 +141,13 @@ def fit(
         length=length, context=context, target=target, seed=seed, progress=progress,
     )  # fmt: skip
     budget = work_module.budget_of(work, memory, context, concurrency)
-    prediction = work_module.foresee(work, target_path)
     if dry_run:
-        return fitting.dry_run(work, budget, prediction)
+        return fitting.dry_run(work, budget, work_module.foresee(work, target_path))
+    what = {"budget": asdict(budget), "frontier": frontier}
+    work_module.check_unfinished(work, target_path, what, resume)
+    prediction = work_module.foresee(work, target_path)
     work_module.check_resources(prediction)
-    record = work_module.record_of(work, {"budget": asdict(budget), "frontier": frontier})
-    with Job(target_path, record, resume) as job:
+    with Job(target_path, work_module.record_of(work, what), resume) as job:
         scores, cache = planning.score(work, job.work / "streams")
         codings = planning.chosen(work, job, scores, budget)
         points = fitting.measure_frontier(work, job, scores, cache, budget) if frontier else None
@@ -208,10 +209,11 @@ def compress(
         planning.codings_of_plan(work, chosen) if chosen is not None else planning.codings_of_recipe(work)
     )
     work_module.narrow(work, codings.values())
+    what = {"codings": planning.describe(codings)}
+    work_module.check_unfinished(work, Path(output), what, resume)
     prediction = work_module.foresee(work, Path(output))
     work_module.check_resources(prediction)
-    record = work_module.record_of(work, {"codings": planning.describe(codings)})
-    with Job(Path(output), record, resume) as job:
+    with Job(Path(output), work_module.record_of(work, what), resume) as job:
         scores, cache = planning.score(work, job.work / "streams")
         result, accepted = fitting.make(
             work, job, scores, cache, codings, None,

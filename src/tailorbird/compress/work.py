@@ -1,11 +1,12 @@
 """What a compression works with: the opened source, its texts, the recipe; checked before work starts.
 
 Everything that can be wrong with the input is found here, without reading weights and without
-writing anything.
+writing anything. Texts come last: to read them, or to sample them where there are none, takes longest.
 """
 
 from __future__ import annotations
 
+import functools
 import platform
 import time
 from collections.abc import Iterable
@@ -24,8 +25,9 @@ from tailorbird.calibrate.text import (
     split_held_out,
     token_windows,
 )
+from tailorbird.compress.job import WORK, Job
 from tailorbird.compress.recipe import Recipe
-from tailorbird.errors import ExportError, ResourceError, SettingsError, TextError
+from tailorbird.errors import CheckpointError, ExportError, ResourceError, SettingsError, TextError
 from tailorbird.evaluate.checkpoint import HELD_OUT_TOKENS, LONGEST_HELD_OUT_WINDOW
 from tailorbird.formats import gguf
 from tailorbird.formats.packed import (
@@ -41,6 +43,7 @@ from tailorbird.hardware.memory import (
 )
 from tailorbird.model.anatomy import Anatomy, read_anatomy
 from tailorbird.model.checkpoint import Checkpoint, demo_text, locate, open_checkpoint
+from tailorbird.model.json_file import read_json
 from tailorbird.plan.budget import Budget, format_size, read_budget
 from tailorbird.plan.candidates import candidate_codings
 from tailorbird.plan.predict import Prediction, Workload, predict
@@ -56,6 +59,24 @@ SENSITIVITY_TOKENS = 2048
 SENSITIVITY_PARAMETERS = 200e6
 #: Enough to foresee the divergence of codings that are given, within the gate's factor.
 FEWER_SENSITIVITY_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """Where the texts come from, None where the user gave none, and how calibration text is cut.
+
+    Attributes
+    ----------
+    calibration, evaluation : str or None
+        File or directory.
+    sequences, length : int
+        Calibration windows at most, and tokens in each.
+    """
+
+    calibration: str | None
+    evaluation: str | None
+    sequences: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -90,13 +111,18 @@ class Work:
     anatomy: Anatomy
     tokenizer: Any
     recipe: Recipe
-    texts: Texts
+    text_settings: TextSettings
     target: str | None
     seed: int
     progress: Progress
     codings: tuple[Coding, ...] = ()
     sensitivity_tokens: int = SENSITIVITY_TOKENS
     stages: list[dict[str, Any]] = field(default_factory=list)
+
+    @functools.cached_property
+    def texts(self) -> Texts:
+        """The texts, opened when they are first asked for."""
+        return open_texts(self)
 
     @property
     def float_dtype(self) -> str:
@@ -155,12 +181,12 @@ def open_work(
     seed: int,
     progress: Progress | None,
 ) -> Work:
-    """Open source and texts; everything here is checked before any work starts.
+    """Open the source and check the settings; the texts are opened when they are first asked for.
 
     Raises
     ------
     UserError
-        Whatever is wrong with the model, the texts or the settings.
+        Whatever is wrong with the model or the settings.
     """
     progress = progress or Silent()
     return_freed_memory()
@@ -193,38 +219,31 @@ def open_work(
         raise SettingsError(
             f"a context of {context} tokens", f"1 to {anatomy.context} tokens", "choose another --context"
         )
-    texts = open_texts(
-        checkpoint, anatomy, tokenizer, model, calibration, evaluation,
-        sequences or SEQUENCES, length or min(anatomy.context, LONGEST_WINDOW), seed, progress,
-    )  # fmt: skip
+    texts = TextSettings(
+        calibration, evaluation, sequences or SEQUENCES, length or min(anatomy.context, LONGEST_WINDOW)
+    )
     work = Work(model, checkpoint, anatomy, tokenizer, recipe, texts, target, seed, progress)
     work.codings = candidate_codings(target, work.float_dtype)
     return work
 
 
-def open_texts(
-    checkpoint: Checkpoint,
-    anatomy: Anatomy,
-    tokenizer: Any,
-    model: str,
-    calibration: str | None,
-    evaluation: str | None,
-    sequences: int,
-    length: int,
-    seed: int,
-    progress: Progress,
-) -> Texts:
-    """Calibration and held-out windows: from files, from the demo's own texts, or from the model itself."""
-    window = min(anatomy.context, LONGEST_HELD_OUT_WINDOW)
+def open_texts(work: Work) -> Texts:
+    """Calibration and held-out windows: from files, from the demo's own texts, or from the model itself.
+
+    Raises
+    ------
+    TextError
+        Whatever is wrong with the texts.
+    """
+    settings, tokenizer = work.text_settings, work.tokenizer
+    calibration, evaluation = settings.calibration, settings.evaluation
     notes: list[str] = []
-    if calibration is None and checkpoint.directory == locate("demo"):
+    if calibration is None and work.checkpoint.directory == locate("demo"):
         calibration = str(demo_text("calibration"))
         evaluation = evaluation or str(demo_text("held_out"))
         notes.append("text: the demo's own calibration and held-out modules of Python's standard library")
     if calibration is None:
-        return _generated_texts(
-            checkpoint, tokenizer, anatomy, evaluation, sequences, length, window, seed, progress
-        )
+        return _generated_texts(work)
     documents = read_documents(Path(calibration), tokenizer)
     if evaluation is None:
         documents, held_out = split_held_out(documents)
@@ -234,52 +253,54 @@ def open_texts(
     else:
         held_out = read_documents(Path(evaluation), tokenizer)
         check_disjoint(documents, held_out)
-    cal = token_windows(documents, tokenizer, length, sequences, seed)
-    if cal.ids.shape[0] < sequences:
+    cal = token_windows(documents, tokenizer, settings.length, settings.sequences, work.seed)
+    if cal.ids.shape[0] < settings.sequences:
         notes.append(
-            f"calibration text holds {cal.ids.shape[0]} windows of {length} tokens, fewer than {sequences}"
+            f"calibration text holds {cal.ids.shape[0]} windows of {settings.length} tokens, fewer than "
+            f"{settings.sequences}"
         )
-    ev = held_out_windows(held_out, tokenizer, window, HELD_OUT_TOKENS)
+    ev = held_out_windows(held_out, tokenizer, _held_out_length(work), HELD_OUT_TOKENS)
     notes += [*cal.warnings, *ev.warnings]
     return Texts(cal, ev, tuple(d.text for d in held_out[:64]), tuple(notes))
 
 
-def _generated_texts(
-    checkpoint: Checkpoint,
-    tokenizer: Any,
-    anatomy: Anatomy,
-    evaluation: str | None,
-    sequences: int,
-    length: int,
-    window: int,
-    seed: int,
-    progress: Progress,
-) -> Texts:
-    """Text sampled from the model itself, where the user gave none."""
+def _held_out_length(work: Work) -> int:
+    """Tokens of a held-out window."""
+    return min(work.anatomy.context, LONGEST_HELD_OUT_WINDOW)
+
+
+def _generated_texts(work: Work) -> Texts:
+    """Text sampled from the model itself, where the user gave none to calibrate with."""
     from tailorbird.model.load import load
     from tailorbird.run.generate import sample_text
 
-    needed = checkpoint.weights.total_bytes * 2
-    if needed > available_bytes():
+    settings, tokenizer, window = work.text_settings, work.tokenizer, _held_out_length(work)
+    weight_bytes = work.checkpoint.weights.total_bytes
+    if 2 * weight_bytes > available_bytes():
         raise TextError(
-            f"no calibration text, and the model ({format_size(checkpoint.weights.total_bytes)}) is too "
+            f"no calibration text, and the model ({format_size(weight_bytes)}) is too "
             f"large to sample text from with {format_size(available_bytes())} of memory free",
             "text to calibrate with",
             "give --calibration FILE",
         )
-    model = load(str(checkpoint.directory))
-    progress.stage("sample text", 2 if evaluation is None else 1)
-    cal_ids = sample_text(model, tokenizer, sequences, length, seed)
-    progress.advance()
+    ev = None
+    if settings.evaluation is not None:
+        held_out = read_documents(Path(settings.evaluation), tokenizer)
+        ev = held_out_windows(held_out, tokenizer, window, HELD_OUT_TOKENS)
+        held_out_texts = tuple(d.text for d in held_out[:64])
+    model = load(str(work.checkpoint.directory))
+    work.progress.stage("sample text", 2 if ev is None else 1)
+    cal_ids = sample_text(model, tokenizer, settings.sequences, settings.length, work.seed)
+    work.progress.advance()
     notes = ["calibration text was sampled from the model itself; give --calibration for text like yours"]
     cal = Windows.from_ids(cal_ids, "sampled from the model")
-    if evaluation is not None:
-        held_out = read_documents(Path(evaluation), tokenizer)
-        ev = held_out_windows(held_out, tokenizer, window, HELD_OUT_TOKENS)
-        return Texts(cal, ev, tuple(d.text for d in held_out[:64]), tuple(notes))
+    if ev is not None:
+        return Texts(cal, ev, held_out_texts, (*notes, *ev.warnings))
     count = max(1, min(32, HELD_OUT_TOKENS // window))
-    ev = Windows.from_ids(sample_text(model, tokenizer, count, window, seed + 1), "sampled from the model")
-    progress.advance()
+    ev = Windows.from_ids(
+        sample_text(model, tokenizer, count, window, work.seed + 1), "sampled from the model"
+    )
+    work.progress.advance()
     notes.append("quality is measured on self-generated text")
     decoded = tuple(tokenizer.decode(row) for row in ev.ids[:8])
     return Texts(cal, ev, decoded, tuple(notes), self_generated=True)
@@ -349,12 +370,19 @@ def check_resources(prediction: Prediction) -> None:
 
 def record_of(work: Work, what: dict[str, Any]) -> dict[str, Any]:
     """Everything that decides the bytes of the result."""
+    return {
+        **_record_before_texts(work, what),
+        "calibration": work.texts.calibration.fingerprint,
+        "evaluation": work.texts.held_out.fingerprint,
+    }
+
+
+def _record_before_texts(work: Work, what: dict[str, Any]) -> dict[str, Any]:
+    """As much of the record as is known without the texts."""
     import transformers
 
     return {
         "source": work.checkpoint.fingerprint,
-        "calibration": work.texts.calibration.fingerprint,
-        "evaluation": work.texts.held_out.fingerprint,
         "method": work.recipe.describe(),
         "target": work.target,
         "seed": work.seed,
@@ -366,6 +394,25 @@ def record_of(work: Work, what: dict[str, Any]) -> dict[str, Any]:
         },
         **what,
     }
+
+
+def check_unfinished(work: Work, output: Path, what: dict[str, Any], resume: bool) -> None:
+    """Refuse early what `Job` would refuse with `record_of(work, what)`, whatever the texts are.
+
+    Raises
+    ------
+    ResumeError, ResourceError
+        As `Job`.
+    """
+    partial = output.with_name(f"{output.name}.partial")
+    if not resume and not partial.exists():
+        return
+    try:
+        saved = read_json(partial / WORK / "record.json")
+    except CheckpointError:
+        saved = {}  # `Job` says what is wrong with it
+    texts = {key: saved.get(key) for key in ("calibration", "evaluation")}
+    Job(output, _record_before_texts(work, what) | texts, resume).close()
 
 
 def machine() -> dict[str, Any]:
