@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -57,8 +59,24 @@ def test_held_out_windows_are_the_text_in_order():
 def test_no_more_than_the_stated_tokens_are_held_out(most, rows):
     windows = held_out_windows(documents(5, 10), TOKENIZER, 6, max_tokens=most)
     assert windows.ids.shape == (rows, min(6, most))
-    everything = held_out_windows(documents(5, 10), TOKENIZER, min(6, most))
-    assert torch.equal(windows.ids, everything.ids[:rows])
+    everything = held_out_windows(documents(5, 10), TOKENIZER, min(6, most)).ids.tolist()
+    places = [everything.index(row) for row in windows.ids.tolist()]
+    assert places == sorted(set(places))
+
+
+@pytest.mark.parametrize(("windows", "most"), [(40, 40), (41, 40), (79, 40), (1000, 40), (1000, 1), (7, 3)])
+def test_held_out_windows_are_spread_evenly(windows, most):
+    text = "".join(f"{i:07}\n" for i in range(windows))
+    found = held_out_windows([Document(text, "f")], TOKENIZER, 8, max_tokens=8 * most)
+    numbers = [int(decode(row)) for row in found.ids]
+    assert len(numbers) == most
+    steps = [b - a for a, b in itertools.pairwise(numbers)]
+    assert max(steps, default=0) - min(steps, default=0) <= 1
+    before, after = numbers[0], windows - 1 - numbers[-1]
+    assert abs(before - after) <= 1
+    assert before + after <= windows / most
+    again = held_out_windows([Document(text, "f")], TOKENIZER, 8, max_tokens=8 * most)
+    assert again.fingerprint == found.fingerprint
 
 
 def test_only_what_is_needed_is_encoded(monkeypatch):
@@ -69,8 +87,10 @@ def test_only_what_is_needed_is_encoded(monkeypatch):
         module._Encoder, "encode", lambda self, texts: encoded.extend(texts) or original(self, texts)
     )
     many = documents(90, 500)
-    held_out_windows(many, TOKENIZER, 64, max_tokens=2048)
-    assert 2048 <= sum(map(len, encoded)) <= 4000
+    windows = held_out_windows(many, TOKENIZER, 64, max_tokens=192)
+    assert 64 * 192 <= sum(map(len, encoded)) <= 64 * 192 + 2000
+    assert windows.ids.shape == (3, 64)
+    assert decode(windows.ids[2])[-1] > many[20].text[0]
     encoded.clear()
     token_windows(many, TOKENIZER, 64, count=16)
     assert 4 * 1024 <= sum(map(len, encoded)) <= 4 * 1024 + 2000
@@ -208,7 +228,12 @@ def test_real_tokenizers_give_readable_windows(assets):
         found = module.read_documents(assets / "data" / "python-heldout" / "heldout.txt", tokenizer)[:40]
         windows = held_out_windows(found, tokenizer, 128, 2048)
         assert windows.ids.shape == (16, 128)
+        everything = held_out_windows(found, tokenizer, 128, 10**6).ids
+        assert len(everything) > 100
         whole = tokenizer("".join(d.text for d in found), add_special_tokens=False, verbose=False).input_ids
-        ids = windows.ids[:, begins:].flatten().tolist()
-        assert ids[:400] == whole[:400]
+        assert everything[:, begins:].flatten().tolist()[:400] == whole[:400]
+        places = [everything.tolist().index(row) for row in windows.ids.tolist()]
+        assert places == sorted(places)
+        assert places[0] < len(everything) / 16
+        assert places[-1] > len(everything) * 15 / 16
         assert (windows.ids[:, 0] == tokenizer.bos_token_id).all() == begins

@@ -1,7 +1,8 @@
 """Tokens: from documents to windows for calibration and for measuring.
 
-Calibration windows are drawn from all over the text; held-out windows are taken in order, so that two
-runs over the same text measure the same thing. How documents are read and divided stands in `documents`.
+Both kinds of windows come from all over the text. Those for calibration are drawn by a seed; held-out ones
+always lie at the same places, so that two runs over the same text measure the same thing. How documents are
+read and divided stands in `documents`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ __all__ = [
 
 LARGEST_PIECE = 1 << 18  # characters that are encoded at once
 OVERSAMPLING = 4  # times as many tokens are encoded as windows are drawn from
+HELD_OUT_REACH = 64  # times as many tokens are encoded as held-out windows are chosen from
 UNKNOWN_SHARE = 0.2  # of the tokens, above which the text doesn't suit the tokenizer
 
 
@@ -149,20 +151,22 @@ def token_windows(
             break
     chosen = sorted(encoded)
     stream = encoder.join([pieces[i] for i in chosen], [encoded[i] for i in chosen])
-    rows = list(encoder.cut(stream, length))
+    rows = encoder.cut(stream, length)
     if count is not None and len(rows) > count:
         edges = [i * len(rows) // count for i in range(count + 1)]
         rows = [rows[int(random.integers(a, b))] for a, b in itertools.pairwise(edges)]
     rows = [rows[int(i)] for i in random.permutation(len(rows))]
-    return encoder.windows(rows, _source(documents))
+    return encoder.windows(stream, rows, _source(documents))
 
 
 def held_out_windows(
     documents: Sequence[Document], tokenizer: Any, length: int, max_tokens: int = 32_768
 ) -> Windows:
-    """Windows to measure on: without overlap, in order, from the start of the text.
+    """Windows to measure on: without overlap, in order, spread evenly over the text.
 
-    Joined and cut as in `token_windows`; parts of one text that follow each other are one text.
+    Joined and cut as in `token_windows`; parts of one text that follow each other are one text. Where there
+    are more windows than fit into `max_tokens`, the middle one of each of equal stretches is taken. Text
+    beyond `HELD_OUT_REACH` times `max_tokens` isn't looked at.
 
     Parameters
     ----------
@@ -184,11 +188,13 @@ def held_out_windows(
     taken: list[Tensor] = []
     for batch in _batches(range(len(pieces)), pieces):
         taken += encoder.encode([pieces[i].text for i in batch])
-        if sum(len(ids) for ids in taken) >= max_tokens:
+        if encoder.counted >= HELD_OUT_REACH * max_tokens:
             break
     stream = encoder.join(pieces[: len(taken)], taken)
-    rows = list(encoder.cut(stream, length))[: max_tokens // length]
-    return encoder.windows(rows, _source(documents))
+    rows = encoder.cut(stream, length)
+    count = min(len(rows), max_tokens // length)
+    rows = [rows[(2 * i + 1) * len(rows) // (2 * count)] for i in range(count)]
+    return encoder.windows(stream, rows, _source(documents))
 
 
 def _source(documents: Sequence[Document]) -> str:
@@ -302,24 +308,32 @@ class _Encoder:
         empty = torch.empty(0, dtype=torch.int32)
         return _Stream(torch.cat([empty, *ids]), torch.cat([empty, *documents]))
 
-    def cut(self, stream: _Stream, length: int) -> Iterator[_Stream]:
-        """Windows without overlap; where there isn't text for one, a single shorter one."""
+    def cut(self, stream: _Stream, length: int) -> list[slice]:
+        """Where windows without overlap lie; where there isn't text for one, a single shorter one.
+
+        One that `windows` puts a begin token before is one token shorter.
+        """
         if length < 2:
             raise SettingsError(f"windows of {length} tokens", "2 tokens or more", "choose longer windows")
+        places: list[slice] = []
         position = 0
         while position < len(stream.ids):
-            begins = self.begin is not None and int(stream.ids[position]) != self.begin
-            stop = position + length - begins
+            stop = position + length - self._lacks_begin(stream.ids[position])
             if stop > len(stream.ids) and position > 0:
-                return
-            ids, documents = stream.ids[position:stop], stream.documents[position:stop]
-            if begins:
-                ids = torch.cat([ids.new_tensor([self.begin]), ids])
-            yield _Stream(ids, documents)
+                break
+            places.append(slice(position, stop))
             position = stop
+        return places
 
-    def windows(self, rows: list[_Stream], source: str) -> Windows:
-        """The windows, if a model can be measured or calibrated on them."""
+    def _lacks_begin(self, first: Tensor) -> bool:
+        """Whether a window whose first token in the text is `first` gets a begin token before it."""
+        return self.begin is not None and int(first) != self.begin
+
+    def _with_begin(self, ids: Tensor) -> Tensor:
+        return torch.cat([ids.new_tensor([self.begin]), ids]) if self._lacks_begin(ids[0]) else ids
+
+    def windows(self, stream: _Stream, places: list[slice], source: str) -> Windows:
+        """The windows at these places, if a model can be measured or calibrated on them."""
         if self.counted == 0:
             raise TextError(f"{source or 'the text'} holds no tokens", "some text", "give another text")
         if len(self.distinct) < 2:
@@ -332,6 +346,6 @@ class _Encoder:
         if self.unknown > UNKNOWN_SHARE * self.counted:
             share = 100 * self.unknown / self.counted
             warnings.append(f"{share:.0f} % of the tokens of {source} are unknown to the tokenizer")
-        held = tuple(tuple(row.documents.unique().tolist()) for row in rows)
-        ids = torch.stack([row.ids for row in rows]).to(torch.long)
-        return Windows(ids, source, len(set().union(*held)), tuple(warnings), held)
+        ids = torch.stack([self._with_begin(stream.ids[place]) for place in places])
+        held = tuple(tuple(stream.documents[place].unique().tolist()) for place in places)
+        return Windows(ids.to(torch.long), source, len(set().union(*held)), tuple(warnings), held)
