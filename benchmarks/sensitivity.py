@@ -18,7 +18,8 @@ import argparse
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from scipy.stats import spearmanr
 
 from fit_quality import ASSETS, Subject, subjects
 from machine import others_cores, write_result
+from tailorbird.calibrate.ledger import Ledger
 from tailorbird.calibrate.statistics import GramAccumulator, LinearStatistics
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.compress.recipe import make_recipe
@@ -153,7 +155,7 @@ def divergence_of_all(
 
 
 def coefficients_of(
-    model: StreamingModel, ids: torch.Tensor, probe_errors: dict[str, dict[str, float]], scratch: Path
+    model: StreamingModel, ids: torch.Tensor, probe_errors: dict[str, dict[str, float]]
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """(kind -> place -> coefficient, kind -> seconds of processor time)."""
     places = places_of(model.anatomy)
@@ -161,7 +163,8 @@ def coefficients_of(
     seconds: dict[str, float] = {}
     for probe in PROBES:
         began = time.process_time()
-        kl = measure_divergence(model, places, ids, lambda _, w, p=probe: round_plainly(w, p), scratch)
+        with fresh_ledger() as ledger:
+            kl = measure_divergence(model, places, ids, lambda _, w, p=probe: round_plainly(w, p), ledger)
         seconds[f"measured, {probe.bits} bits"] = time.process_time() - began
         found[f"measured, {probe.bits} bits"] = {
             name: value / probe_errors[name][probe.label] for name, value in kl.items()
@@ -170,17 +173,22 @@ def coefficients_of(
     found["measured, 2 and 4 bits"] = {name: math.sqrt(few[name] * many[name]) for name in few}
     seconds["measured, 2 and 4 bits"] = seconds["measured, 2 bits"] + seconds["measured, 4 bits"]
 
-    fisher: dict[str, float] = {}
-
-    def on_place(name: str, weight: torch.Tensor, diagonal: torch.Tensor) -> None:
+    def coefficient(name: str, weight: torch.Tensor, diagonal: torch.Tensor) -> float:
         divergence = quadratic_divergence(diagonal, round_plainly(weight, PROBE) - weight)
-        fisher[name] = divergence / probe_errors[name][PROBE.label]
+        return divergence / probe_errors[name][PROBE.label]
 
     began = time.process_time()
-    fisher_diagonals(model, ids, on_place, scratch)
+    with fresh_ledger() as ledger:
+        found[FISHER] = fisher_diagonals(model, ids, coefficient, ledger)
     seconds[FISHER] = time.process_time() - began
-    found[FISHER] = fisher
     return found, seconds
+
+
+@contextmanager
+def fresh_ledger() -> Iterator[Ledger]:
+    """A ledger of its own, gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="sensitivity-") as folder:
+        yield Ledger(Path(folder))
 
 
 def round_plainly(weight: torch.Tensor, coding: Coding) -> torch.Tensor:
@@ -198,7 +206,7 @@ def fit_of(predicted: Sequence[float], measured: Sequence[float]) -> dict[str, f
     }
 
 
-def run(subject: Subject, tokens: int, scratch: Path) -> dict[str, Any]:
+def run(subject: Subject, tokens: int) -> dict[str, Any]:
     """All numbers of one model."""
     work = open_work(
         subject.model, RECIPE, calibration=subject.calibration, evaluation=subject.held_out,
@@ -212,16 +220,17 @@ def run(subject: Subject, tokens: int, scratch: Path) -> dict[str, Any]:
     candidates = tuple(dict.fromkeys((*CODINGS, *candidate_codings(None, work.float_dtype))))
     statistics = collect_statistics(model, calibration)
     errors, probe_errors = collect_errors(model, statistics, candidates)
-    coefficients, seconds = coefficients_of(model, ids, probe_errors, scratch)
+    coefficients, seconds = coefficients_of(model, ids, probe_errors)
 
     def rounded(name: str, weight: torch.Tensor, coding: Coding) -> torch.Tensor:
         return Rtn()(weight, statistics[name], coding).dequantize()
 
     points = []
     for coding in CODINGS:
-        kl = measure_divergence(
-            model, places_of(model.anatomy), test, lambda n, w, c=coding: rounded(n, w, c), scratch
-        )
+        with fresh_ledger() as ledger:
+            kl = measure_divergence(
+                model, places_of(model.anatomy), test, lambda n, w, c=coding: rounded(n, w, c), ledger
+            )
         for name, value in kl.items():
             predicted = {kind: c[name] * errors[name][coding.label] for kind, c in coefficients.items()}
             points.append({"place": name, "bits": coding.bits, "measured": value, "predicted": predicted})
@@ -372,8 +381,7 @@ def main() -> None:
         if arguments.only and subject.name != arguments.only:
             continue
         console.print(f"{subject.name} …")
-        with tempfile.TemporaryDirectory(prefix="sensitivity-") as scratch:
-            results.append(run(subject, arguments.tokens, Path(scratch)))
+        results.append(run(subject, arguments.tokens))
         print_tables(console, results[-1:])
     if arguments.only:
         return

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from tailorbird.calibrate.ledger import Ledger
 
 BASE: dict[str, Any] = {"vocab_size": 258, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257}
 DECODER: dict[str, Any] = {
@@ -94,3 +97,8 @@ def save_model(directory: Path, architecture: str = "llama", **changes: Any) -> 
     model.save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory
+
+
+def fresh(folder: Path) -> Ledger:
+    """A ledger of its own below `folder`."""
+    return Ledger(Path(tempfile.mkdtemp(dir=folder)))

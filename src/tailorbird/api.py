@@ -148,7 +148,7 @@ def fit(
     prediction = work_module.foresee(work, target_path)
     work_module.check_resources(prediction)
     with Job(target_path, work_module.record_of(work, what), resume) as job:
-        scores, cache = planning.score(work, job.work / "streams")
+        scores, cache = planning.score(work, job)
         codings = planning.chosen(work, job, scores, budget)
         points = fitting.measure_frontier(work, job, scores, cache, budget) if frontier else None
         result, accepted = fitting.make(
@@ -214,7 +214,7 @@ def compress(
     prediction = work_module.foresee(work, Path(output))
     work_module.check_resources(prediction)
     with Job(Path(output), work_module.record_of(work, what), resume) as job:
-        scores, cache = planning.score(work, job.work / "streams")
+        scores, cache = planning.score(work, job)
         result, accepted = fitting.make(
             work, job, scores, cache, codings, None,
             {"max_kl": max_kl, "max_perplexity_increase": max_perplexity_increase},

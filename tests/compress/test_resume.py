@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,3 +113,58 @@ def test_another_seed_does_not_continue_the_work(tmp_path: Path, monkeypatch: py
         tailorbird.fit(str(model), "30%", tmp_path / "out", seed=1, **arguments)
     with pytest.raises(ResumeError, match="budget"):
         tailorbird.fit(str(model), "35%", tmp_path / "out", **arguments)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq+rtn"])
+def test_a_compression_stopped_at_any_block_ends_with_the_same_bytes(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tailorbird
+    from tailorbird.compress import pipeline
+
+    model, text = save_model(tmp_path / "model", num_hidden_layers=4), text_file(tmp_path)
+    arguments: dict[str, Any] = {
+        "calibration": str(text), "sequences": 8, "length": 32, "method": method,
+        "measure_speed": False, "measure_spread": False,
+    }  # fmt: skip
+    tailorbird.fit(str(model), "30%", tmp_path / "whole", **arguments)
+    expected = digests(tmp_path / "whole")
+    whole_block = pipeline.Pipeline._block
+    for stop_at in range(4):
+
+        def stop(self: Any, anatomy: Any, stop_at: int = stop_at) -> Any:
+            if anatomy.index == stop_at:
+                raise KeyboardInterrupt
+            return whole_block(self, anatomy)
+
+        output = tmp_path / f"out-{stop_at}"
+        monkeypatch.setattr(pipeline.Pipeline, "_block", stop)
+        with pytest.raises(KeyboardInterrupt):
+            tailorbird.fit(str(model), "30%", output, **arguments)
+        monkeypatch.undo()
+        tailorbird.fit(str(model), "30%", output, **arguments)
+        assert digests(output) == expected
+
+
+def test_missing_hidden_states_are_an_error_not_zeros(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tailorbird
+    from tailorbird.compress import pipeline
+
+    model, text = save_model(tmp_path / "model"), text_file(tmp_path)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    arguments: dict[str, Any] = {
+        "calibration": str(text), "sequences": 8, "length": 32, "measure_speed": False,
+    }  # fmt: skip
+    monkeypatch.setattr(pipeline.Pipeline, "_block", stop)
+    with pytest.raises(KeyboardInterrupt):
+        tailorbird.fit(str(model), "30%", tmp_path / "out", **arguments)
+    monkeypatch.undo()
+    for stream in (tmp_path / "out.partial" / ".job" / "streams").iterdir():
+        stream.unlink()
+    with pytest.raises(ResumeError, match="is missing"):
+        tailorbird.fit(str(model), "30%", tmp_path / "out", **arguments)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from tailorbird.errors import SettingsError
 from tailorbird.formats.packed import FloatCoding, IntegerCoding, stored_bytes
-from tailorbird.plan.planfile import MAX_BYTES, Plan, load_plan, save_plan
+from tailorbird.plan.planfile import Plan, load_plan, save_plan
+from tailorbird.plan.yaml_file import MAX_BYTES
 
 
 def place(index, bits=4, **changes):
@@ -233,7 +234,7 @@ def test_files_that_are_no_plan_are_refused(tmp_path):
 
 
 def test_reading_stops_at_the_limit_of_values(tmp_path, monkeypatch):
-    monkeypatch.setattr("tailorbird.plan.planfile.MAX_VALUES", 5000)
+    monkeypatch.setattr("tailorbird.plan.yaml_file.MAX_VALUES", 5000)
     text = MINIMAL + "machine: [" + "1," * 200_000 + "]"
     tracemalloc.start()
     try:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tailorbird.calibrate.statistics import LinearStatistics
+from tailorbird.calibrate.ledger import Ledger
+from tailorbird.calibrate.statistics import GramAccumulator, LinearStatistics
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.formats.packed import FloatCoding, IntegerCoding, stored_bytes
 from tailorbird.linear.error import output_error
@@ -18,6 +21,7 @@ from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.plan.candidates import PROBE_KEY, probe_rounding
+from tailorbird.plan.fisher import fisher_coefficients
 from tailorbird.plan.scores import (
     PlaceScore,
     ScoreCache,
@@ -27,9 +31,10 @@ from tailorbird.plan.scores import (
     measure_errors,
     options,
     places_of,
+    without,
 )
 from tailorbird.plan.sensitivity import measure_divergence
-from tiny import save_model
+from tiny import fresh, save_model
 
 CODINGS = (IntegerCoding(2, 32), IntegerCoding(4, 32), IntegerCoding(4, 64), FloatCoding("bfloat16"))
 SCORES = Scores(
@@ -137,9 +142,9 @@ def test_a_place_with_unknown_or_missing_fields_counts_as_none() -> None:
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
 def test_both_passes_score_every_place(architecture: str, tmp_path: Path) -> None:
     model = streaming(save_model(tmp_path / "model", architecture))
-    anatomy, ids = model.anatomy, tokens(4, 32)
-    errors, ratios, head = measure_errors(model, ids, Gptq(), CODINGS, tmp_path)
-    coefficients = measure_coefficients(model, ids[:2], errors, tmp_path)
+    anatomy, ids = model.anatomy, tokens(12, 64)
+    errors, ratios, head = measure_errors(model, ids, Gptq(), CODINGS, fresh(tmp_path))
+    coefficients = measure_coefficients(model, ids[:2], errors, fresh(tmp_path))
     scores = assemble(anatomy, errors, ratios, coefficients, "hash")
     assert [place.name for place in scores.places] == [place.name for place in places_of(anatomy)]
     assert len(scores.places) == len(list(anatomy.linears())) + (1 if anatomy.tied else 2)
@@ -153,7 +158,7 @@ def test_both_passes_score_every_place(architecture: str, tmp_path: Path) -> Non
     assert all(0 < ratio < 1.5 for ratio in ratios.values())
     assert head.gram.shape == (64, 64)
     divergence = measure_divergence(
-        model, places_of(anatomy), ids[:2], lambda name, weight: probe_rounding(weight), tmp_path
+        model, places_of(anatomy), ids[:2], lambda name, weight: probe_rounding(weight), fresh(tmp_path)
     )
     for name, kl in divergence.items():
         assert coefficients[name] * errors[name][PROBE_KEY] == pytest.approx(kl)
@@ -162,7 +167,7 @@ def test_both_passes_score_every_place(architecture: str, tmp_path: Path) -> Non
 def test_errors_are_weighted_by_the_inputs_that_the_source_sees(tmp_path: Path) -> None:
     model = streaming(save_model(tmp_path / "model", "llama"))
     ids = tokens(3, 20)
-    errors, ratios, _ = measure_errors(model, ids, Rtn(), CODINGS, tmp_path)
+    errors, ratios, _ = measure_errors(model, ids, Rtn(), CODINGS, fresh(tmp_path))
     block = model.load_block(0)
     seen: dict[str, torch.Tensor] = {}
     with torch.no_grad():
@@ -180,9 +185,85 @@ def test_errors_are_weighted_by_the_inputs_that_the_source_sees(tmp_path: Path) 
 def test_where_rounding_changes_nothing_the_coefficient_is_zero(tmp_path: Path) -> None:
     model = streaming(save_model(tmp_path / "model", "llama"))
     errors = {place.name: {PROBE_KEY: 0.0} for place in places_of(model.anatomy)}
-    assert set(measure_coefficients(model, tokens(1, 8), errors, tmp_path).values()) == {0.0}
+    assert set(measure_coefficients(model, tokens(1, 8), errors, fresh(tmp_path)).values()) == {0.0}
 
 
 def test_a_place_without_a_ratio_keeps_the_error_of_rounding() -> None:
     bare = replace(SCORES, ratios={})
     assert bare.predicted_error(bare.places[0], CODINGS[1]) == bare.places[0].errors["int4 g32"]
+
+
+class StoppedModel(StreamingModel):
+    """A model whose process dies when a block is about to be read."""
+
+    def __init__(self, model: StreamingModel, stop_at: int) -> None:
+        super().__init__(model.checkpoint, model.anatomy)
+        self.left, self.read = stop_at, []  # type: ignore[var-annotated]
+
+    def load_block(self, index: int) -> torch.nn.Module:
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        self.read.append(index)
+        return super().load_block(index)
+
+
+Pass = Callable[[StreamingModel, Ledger], Any]
+IDS = tokens(4, 24)
+
+
+def errors_pass(model: StreamingModel, ledger: Ledger) -> Any:
+    errors, ratios, head = measure_errors(model, IDS, Gptq(), CODINGS, ledger)
+    return errors, ratios, head.gram.tolist()
+
+
+def divergence_pass(model: StreamingModel, ledger: Ledger) -> Any:
+    return measure_divergence(
+        model, places_of(model.anatomy), IDS, lambda _, weight: probe_rounding(weight), ledger
+    )
+
+
+def gradient_pass(model: StreamingModel, ledger: Ledger) -> Any:
+    errors = {place.name: {PROBE_KEY: 0.1} for place in places_of(model.anatomy)}
+    return fisher_coefficients(model, IDS, errors, ledger)
+
+
+@pytest.mark.parametrize("measure", [errors_pass, divergence_pass, gradient_pass])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_pass_that_dies_goes_on_at_the_block_it_reached(
+    measure: Pass, architecture: str, tmp_path: Path
+) -> None:
+    model = streaming(save_model(tmp_path / "model", architecture, num_hidden_layers=3))
+    whole = measure(model, fresh(tmp_path))
+    for stop_at in range(1, 3 if measure is not gradient_pass else 6):
+        ledger = fresh(tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            measure(StoppedModel(model, stop_at), ledger)
+        resumed = StoppedModel(model, -1)
+        assert measure(resumed, ledger) == whole
+        total = 3 if measure is not gradient_pass else 6
+        assert len(resumed.read) == total - stop_at
+
+
+def test_the_method_is_judged_on_tokens_it_did_not_see(tmp_path: Path) -> None:
+    """With fewer tokens than inputs, what was fitted to them fits them far better than others."""
+    model = streaming(save_model(tmp_path / "model", "llama"))
+    few = tokens(4, 10)
+    _, ratios, _ = measure_errors(model, few, Gptq(asymmetric=False), CODINGS, fresh(tmp_path))
+    _, alone, _ = measure_errors(model, few[:1], Gptq(asymmetric=False), CODINGS, fresh(tmp_path))
+    assert all(ratios[label] > 2 * alone[label] for label in ratios)
+
+
+def test_statistics_without_a_part_are_those_of_the_rest() -> None:
+    x = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+
+    def statistics(rows: torch.Tensor) -> LinearStatistics:
+        accumulator = GramAccumulator(8)
+        accumulator.add(rows)
+        return accumulator.finish()
+
+    rest = without(statistics(x), statistics(x[40:]))
+    exact = statistics(x[:40])
+    torch.testing.assert_close(rest.gram, exact.gram, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rest.mean_abs, exact.mean_abs)
+    assert rest.tokens == 40

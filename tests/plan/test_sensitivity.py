@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tailorbird.calibrate.ledger import Ledger
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.formats.packed import IntegerCoding
 from tailorbird.linear.quantize.rtn import Rtn
@@ -15,7 +16,7 @@ from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.plan.scores import places_of
 from tailorbird.plan.sensitivity import Place, measure_divergence
-from tiny import save_model
+from tiny import fresh, save_model
 
 #: untied; tied; tied and its weights stored the other way round
 ARCHITECTURES = ("llama", "qwen2", "gpt2")
@@ -60,27 +61,29 @@ def test_divergence_of_every_place_is_that_of_the_whole_model(architecture: str,
     directory = save_model(tmp_path / "model", architecture, initializer_range=0.2)
     model, ids, scratch = streaming(directory), tokens(3, 24), tmp_path / "scratch"
     scratch.mkdir()
-    measured = measure_divergence(model, places_of(model.anatomy), ids, rounded, scratch)
+    measured = measure_divergence(model, places_of(model.anatomy), ids, rounded, Ledger(scratch))
     expected = brute_force(directory, model, ids)
     assert list(measured) == [place.name for place in places_of(model.anatomy)]
     assert measured == pytest.approx(expected, rel=2e-5)
     assert min(measured.values()) > 1e-5
-    assert list(scratch.iterdir()) == []
+    assert not list(scratch.rglob("streams/*"))
 
 
 def test_what_is_not_changed_does_not_diverge(tmp_path: Path) -> None:
     model = streaming(save_model(tmp_path / "model", "llama"))
     places = places_of(model.anatomy)
-    same = measure_divergence(model, places, tokens(2, 16), lambda name, weight: weight.clone(), tmp_path)
+    same = measure_divergence(
+        model, places, tokens(2, 16), lambda name, weight: weight.clone(), fresh(tmp_path)
+    )
     assert set(same.values()) == {0.0}
 
 
 def test_a_place_is_measured_alike_alone_and_among_others(tmp_path: Path) -> None:
     model = streaming(save_model(tmp_path / "model", "qwen2"))
     ids, places = tokens(2, 16), places_of(model.anatomy)
-    together = measure_divergence(model, places, ids, rounded, tmp_path)
+    together = measure_divergence(model, places, ids, rounded, fresh(tmp_path))
     for place in (places[0], places[3], places[-1]):
-        assert measure_divergence(model, [place], ids, rounded, tmp_path) == {
+        assert measure_divergence(model, [place], ids, rounded, fresh(tmp_path)) == {
             place.name: together[place.name]
         }
 
@@ -89,9 +92,9 @@ def test_the_source_is_left_as_it_was(tmp_path: Path) -> None:
     model = streaming(save_model(tmp_path / "model", "llama"))
     ids, place = tokens(2, 16), Place(model.anatomy.head, len(model.anatomy.blocks))
     before = model.end_weight(place.name).clone()
-    first = measure_divergence(model, [place], ids, rounded, tmp_path)
+    first = measure_divergence(model, [place], ids, rounded, fresh(tmp_path))
     assert torch.equal(model.end_weight(place.name), before)
-    assert measure_divergence(model, [place], ids, rounded, tmp_path) == first
+    assert measure_divergence(model, [place], ids, rounded, fresh(tmp_path)) == first
 
 
 def test_divergences_far_below_float32s_rounding_are_seen(tmp_path: Path) -> None:
@@ -103,7 +106,7 @@ def test_divergences_far_below_float32s_rounding_are_seen(tmp_path: Path) -> Non
             generator = torch.Generator().manual_seed(len(name))
             return weight + factor * torch.randn(weight.shape, generator=generator)
 
-        return measure_divergence(model, places_of(model.anatomy), ids, perturb, tmp_path)
+        return measure_divergence(model, places_of(model.anatomy), ids, perturb, fresh(tmp_path))
 
     large, small = nudged(1e-3), nudged(1e-4)
     assert min(small.values()) < 1e-9

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tailorbird.calibrate.ledger import Ledger
 from tailorbird.errors import ResourceError, ResumeError, SettingsError, UserError
 from tailorbird.model.writing import write_json
 
@@ -89,7 +90,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-class Job:
+class Job(Ledger):
     """Exclusive hold on ``OUT.partial`` for one run.
 
     Used with ``with``: what was finished stays for the same command to resume, whatever happens; but a
@@ -126,8 +127,8 @@ class Job:
         self.output = output
         self.partial = output.with_name(output.name + ".partial")
         self.rejected = output.with_name(output.name + ".rejected")
-        self.work = self.partial / WORK
-        record_file = self.work / "record.json"
+        work = self.partial / WORK
+        record_file = work / "record.json"
         self._parents = missing_parents(output)
         self.resumed = record_file.exists()
         if self.partial.exists() and not self.resumed:
@@ -160,6 +161,7 @@ class Job:
             self._hold()
 
     def _hold(self) -> None:
+        super().__init__(self.partial / WORK)
         self._lock = open(self.work / "lock", "w")  # noqa: SIM115  held until the job ends
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -188,25 +190,6 @@ class Job:
                 "the same source, plan, text, settings, threads and versions",
                 f"give the command that began it, or remove {self.partial}",
             )
-
-    def result(self, stage: str) -> Any | None:
-        """What `finish` recorded for `stage`, or None where it isn't done."""
-        path = self.work / "done" / f"{stage}.json"
-        return json.loads(path.read_text()) if path.exists() else None
-
-    def finish(self, stage: str, data: Any) -> None:
-        """Mark `stage` done for good, with `data` (JSON types) for whoever continues."""
-        write_json(self.work / "done" / f"{stage}.json", data)
-
-    def stream(self, name: str) -> Path:
-        """Path of the activation stream `name`."""
-        return self.work / "streams" / name
-
-    def drop_streams(self, keep: set[str]) -> None:
-        """Delete the activation streams that are not named in `keep`."""
-        for path in (self.work / "streams").iterdir():
-            if path.name not in keep:
-                path.unlink()
 
     def publish(self) -> Path:
         """Turn ``OUT.partial`` into the result."""
@@ -238,9 +221,8 @@ class Job:
     def _nothing_finished(self) -> bool:
         """Whether the job holds no file but its record, its lock and the streams of an unfinished stage."""
         own = (self.work / "record.json", self.work / "lock")
-        streams = self.work / "streams"
         return self.partial.is_dir() and all(
-            path.is_dir() or path in own or path.parent == streams for path in self.partial.rglob("*")
+            path.is_dir() or path in own or path.parent.name == "streams" for path in self.partial.rglob("*")
         )
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,26 +108,17 @@ class Pipeline:
             Place -> ``{"error": relative output error as measured when it was rounded}``.
         """
         measured: dict[str, dict[str, float]] = {}
-        done = self.job.result("embedding")
-        if done is None:
-            done = self._embedding()
-        measured |= done
+        measured |= self.job.step("embedding", self._embedding)
         blocks = self.anatomy.blocks
         for block in blocks:
-            name = f"block-{block.index:05d}"
-            done = self.job.result(name)
-            if done is None:
-                done = self._block(block)
-                self.job.finish(name, done)
-            if self.streamed:
-                self.job.drop_streams(self._stream_names(block.index + 1))
-            measured |= done
+            measured |= self.job.step(
+                f"block-{block.index:05d}",
+                partial(self._block, block),
+                self._stream_names(block.index + 1) if self.streamed else set(),
+            )
             self.progress.advance(note=block.name)
         if not self.anatomy.tied:
-            done = self.job.result("head")
-            if done is None:
-                done = self._head()
-            measured |= done
+            measured |= self.job.step("head", self._head)
         self.progress.advance()
         self.job.drop_streams(set())
         self._index()
@@ -136,10 +128,16 @@ class Pipeline:
         return {f"result-{index}"} | ({f"source-{index}"} if self.paired else set())
 
     def _open_stream(self, kind: str, index: int) -> ActivationFile:
+        return self.job.open_stream(f"{kind}-{index}", *self._stream_shape())
+
+    def _new_stream(self, kind: str, index: int) -> ActivationFile:
+        return self.job.new_stream(f"{kind}-{index}", *self._stream_shape())
+
+    def _stream_shape(self) -> tuple[int, int, int]:
         ids = self.compression.ids
         assert ids is not None  # what needs statistics comes with tokens; `fit` sees to it
         windows, length = ids.shape
-        return ActivationFile(self.job.stream(f"{kind}-{index}"), windows, length, self.anatomy.hidden_size)
+        return windows, length, self.anatomy.hidden_size
 
     def _embedding(self) -> dict[str, Any]:
         """Round the embedding, write all that lies outside the blocks, start both streams."""
@@ -169,13 +167,12 @@ class Pipeline:
                 self.model.set_end_weight(name, replacement)
             self._embed_into("result")
         self.model.release_ends()
-        self.job.finish("embedding", done)
         return done
 
     def _embed_into(self, kind: str) -> None:
         ids = self.compression.ids
         assert ids is not None
-        stream = self._open_stream(kind, 0)
+        stream = self._new_stream(kind, 0)
         for start, stop in batches(*ids.shape):
             stream.write(start, self.model.embed(ids[start:stop]))
         stream.close()
@@ -205,10 +202,10 @@ class Pipeline:
                 statistics = self._statistics(index, together[0], working, source, divided)
                 if folding is not None:
                     statistics = folding.fold_norm(together, statistics)
+            rounded = self.compression.method.prepare(statistics)
             for place in together:
                 weight = self.model.weight_of(working, place)
-                coding = self.compression.codings[place.name]
-                packed = self.compression.method(weight, statistics, coding)
+                packed = rounded(weight, self.compression.codings[place.name])
                 approximation = packed.dequantize()
                 gram = None if statistics is None else statistics.gram
                 done[place.name] = {"error": output_error(weight, approximation, gram)}
@@ -216,6 +213,7 @@ class Pipeline:
                 tensors |= self._stored(place, packed)
                 self.model.set_weight(working, place, approximation)
                 del weight, approximation, packed
+            del rounded, statistics
         write_tensors(self.job.partial / file_name(self.anatomy, index + 1), tensors)
         if rows:
             self._write_row_errors(f"block-{index:05d}", rows)
@@ -282,7 +280,7 @@ class Pipeline:
         """Run a stream through `block` into the stream of the next boundary."""
         ids = self.compression.ids
         assert ids is not None
-        before, after = self._open_stream(kind, index), self._open_stream(kind, index + 1)
+        before, after = self._open_stream(kind, index), self._new_stream(kind, index + 1)
         for start, stop in batches(*ids.shape):
             after.write(start, self.model.run_block(block, index, before.read(start, stop)))
         before.close()
@@ -310,7 +308,6 @@ class Pipeline:
             tensors[f"{name}.bias"] = self.checkpoint.weights.read(f"{name}.bias")
         last = file_count(self.anatomy) - 1
         write_tensors(self.job.partial / file_name(self.anatomy, last), tensors)
-        self.job.finish("head", done)
         return done
 
     def _head_statistics(self) -> LinearStatistics:

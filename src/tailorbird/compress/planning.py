@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from tailorbird.calibrate.ledger import Ledger
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.compress.job import Job
 from tailorbird.compress.work import Stage, Work, as_stored, sensitivity_ids
@@ -53,7 +53,7 @@ def score_cache(work: Work) -> ScoreCache:
     )
 
 
-def score(work: Work, scratch: Path) -> tuple[Scores, ScoreCache]:
+def score(work: Work, ledger: Ledger) -> tuple[Scores, ScoreCache]:
     """Errors and sensitivities of the source, from the cache where they are known."""
     cache = score_cache(work)
     scores = cache.load()
@@ -61,33 +61,37 @@ def score(work: Work, scratch: Path) -> tuple[Scores, ScoreCache]:
         work.progress.note("scores of this model and text are known; planning without reading weights")
         return scores, cache
     if cache.load_errors() is None:
-        score_errors(work, cache, scratch)
-    return score_sensitivity(work, cache, scratch), cache
+        score_errors(work, cache, ledger)
+    return score_sensitivity(work, cache, ledger), cache
 
 
-def score_errors(work: Work, cache: ScoreCache, scratch: Path) -> None:
+def score_errors(work: Work, cache: ScoreCache, ledger: Ledger) -> None:
     """First pass over the source: errors of all candidates, kept in `cache`."""
     model = StreamingModel(work.checkpoint, work.anatomy)
+    part = ledger.part("statistics")
     with Stage(work, "statistics", len(work.anatomy.blocks) + 1):
         errors, ratios, head = measure_errors(
-            model, work.texts.calibration.ids, work.recipe.method, work.codings, scratch, work.progress
+            model, work.texts.calibration.ids, work.recipe.method, work.codings, part, work.progress
         )
         cache.save_head(head)
         cache.save_errors(errors, ratios)
+    part.remove()
 
 
-def score_sensitivity(work: Work, cache: ScoreCache, scratch: Path) -> Scores:
+def score_sensitivity(work: Work, cache: ScoreCache, ledger: Ledger) -> Scores:
     """Second pass over the source: what the errors cost; the scores are then whole and kept."""
     known = cache.load_errors()
     assert known is not None  # `score_errors` has run
     errors, ratios = known
     ids = sensitivity_ids(work)
     model = StreamingModel(work.checkpoint, work.anatomy)
+    part = ledger.part("sensitivity")
     with Stage(work, "sensitivity", len(work.anatomy.blocks) + len(ids)):
-        coefficients = measure_coefficients(model, ids, errors, scratch, work.progress)
+        coefficients = measure_coefficients(model, ids, errors, part, work.progress)
         content_hash = work.checkpoint.content_hash()
     scores = assemble(work.anatomy, errors, ratios, coefficients, content_hash)
     cache.save(scores)
+    part.remove()
     return scores
 
 

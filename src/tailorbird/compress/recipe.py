@@ -18,20 +18,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from tailorbird.errors import SettingsError, nearest
 from tailorbird.formats.packed import Coding, IntegerCoding, coding_from_dict, coding_to_dict
 from tailorbird.linear import FOLDS, LINEAR_METHODS, LinearMethod
 from tailorbird.linear.quantize.awq import Awq
 from tailorbird.linear.quantize.gptq import Gptq
 from tailorbird.linear.quantize.rtn import Rtn
+from tailorbird.plan.yaml_file import plain_value, read_yaml
 
 DEFAULT_METHOD = "gptq"
 FIELDS = ("method", "settings", "coding", "embedding", "fold", "fold_settings")
 #: stands between a fold and the method that rounds after it
 JOINT = "+"
 SHORT = {"group": "group_size"}
+#: what a line may state of the coding
+CODING = ("bits", "symmetric", "scale_dtype", "group_size")
+EXAMPLE = "write for example gptq:bits=4,group=64"
 
 _Kind = TypeVar("_Kind", bound=Rtn | Gptq | Awq)
 
@@ -168,37 +170,33 @@ def parse_recipe(text: str) -> Recipe:
     if text.endswith((".yaml", ".yml")):
         return _read(Path(text))
     name, _, rest = text.partition(":")
-    settings: dict[str, Any] = {}
-    coding: dict[str, Any] = {}
-    embedding: dict[str, Any] = {}
+    stated: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
-        key, equals, value = item.partition("=")
+        key, equals, value = (part.strip() for part in item.partition("="))
         if not equals:
+            raise SettingsError(f"`{item}` in recipe `{text}`", "name=value", EXAMPLE)
+        try:
+            stated[key] = plain_value(value)
+        except ValueError:
+            raise SettingsError(f"`{key}` of {len(value)} digits", "a smaller number", EXAMPLE) from None
+    coding = {SHORT.get(key, key): stated.pop(key) for key in (*SHORT, *CODING) if key in stated}
+    embedding = {"bits": stated.pop("embedding_bits")} if "embedding_bits" in stated else None
+    method = LINEAR_METHODS.get(name.rpartition(JOINT)[2])
+    known = [f.name for f in dataclasses.fields(method)] if method is not None else list(stated)
+    for key in stated:
+        if key not in known:
             raise SettingsError(
-                f"`{item}` in recipe `{text}`", "name=value", "write for example gptq:bits=4,group=64"
+                f"setting `{key}` of {name}",
+                "a setting of the method or of the coding",
+                nearest(key, {*SHORT, *CODING, "embedding_bits", *known}),
             )
-        key = SHORT.get(key.strip(), key.strip())
-        parsed = yaml.safe_load(value)
-        if key in ("bits", "group_size", "symmetric", "scale_dtype"):
-            coding[key] = parsed
-        elif key == "embedding_bits":
-            embedding["bits"] = parsed
-        else:
-            settings[key] = parsed
     if "bits" not in coding:
-        raise SettingsError(
-            f"recipe `{text}` states no bits", "name:bits=N", "write for example gptq:bits=4,group=64"
-        )
-    return make_recipe(name, settings, coding, embedding or None)
+        raise SettingsError(f"recipe `{text}` states no bits", "name:bits=N", EXAMPLE)
+    return make_recipe(name, stated, coding, embedding)
 
 
 def _read(path: Path) -> Recipe:
-    try:
-        data = yaml.safe_load(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise SettingsError(f"no recipe at {path}", "a YAML file", "check the path") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"{path} can't be read: {error}", "a YAML file", "correct it") from None
+    data = read_yaml(path, "recipe")
     if not isinstance(data, dict) or "method" not in data:
         raise SettingsError(
             f"{path} holds no recipe", "a mapping with `method` and `coding`", "see docs/commands.md"

@@ -7,6 +7,7 @@ move scales between tensors before the rounding, are listed beside them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 from torch import Tensor
@@ -47,6 +48,10 @@ class LinearMethod(Protocol):
     def __call__(
         self, weight: Tensor, statistics: LinearStatistics | None, coding: Coding
     ) -> PackedWeight: ...
+
+    def prepare(self, statistics: LinearStatistics | None) -> Callable[[Tensor, Coding], PackedWeight]:
+        """The method for all weights that read one input; what depends on that alone is worked out once."""
+        ...
 
 
 LINEAR_METHODS: dict[str, type[Rtn] | type[Gptq]] = {"rtn": Rtn, "gptq": Gptq}

@@ -58,7 +58,9 @@ def row_errors(weight: Tensor, approximation: Tensor, gram: Tensor | None = None
     return (errors / torch.maximum(energies, floor)).float()
 
 
-def output_error(weight: Tensor, approximation: Tensor, gram: Tensor | None = None) -> float:
+def output_error(
+    weight: Tensor, approximation: Tensor, gram: Tensor | None = None, energy: float | None = None
+) -> float:
     """Relative squared output error of the whole linear, `tr(D H D^T) / tr(W H W^T)`.
 
     Parameters
@@ -66,13 +68,16 @@ def output_error(weight: Tensor, approximation: Tensor, gram: Tensor | None = No
     weight, approximation : Tensor[out_features, in_features], float
     gram : Tensor[in_features, in_features] or None
         None stands for the identity.
+    energy : float or None
+        `tr(W H W^T)`, where it is known already.
 
     Returns
     -------
     float
         Not negative; the absolute error where the weight has no energy at all.
     """
-    energy = float(row_energies(weight, gram).sum())
+    if energy is None:
+        energy = float(row_energies(weight, gram).sum())
     error = float(_difference_energies(weight, approximation, gram).sum())
     return error / energy if energy > 0 else error
 

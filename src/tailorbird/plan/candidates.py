@@ -16,7 +16,7 @@ import torch
 from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.errors import SettingsError, nearest
 from tailorbird.formats.packed import Coding, FloatCoding, IntegerCoding, stored_bytes
-from tailorbird.linear.error import output_error
+from tailorbird.linear.error import output_error, row_energies
 from tailorbird.linear.quantize.rtn import Rtn
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -101,11 +101,12 @@ def rounding_errors(
     sample = sample_rows(weight, rows)
     method = Rtn()
     gram = None if statistics is None else statistics.gram
+    energy = float(row_energies(sample, gram).sum())
     errors = {}
     for coding in codings:
         approximation = method(sample, statistics, coding).dequantize()
-        errors[coding.label] = output_error(sample, approximation, gram)
-    errors[PROBE_KEY] = output_error(sample, probe_rounding(sample), gram)
+        errors[coding.label] = output_error(sample, approximation, gram, energy)
+    errors[PROBE_KEY] = output_error(sample, probe_rounding(sample), gram, energy)
     return errors
 
 

@@ -15,26 +15,27 @@ reverse order: one block and its gradients are in memory.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tailorbird.calibrate.activations import ActivationFile
+from tailorbird.calibrate.ledger import Ledger
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.evaluate.streamed import batches, embed_windows, position_chunks
 from tailorbird.plan.candidates import PROBE_KEY, probe_rounding
 from tailorbird.progress import Progress, Silent
 
-#: Called with (place, weight, diagonal of the Fisher information), both ``[out_features, in_features]``.
-OnPlace = Callable[[str, Tensor, Tensor], None]
+#: (place, weight, diagonal of the Fisher information), both ``[out_features, in_features]`` -> what to keep.
+Reduce = Callable[[str, Tensor, Tensor], float]
 
 
 def fisher_coefficients(
     model: StreamingModel,
     ids: Tensor,
     errors: dict[str, dict[str, float]],
-    scratch: Path,
+    ledger: Ledger,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, float]:
@@ -47,7 +48,7 @@ def fisher_coefficients(
     ids : LongTensor ``[windows, length]``
     errors : dict
         Place -> errors, with the one of `probe_rounding` under `PROBE_KEY`.
-    scratch, seed, progress
+    ledger, seed, progress
         As `fisher_diagonals`.
 
     Returns
@@ -55,15 +56,13 @@ def fisher_coefficients(
     dict
         Place -> coefficient, comparable with that of `scores.measure_coefficients`.
     """
-    coefficients: dict[str, float] = {}
 
-    def on_place(name: str, weight: Tensor, diagonal: Tensor) -> None:
+    def coefficient(name: str, weight: Tensor, diagonal: Tensor) -> float:
         error = errors[name][PROBE_KEY]
         divergence = quadratic_divergence(diagonal, probe_rounding(weight) - weight)
-        coefficients[name] = divergence / error if error > 0 else 0.0
+        return divergence / error if error > 0 else 0.0
 
-    fisher_diagonals(model, ids, on_place, scratch, seed, progress)
-    return coefficients
+    return fisher_diagonals(model, ids, coefficient, ledger, seed, progress)
 
 
 def quadratic_divergence(diagonal: Tensor, change: Tensor) -> float:
@@ -79,88 +78,148 @@ def quadratic_divergence(diagonal: Tensor, change: Tensor) -> float:
 def fisher_diagonals(
     model: StreamingModel,
     ids: Tensor,
-    on_place: OnPlace,
-    scratch: Path,
+    reduce: Reduce,
+    ledger: Ledger,
     seed: int = 0,
     progress: Progress | None = None,
-) -> None:
-    """Show the Fisher information's diagonal of every place, one place after the other, last block first.
+) -> dict[str, float]:
+    """What `reduce` makes of the Fisher information's diagonal of every place, last block first.
 
     Parameters
     ----------
     model : StreamingModel
         The source, dense.
     ids : LongTensor ``[windows, length]``
-    on_place : callable
+    reduce : callable
         Called with (place name, weight, diagonal), each float32 ``[out_features, in_features]``. The
         diagonal is the mean over the tokens of `ids`; neither may be kept without a copy.
-    scratch : Path
-        Directory for the inputs of all blocks, the last hidden states and one gradient,
-        ``(blocks + 2) * windows * length * hidden_size * 4`` bytes.
+    ledger : Ledger
+        Where finished blocks are marked, and the inputs of all blocks, the last hidden states and two
+        gradients lie, ``(blocks + 3) * windows * length * hidden_size * 4`` bytes.
     seed : int
         For the labels that are drawn from the model.
+
+    Returns
+    -------
+    dict
+        Place -> what `reduce` returned.
     """
-    progress = progress or Silent()
-    anatomy = model.anatomy
-    windows, length = ids.shape
-    inputs = _block_inputs(model, ids, scratch, progress)
-    last = inputs.pop()
-    gradient = ActivationFile(scratch / "gradient", windows, length, anatomy.hidden_size)
-    labels = _output_gradients(model, last, gradient, on_place, seed)
-    for index in reversed(range(len(anatomy.blocks))):
-        _block_gradients(model, index, inputs[index], gradient, on_place)
-        progress.advance()
-    _embedding_gradients(model, ids, labels, last, gradient, on_place)
-    for stream in (*inputs, last, gradient):
-        stream.close()
-        stream.path.unlink()
+    return _Backward(model, ids, reduce, ledger, seed).run(progress or Silent())
 
 
-@torch.no_grad()
-def _block_inputs(
-    model: StreamingModel, ids: Tensor, scratch: Path, progress: Progress
-) -> list[ActivationFile]:
-    """Hidden states that enter each block, and those that leave the last."""
-    windows, length = ids.shape
-    inputs = [embed_windows(model, ids, scratch / "input-0")]
-    for index in range(len(model.anatomy.blocks)):
+class _Backward:
+    """One pass forward and one back; `run` does what is left of both."""
+
+    def __init__(self, model: StreamingModel, ids: Tensor, reduce: Reduce, ledger: Ledger, seed: int) -> None:
+        self.model, self.ids, self.reduce, self.ledger, self.seed = model, ids, reduce, ledger, seed
+        self.windows, self.length = ids.shape
+        self.shape = self.windows, self.length, model.anatomy.hidden_size
+
+    def run(self, progress: Progress) -> dict[str, float]:
+        """See `fisher_diagonals`."""
+        blocks = len(self.model.anatomy.blocks)
+        for index in range(-1, blocks):
+            self.ledger.step(f"forward-{index + 1:05d}", partial(self._forward, index))
+            progress.advance()
+        head = self.ledger.step("head", self._head)
+        labels = torch.tensor(head["labels"])
+        found: dict[str, float] = head["found"]
+        for index in reversed(range(blocks)):
+            needed = {f"input-{i}" for i in (*range(index), blocks)} | {f"gradient-{index}"}
+            found |= self.ledger.step(f"block-{index:05d}", partial(self._block, index), needed)
+            progress.advance()
+        found |= self.ledger.step("embedding", partial(self._embedding, labels))
+        self.ledger.drop_streams(set())
+        return found
+
+    @torch.no_grad()
+    def _forward(self, index: int) -> dict[str, float]:
+        """Keep what leaves block `index`; -1 stands for the embedding."""
+        if index < 0:
+            embed_windows(self.model, self.ids, self.ledger.stream("input-0")).close()
+            return {}
+        block = self.model.load_block(index)
+        entered = self.ledger.open_stream(f"input-{index}", *self.shape)
+        left = self.ledger.new_stream(f"input-{index + 1}", *self.shape)
+        for start, stop in batches(self.windows, self.length):
+            left.write(start, self.model.run_block(block, index, entered.read(start, stop)))
+        entered.close()
+        left.close()
+        return {}
+
+    def _head(self) -> dict[str, Any]:
+        """Draw labels; keep the gradients of their likelihood by the last hidden states; an untied head."""
+        model, anatomy = self.model, self.model.anatomy
+        blocks = len(anatomy.blocks)
+        last = self.ledger.open_stream(f"input-{blocks}", *self.shape)
+        gradient = self.ledger.new_stream(f"gradient-{blocks}", *self.shape)
+        weight = model.end_parameter(anatomy.head)
+        generator = torch.Generator().manual_seed(self.seed)
+        labels = torch.empty(self.windows, self.length, dtype=torch.long)
+        squares = None if anatomy.tied else torch.zeros_like(weight)
+        for window in range(self.windows):
+            hidden = last.read(window, window + 1)
+            with torch.no_grad():
+                for start, stop in position_chunks(self.length, anatomy.vocab_size):
+                    probability = model.logits(hidden[:, start:stop])[0].softmax(-1)
+                    labels[window, start:stop] = torch.multinomial(probability, 1, generator=generator)[:, 0]
+            by_weight = None if squares is None else torch.zeros_like(squares)
+            gradient.write(window, _likelihood_gradients(model, hidden, labels[window], by_weight))
+            if squares is not None and by_weight is not None:
+                squares.addcmul_(by_weight, by_weight)
+        found = {}
+        if squares is not None:
+            diagonal = squares.div_(labels.numel())
+            found[anatomy.head] = self.reduce(anatomy.head, weight.detach(), diagonal)
+        model.release_ends()
+        last.close()
+        gradient.close()
+        return {"labels": labels.tolist(), "found": found}
+
+    def _block(self, index: int) -> dict[str, float]:
+        """Take the gradients back through one block; its linears."""
+        model = self.model
         block = model.load_block(index)
-        entered = inputs[-1]
-        left = ActivationFile(scratch / f"input-{index + 1}", windows, length, model.anatomy.hidden_size)
-        for start, stop in batches(windows, length):
-            left.write(start, model.run_block(block, index, entered.read(start, stop)))
-        inputs.append(left)
-        del block
-        progress.advance()
-    return inputs
+        places = model.anatomy.blocks[index].linears
+        parameters = [model.weight_parameter(block, place).requires_grad_(True) for place in places]
+        squares = [torch.zeros_like(parameter) for parameter in parameters]
+        entered = self.ledger.open_stream(f"input-{index}", *self.shape)
+        before = self.ledger.open_stream(f"gradient-{index + 1}", *self.shape)
+        after = self.ledger.new_stream(f"gradient-{index}", *self.shape)
+        for window in range(self.windows):
+            hidden = entered.read(window, window + 1).requires_grad_(True)
+            with torch.enable_grad():
+                output = model.run_block(block, index, hidden)
+            gradients = torch.autograd.grad(output, (hidden, *parameters), before.read(window, window + 1))
+            after.write(window, gradients[0])
+            for total, by_weight in zip(squares, gradients[1:], strict=True):
+                total.addcmul_(by_weight, by_weight)
+        for stream in (entered, before, after):
+            stream.close()
+        found = {}
+        for place, total in zip(places, squares, strict=True):
+            diagonal = total.div_(self.windows * self.length)
+            diagonal = diagonal.t() if place.transposed else diagonal
+            found[place.name] = self.reduce(place.name, model.weight_of(block, place), diagonal)
+        return found
 
-
-def _output_gradients(
-    model: StreamingModel, last: ActivationFile, gradient: ActivationFile, on_place: OnPlace, seed: int
-) -> Tensor:
-    """Draw labels; write the gradients of their likelihood by the last hidden states; show an untied head.
-
-    Returns the labels, ``[windows, length]``.
-    """
-    anatomy = model.anatomy
-    weight = model.end_parameter(anatomy.head)
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.empty(last.windows, last.length, dtype=torch.long)
-    squares = None if anatomy.tied else torch.zeros_like(weight)
-    for window in range(last.windows):
-        hidden = last.read(window, window + 1)
-        with torch.no_grad():
-            for start, stop in position_chunks(last.length, anatomy.vocab_size):
-                probability = model.logits(hidden[:, start:stop])[0].softmax(-1)
-                labels[window, start:stop] = torch.multinomial(probability, 1, generator=generator)[:, 0]
-        by_weight = None if squares is None else torch.zeros_like(squares)
-        gradient.write(window, _likelihood_gradients(model, hidden, labels[window], by_weight))
-        if squares is not None and by_weight is not None:
-            squares.addcmul_(by_weight, by_weight)
-    if squares is not None:
-        on_place(anatomy.head, weight.detach(), squares.div_(labels.numel()))
-    model.release_ends()
-    return labels
+    def _embedding(self, labels: Tensor) -> dict[str, float]:
+        """The embedding; the gradient of a tied pair is the sum of those of its two uses."""
+        model, anatomy = self.model, self.model.anatomy
+        last = self.ledger.open_stream(f"input-{len(anatomy.blocks)}", *self.shape)
+        gradient = self.ledger.open_stream("gradient-0", *self.shape)
+        weight = model.end_weight(anatomy.embedding)
+        squares = torch.zeros_like(weight)
+        for window in range(self.windows):
+            total = model.embedding_gradient(self.ids[window : window + 1], gradient.read(window, window + 1))
+            if anatomy.tied:
+                _likelihood_gradients(model, last.read(window, window + 1), labels[window], total)
+            squares.addcmul_(total, total)
+        found = self.reduce(anatomy.embedding, weight, squares.div_(self.ids.numel()))
+        model.release_ends()
+        last.close()
+        gradient.close()
+        return {anatomy.embedding: found}
 
 
 def _likelihood_gradients(
@@ -186,46 +245,3 @@ def _likelihood_gradients(
             by_weight += others[0]
     weight.requires_grad_(False)
     return by_hidden
-
-
-def _block_gradients(
-    model: StreamingModel, index: int, entered: ActivationFile, gradient: ActivationFile, on_place: OnPlace
-) -> None:
-    """Take the gradients back through one block, and show its linears."""
-    block = model.load_block(index)
-    places = model.anatomy.blocks[index].linears
-    parameters = [model.weight_parameter(block, place).requires_grad_(True) for place in places]
-    squares = [torch.zeros_like(parameter) for parameter in parameters]
-    for window in range(entered.windows):
-        hidden = entered.read(window, window + 1).requires_grad_(True)
-        with torch.enable_grad():
-            output = model.run_block(block, index, hidden)
-        found = torch.autograd.grad(output, (hidden, *parameters), gradient.read(window, window + 1))
-        gradient.write(window, found[0])
-        for total, by_weight in zip(squares, found[1:], strict=True):
-            total.addcmul_(by_weight, by_weight)
-    tokens = entered.windows * entered.length
-    for place, total in zip(places, squares, strict=True):
-        diagonal = total.div_(tokens)
-        on_place(place.name, model.weight_of(block, place), diagonal.t() if place.transposed else diagonal)
-
-
-def _embedding_gradients(
-    model: StreamingModel,
-    ids: Tensor,
-    labels: Tensor,
-    last: ActivationFile,
-    gradient: ActivationFile,
-    on_place: OnPlace,
-) -> None:
-    """Show the embedding; the gradient of a tied pair is the sum of those of its two uses."""
-    anatomy = model.anatomy
-    weight = model.end_weight(anatomy.embedding)
-    squares = torch.zeros_like(weight)
-    for window in range(len(ids)):
-        total = model.embedding_gradient(ids[window : window + 1], gradient.read(window, window + 1))
-        if anatomy.tied:
-            _likelihood_gradients(model, last.read(window, window + 1), labels[window], total)
-        squares.addcmul_(total, total)
-    on_place(anatomy.embedding, weight, squares.div_(ids.numel()))
-    model.release_ends()

@@ -2,15 +2,13 @@
 
 The file is made by `fit` and `compress`, edited by hand, and read again by ``compress --plan``; only
 ``places`` with ``name`` and ``coding`` is required. It comes from strangers as often as from us, so it
-is built from YAML events: no tags, no aliases, nothing executed, bounded size and depth, and every
-mistake is answered with the path of its field. Whether the named places exist in a model is for the
-caller to say.
+is read by `yaml_file`, and every mistake is answered with the path of its field. Whether the named
+places exist in a model is for the caller to say.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,11 +19,9 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from tailorbird.errors import CheckpointError, SettingsError, nearest
 from tailorbird.formats.packed import Coding, FloatCoding, IntegerCoding, coding_from_dict, stored_bytes
 from tailorbird.model.writing import write_text
+from tailorbird.plan.yaml_file import FLOAT, read_yaml, refuse, shortened
 
 SCHEMA = 1  # version of plan.yaml's layout
-MAX_BYTES = 4 << 20  # some 10,000 places
-MAX_DEPTH = 20
-MAX_VALUES = 250_000
 
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Dimension = Annotated[int, Field(ge=1, le=2**31)]
@@ -225,7 +221,7 @@ def load_plan(path: Path) -> Plan:
     SettingsError
         Whatever is wrong with the file, with the path of the field.
     """
-    data = _read_yaml(Path(path))
+    data = read_yaml(Path(path), "plan")
     if not isinstance(data, dict):
         raise _refuse(
             path, f"holds {_kind(data)}", "a mapping with `places`", "see docs/formats.md for an example"
@@ -273,11 +269,6 @@ _HEADER = """\
 # `predicted` and `measured` (error relative to the place's output, kl in nats per token) are a record.
 """
 
-_NULL = re.compile(r"~|null|Null|NULL|")
-_BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
-_INT = re.compile(r"[-+]?(?:0|[1-9][0-9]*)")
-_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan")
-
 
 class _Line(dict[str, Any]):
     """A mapping that is written on one line."""
@@ -307,109 +298,8 @@ _Dumper.add_representer(
     ),  # YAML folds some line breaks that are not escaped
 )
 _Dumper.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(f"(?:{_FLOAT.pattern})$"), list("-+.0123456789")
+    "tag:yaml.org,2002:float", re.compile(f"(?:{FLOAT.pattern})$"), list("-+.0123456789")
 )
-
-
-def _read_yaml(path: Path) -> Any:
-    """The values of a YAML file: mappings, lists and scalars of YAML 1.2's core schema."""
-    try:
-        if path.exists() and not path.is_file():
-            raise _refuse(path, "is not a regular file", "a YAML file", "give the path of a plan.yaml")
-        if path.stat().st_size > MAX_BYTES:
-            raise _refuse(path, f"is larger than {MAX_BYTES >> 20} MiB", "a plan", "check the path")
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise _refuse(path, "does not exist", "a plan.yaml", "check the path") from None
-    except OSError as error:
-        raise _refuse(
-            path, f"cannot be read ({error.strerror})", "a plan.yaml", "check its permissions"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise _refuse(path, f"byte {error.start} is not UTF-8", "UTF-8 text", "save it as UTF-8") from None
-    except ValueError as error:  # a NUL in the path
-        raise _refuse(path, f"is no path ({error})", "a plan.yaml", "check the path") from None
-    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        return _Builder(path, yaml.parse(text, Loader=loader)).document()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
-        raise _refuse(path, f"is not YAML: {problem}{where}", "a plan in YAML", "correct that line") from None
-
-
-class _Builder:
-    """Builds plain values from YAML events."""
-
-    def __init__(self, path: Path, events: Iterator[Any]) -> None:
-        self.path = path
-        self.events = events
-        self.values = 0
-
-    def document(self) -> Any:
-        """The one document of the stream; None for an empty one."""
-        value, documents = None, 0
-        for event in self.events:
-            if isinstance(event, yaml.DocumentStartEvent):
-                documents += 1
-                if documents > 1:
-                    raise self._refuse(
-                        event, "a second document", "one document", "remove what follows `---`"
-                    )
-                value = self._value(next(self.events), 1)
-        return value
-
-    def _value(self, event: Any, depth: int) -> Any:
-        self.values += 1
-        if self.values > MAX_VALUES or depth > MAX_DEPTH:
-            raise self._refuse(event, "too many or too deeply nested values", "a plan", "check the file")
-        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            raise self._refuse(
-                event, f"the alias or anchor `{event.anchor}`", "plain values", "write the value out"
-            )
-        if event.tag is not None and event.tag != "!":
-            raise self._refuse(event, f"the tag `{event.tag}`", "plain values", "remove the tag")
-        if isinstance(event, yaml.ScalarEvent):
-            return self._scalar(event)
-        if isinstance(event, yaml.SequenceStartEvent):
-            return [self._value(item, depth + 1) for item in self._until(yaml.SequenceEndEvent)]
-        result: dict[str, Any] = {}
-        for item in self._until(yaml.MappingEndEvent):
-            key = self._value(item, depth + 1)
-            if not isinstance(key, str):
-                raise self._refuse(item, f"the key {_show(key)}", "a name as key", "write it in quotes")
-            if key in result:
-                raise self._refuse(item, f"the key `{key}` twice", "each key once", "remove one of them")
-            result[key] = self._value(next(self.events), depth + 1)
-        return result
-
-    def _until(self, end: type) -> Iterator[Any]:
-        for event in self.events:
-            if isinstance(event, end):
-                return
-            yield event
-
-    def _scalar(self, event: Any) -> Any:
-        text: str = event.value
-        if not event.implicit[0]:  # quoted or a block: a string whatever it looks like
-            return text
-        if _NULL.fullmatch(text):
-            return None
-        if text in _BOOL:
-            return _BOOL[text]
-        try:
-            if _INT.fullmatch(text):
-                return int(text)
-            if _FLOAT.fullmatch(text):
-                return float(text.replace(".inf", "inf").replace(".nan", "nan"))
-        except ValueError:  # more digits than Python converts
-            raise self._refuse(event, "a number with thousands of digits", "a number", "correct it") from None
-        return text
-
-    def _refuse(self, event: Any, given: str, expected: str, remedy: str) -> SettingsError:
-        line = event.start_mark.line + 1
-        return _refuse(self.path, f"has {given} at line {line}", expected, remedy)
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {
@@ -451,7 +341,7 @@ def _explain(path: Path, data: dict[str, Any], error: ErrorDetails, others: int)
             allowed = error["ctx"]["expected"]
             return _refuse(path, f"states at {field} {error['msg']}{more}", allowed, "correct that coding")
         case "union_tag_invalid":
-            kind = _show(error["ctx"]["tag"])
+            kind = shortened(error["ctx"]["tag"])
             return _refuse(
                 path,
                 f"states at {field} the unknown kind {kind}{more}",
@@ -463,16 +353,13 @@ def _explain(path: Path, data: dict[str, Any], error: ErrorDetails, others: int)
                 path, f"lacks `kind` at {field}{more}", "`kind: integer` or `kind: float`", "add it"
             )
     message = error["msg"][0].lower() + error["msg"][1:]
-    return _refuse(path, f"states at {field} {_show(error['input'])}{more}", message, "correct that field")
+    return _refuse(
+        path, f"states at {field} {shortened(error['input'])}{more}", message, "correct that field"
+    )
 
 
 def _refuse(path: Path, given: str, expected: str, remedy: str) -> SettingsError:
-    return SettingsError(f"plan {path} {given}", expected, remedy)
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return refuse("plan", path, given, expected, remedy)
 
 
 def _kind(value: Any) -> str:

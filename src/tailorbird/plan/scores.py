@@ -12,11 +12,12 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 
+from tailorbird.calibrate.ledger import Ledger
 from tailorbird.calibrate.statistics import GramAccumulator, LinearStatistics
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.evaluate.streamed import batches, embed_windows
@@ -25,8 +26,7 @@ from tailorbird.hardware.cache import cache_directory
 from tailorbird.linear import LinearMethod
 from tailorbird.linear.error import output_error
 from tailorbird.linear.quantize.rtn import Rtn
-from tailorbird.model.anatomy import Anatomy
-from tailorbird.model.checkpoint import Checkpoint
+from tailorbird.model.anatomy import Anatomy, BlockAnatomy
 from tailorbird.model.weights import Weights
 from tailorbird.model.writing import write_json, write_tensors
 from tailorbird.plan.allocate import Option, PlaceOptions
@@ -169,13 +169,12 @@ class ScoreCache:
             return None
 
 
-@torch.no_grad()
 def measure_errors(
     model: StreamingModel,
     ids: torch.Tensor,
     method: LinearMethod,
     codings: tuple[Coding, ...],
-    scratch: Path,
+    ledger: Ledger,
     progress: Progress | None = None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, float], LinearStatistics]:
     """First pass: errors of all candidates at all places, the method's ratios, the head's statistics.
@@ -189,8 +188,9 @@ def measure_errors(
     method : LinearMethod
         The plan's method; its error is compared with that of rounding on `RATIO_LINEARS` linears.
     codings : tuple of Coding
-    scratch : Path
-        Directory for the hidden states, ``windows * length * hidden_size * 4`` bytes.
+    ledger : Ledger
+        Where finished blocks are marked, and the hidden states lie,
+        ``2 * windows * length * hidden_size * 4`` bytes.
 
     Returns
     -------
@@ -201,59 +201,156 @@ def measure_errors(
     head : LinearStatistics
         Statistics of the head's input.
     """
-    progress = progress or Silent()
-    anatomy = model.anatomy
-    errors: dict[str, dict[str, float]] = {}
-    samples: dict[str, list[float]] = {}
-    linears = [linear.name for block in anatomy.blocks for linear in block.linears]
-    compared = {linears[i] for i in spread(RATIO_LINEARS, len(linears))}
+    return _ErrorPass(model, ids, method, codings, ledger, progress or Silent()).run()
 
-    embedding = model.end_weight(anatomy.embedding)
-    if not anatomy.tied:
-        errors[anatomy.embedding] = rounding_errors(embedding, None, codings)
-    del embedding
-    stream = embed_windows(model, ids, scratch / "statistics")
-    for index, block_anatomy in enumerate(anatomy.blocks):
+
+class _ErrorPass:
+    """The first pass over a source; `run` does what is left of it."""
+
+    def __init__(
+        self,
+        model: StreamingModel,
+        ids: torch.Tensor,
+        method: LinearMethod,
+        codings: tuple[Coding, ...],
+        ledger: Ledger,
+        progress: Progress,
+    ) -> None:
+        self.model, self.ids, self.ledger, self.progress = model, ids, ledger, progress
+        self.method, self.codings = method, codings
+        windows, length = ids.shape
+        self.shape = windows, length, model.anatomy.hidden_size
+        linears = [linear.name for block in model.anatomy.blocks for linear in block.linears]
+        self.compared = {linears[i] for i in spread(RATIO_LINEARS, len(linears))}
+
+    @torch.no_grad()
+    def run(self) -> tuple[dict[str, dict[str, float]], dict[str, float], LinearStatistics]:
+        """See `measure_errors`."""
+        errors: dict[str, dict[str, float]] = self.ledger.step(
+            "embedding", self._embedding, keep={_boundary(0)}
+        )
+        samples: dict[str, list[float]] = {}
+        for block in self.model.anatomy.blocks:
+            found = self.ledger.step(
+                f"block-{block.index:05d}",
+                partial(self._block, block),
+                keep={_boundary(block.index + 1)},
+            )
+            errors |= found["errors"]
+            for label, values in found["samples"].items():
+                samples.setdefault(label, []).extend(values)
+            self.progress.advance()
+        statistics = self._head_statistics()
+        anatomy = self.model.anatomy
+        place = anatomy.embedding if anatomy.tied else anatomy.head
+        errors[place] = rounding_errors(self.model.end_weight(place), statistics, self.codings)
+        self.model.release_ends()
+        self.ledger.drop_streams(set())
+        self.progress.advance()
+        return errors, {label: geometric_mean(values) for label, values in samples.items()}, statistics
+
+    def _embedding(self) -> dict[str, Any]:
+        """Errors of an untied embedding; the hidden states that enter the first block."""
+        anatomy, errors = self.model.anatomy, {}
+        if not anatomy.tied:
+            embedding = self.model.end_weight(anatomy.embedding)
+            errors[anatomy.embedding] = rounding_errors(embedding, None, self.codings)
+            del embedding
+        embed_windows(self.model, self.ids, self.ledger.stream(_boundary(0))).close()
+        return errors
+
+    def _block(self, anatomy: BlockAnatomy) -> dict[str, Any]:
+        """Errors of all linears of a block, the method's ratios at some, the states that leave it."""
+        model, index = self.model, anatomy.index
         block = model.load_block(index)
-        widths = {linear.shares_input: linear.in_features for linear in block_anatomy.linears}
+        widths = {linear.shares_input: linear.in_features for linear in anatomy.linears}
         grams = {key: GramAccumulator(width) for key, width in widths.items()}
-        for start, stop in batches(*ids.shape):
-            hidden = stream.read(start, stop)
-            output = model.capture_inputs(block, index, hidden, lambda key, x, g=grams: g[key].add(x))  # type: ignore[misc]
-            stream.write(start, output)
-        statistics = {}
-        for key in list(grams):
-            statistics[key] = grams.pop(key).finish()
-        for linear in block_anatomy.linears:
-            weight = model.weight_of(block, linear)
-            known = statistics[linear.shares_input]
-            errors[linear.name] = rounding_errors(weight, known, codings, ERROR_ROWS)
-            if linear.name in compared:
-                sample = sample_rows(weight, RATIO_ROWS).clone()
-                for coding in distinct(codings, *linear_shape(linear)):
-                    if isinstance(coding, IntegerCoding):
-                        own = float(
-                            output_error(sample, method(sample, known, coding).dequantize(), known.gram)
-                        )
-                        rounded = float(
-                            output_error(sample, Rtn()(sample, known, coding).dequantize(), known.gram)
-                        )
-                        if own > 0 and rounded > 0:
-                            samples.setdefault(coding.label, []).append(own / rounded)
-        del block, statistics
-        progress.advance()
-    head = GramAccumulator(model.head_width)
-    for start, stop in batches(*ids.shape):
-        head.add(model.head_input(stream.read(start, stop)))
-    head_statistics = head.finish()
-    place = anatomy.embedding if anatomy.tied else anatomy.head
-    errors[place] = rounding_errors(model.end_weight(place), head_statistics, codings)
-    model.release_ends()
-    stream.close()
-    stream.path.unlink()
-    progress.advance()
-    ratios = {label: geometric_mean(values) for label, values in samples.items()}
-    return errors, ratios, head_statistics
+        judges = {
+            linear.shares_input: GramAccumulator(linear.in_features)
+            for linear in anatomy.linears
+            if linear.name in self.compared and len(self.ids) > 1
+        }
+        before = self.ledger.open_stream(_boundary(index), *self.shape)
+        after = self.ledger.new_stream(_boundary(index + 1), *self.shape)
+        for start, stop in batches(*self.ids.shape):
+            judging = [window - start for window in range(start, stop) if _judges(window, len(self.ids))]
+
+            def add(key: str, x: torch.Tensor, judging: list[int] = judging, n: int = stop - start) -> None:
+                grams[key].add(x)
+                if key in judges and judging:
+                    judges[key].add(x.reshape(n, -1, x.shape[-1])[judging])
+
+            after.write(start, model.capture_inputs(block, index, before.read(start, stop), add))
+        errors: dict[str, dict[str, float]] = {}
+        samples: dict[str, list[float]] = {}
+        for key in widths:
+            statistics = grams.pop(key).finish()
+            fellows = [linear for linear in anatomy.linears if linear.shares_input == key]
+            for linear in fellows:
+                weight = model.weight_of(block, linear)
+                errors[linear.name] = rounding_errors(weight, statistics, self.codings, ERROR_ROWS)
+            judge = judges.pop(key).finish() if key in judges else None
+            if judge is not None:
+                statistics = without(statistics, judge)
+            for linear in fellows:
+                if linear.name in self.compared:
+                    sample = sample_rows(model.weight_of(block, linear), RATIO_ROWS)
+                    self._compare(sample, statistics, judge or statistics, samples)
+            del statistics, judge
+        before.close()
+        after.close()
+        return {"errors": errors, "samples": samples}
+
+    def _compare(
+        self,
+        weight: torch.Tensor,
+        statistics: LinearStatistics,
+        judge: LinearStatistics,
+        samples: dict[str, list[float]],
+    ) -> None:
+        """Add to `samples`, per coding, the method's error over that of rounding to nearest.
+
+        The method sees `statistics`; both errors are those on the tokens of `judge`.
+        """
+        rounded = self.method.prepare(statistics)
+        nearest = Rtn().prepare(statistics)
+        for coding in distinct(self.codings, *weight.shape):
+            if isinstance(coding, IntegerCoding):
+                own, base = (
+                    output_error(weight, by(weight, coding).dequantize(), judge.gram, 1.0)
+                    for by in (rounded, nearest)
+                )
+                if own > 0 and base > 0:
+                    samples.setdefault(coding.label, []).append(own / base)
+
+    def _head_statistics(self) -> LinearStatistics:
+        head = GramAccumulator(self.model.head_width)
+        stream = self.ledger.open_stream(_boundary(len(self.model.anatomy.blocks)), *self.shape)
+        for start, stop in batches(*self.ids.shape):
+            head.add(self.model.head_input(stream.read(start, stop)))
+        stream.close()
+        return head.finish()
+
+
+def _boundary(index: int) -> str:
+    """Name of the hidden states that enter block `index` in the first pass."""
+    return f"hidden-{index}"
+
+
+def _judges(window: int, windows: int) -> bool:
+    """Whether a calibration window is kept from the method, to judge it: every fourth, at least the last.
+
+    An error measured on the very tokens that a method was fitted to comes out too small where they are few.
+    """
+    return window % 4 == 3 or (windows < 4 and window == windows - 1)
+
+
+def without(whole: LinearStatistics, part: LinearStatistics) -> LinearStatistics:
+    """Statistics of the tokens of `whole` that `part` leaves; the Gram matrix of `whole` is overwritten."""
+    tokens = whole.tokens - part.tokens
+    gram = whole.gram.mul_(whole.tokens / tokens).sub_(part.gram, alpha=part.tokens / tokens)
+    mean_abs = (whole.mean_abs * whole.tokens - part.mean_abs * part.tokens) / tokens
+    return LinearStatistics(gram, None, mean_abs, tokens)
 
 
 def linear_shape(linear: Any) -> tuple[int, int]:
@@ -266,7 +363,7 @@ def measure_coefficients(
     model: StreamingModel,
     ids: torch.Tensor,
     errors: dict[str, dict[str, float]],
-    scratch: Path,
+    ledger: Ledger,
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """Second pass: nats of KL per unit of relative error, for every place.
@@ -276,7 +373,7 @@ def measure_coefficients(
     """
     places = places_of(model.anatomy)
     divergence = measure_divergence(
-        model, places, ids, lambda name, weight: probe_rounding(weight), scratch, progress
+        model, places, ids, lambda name, weight: probe_rounding(weight), ledger, progress
     )
     return {
         name: (kl / errors[name][PROBE_KEY] if errors[name][PROBE_KEY] > 0 else 0.0)
@@ -305,8 +402,3 @@ def assemble(
             PlaceScore(place.name, role, place.block, shape, errors[place.name], coefficients[place.name])
         )
     return Scores(tuple(scores), ratios, content_hash)
-
-
-def source_content_hash(checkpoint: Checkpoint) -> str:
-    """Hash of all weights, taken while they are in the page cache anyway."""
-    return checkpoint.content_hash()

@@ -8,20 +8,21 @@ the place alone is rounded, and the KL of the model's output is divided by the e
 
 All places are measured in one pass over the blocks: a copy of the hidden states branches off where
 its place is rounded, and travels with the others through the blocks after it, so that each block is
-read once and only one is in memory.
+read once and only one is in memory. A killed pass continues at the first unfinished block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 
 from tailorbird.calibrate.activations import ActivationFile
+from tailorbird.calibrate.ledger import Ledger
 from tailorbird.calibrate.stream import StreamingModel
-from tailorbird.evaluate.streamed import batches, embed_windows, position_chunks
+from tailorbird.evaluate.streamed import batches, position_chunks
 from tailorbird.progress import Progress, Silent
 
 
@@ -50,7 +51,7 @@ def measure_divergence(
     places: Sequence[Place],
     ids: torch.Tensor,
     perturb: Perturb,
-    scratch: Path,
+    ledger: Ledger,
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """Mean KL (nats per token) of the model's output when each place alone is perturbed.
@@ -60,84 +61,140 @@ def measure_divergence(
     model : StreamingModel
         The source.
     places : sequence of Place
+        In the order of their blocks.
     ids : LongTensor ``[windows, length]``
     perturb : callable
         (place name, weight ``[out_features, in_features]`` float32) -> perturbed weight.
-    scratch : Path
-        Directory for the hidden states of all copies,
-        ``(1 + len(places)) * windows * length * hidden_size * 4`` bytes.
+    ledger : Ledger
+        Where finished blocks are marked, and the hidden states of all copies lie,
+        ``2 * (1 + len(places)) * windows * length * hidden_size * 4`` bytes.
 
     Returns
     -------
     dict
         Place name -> KL(source ‖ perturbed), mean over all positions of `ids`.
     """
-    progress = progress or Silent()
-    anatomy = model.anatomy
-    windows, length = ids.shape
-    reference = embed_windows(model, ids, scratch / "reference")
-    copies: dict[str, ActivationFile] = {}
+    return _Copies(model, places, ids, perturb, ledger).measure(progress or Silent())
 
-    def new_copy(name: str) -> ActivationFile:
-        copies[name] = ActivationFile(scratch / f"copy-{len(copies)}", windows, length, anatomy.hidden_size)
-        return copies[name]
 
-    blocks = len(anatomy.blocks)
-    embeddings = [p.name for p in places if p.block < 0]
-    heads = [p.name for p in places if p.block >= blocks or (p.block < 0 and anatomy.tied)]
-    for name in embeddings:
-        original = model.end_weight(name)
-        model.set_end_weight(name, perturb(name, original))
-        copy = new_copy(name)
-        for start, stop in batches(windows, length):
-            copy.write(start, model.embed(ids[start:stop]))
-        model.set_end_weight(name, original)
-    model.release_ends()
-    for index, anatomy_block in enumerate(anatomy.blocks):
+class _Copies:
+    """The hidden states of the source and of one copy per place, one after the other in one file.
+
+    Copy 0 is the source; those after it stand in the order in which they branch off, so that the copies
+    under way are always the first ones of the file, and travel through a block together.
+    """
+
+    def __init__(
+        self,
+        model: StreamingModel,
+        places: Sequence[Place],
+        ids: torch.Tensor,
+        perturb: Perturb,
+        ledger: Ledger,
+    ) -> None:
+        self.model, self.ids, self.perturb, self.ledger = model, ids, perturb, ledger
+        self.windows, self.length = ids.shape
+        self.places = places
+        blocks, tied = len(model.anatomy.blocks), model.anatomy.tied
+        self.heads = [p.name for p in places if p.block >= blocks or (p.block < 0 and tied)]
+        branching = [p for p in places if p.block < blocks]
+        self.copies = {place.name: 1 + index for index, place in enumerate(branching)}
+        self.shape = self.windows * (1 + len(branching)), self.length, model.anatomy.hidden_size
+        self.at_block = {
+            index: [p for p in branching if p.block == index]
+            for index in range(-1, len(model.anatomy.blocks))
+        }
+
+    def measure(self, progress: Progress) -> dict[str, float]:
+        """See `measure_divergence`."""
+        blocks = len(self.model.anatomy.blocks)
+        self.ledger.step("embedding", self._embed)
+        for index in range(blocks):
+            self.ledger.step(f"block-{index:05d}", partial(self._run_block, index), {_boundary(index + 1)})
+            progress.advance()
+        totals = dict.fromkeys((place.name for place in self.places), 0.0)
+        stream = self.ledger.open_stream(_boundary(blocks), *self.shape)
+        original = {name: self.model.end_weight(name) for name in self.heads}
+        perturbed = {name: self.perturb(name, weight) for name, weight in original.items()}
+        for window in range(self.windows):
+            found = self.ledger.step(
+                f"window-{window:05d}",
+                partial(self._divergences, stream, window, original, perturbed),
+            )
+            totals = {name: total + found[name] for name, total in totals.items()}
+            progress.advance()
+        stream.close()
+        self.model.release_ends()
+        self.ledger.drop_streams(set())
+        return {name: max(total, 0.0) / (self.windows * self.length) for name, total in totals.items()}
+
+    def _embed(self) -> dict[str, float]:
+        """The source, and a copy with the embedding perturbed."""
+        stream = self.ledger.new_stream(_boundary(0), *self.shape)
+        self._embed_into(stream, 0)
+        for place in self.at_block[-1]:
+            original = self.model.end_weight(place.name)
+            self.model.set_end_weight(place.name, self.perturb(place.name, original))
+            self._embed_into(stream, self.copies[place.name] * self.windows)
+            self.model.set_end_weight(place.name, original)
+        self.model.release_ends()
+        stream.close()
+        return {}
+
+    def _embed_into(self, stream: ActivationFile, first: int) -> None:
+        for start, stop in batches(self.windows, self.length):
+            stream.write(first + start, self.model.embed(self.ids[start:stop]))
+
+    def _run_block(self, index: int) -> dict[str, float]:
+        """Carry the copies under way over a block; let those of its own places branch off."""
+        model = self.model
         block = model.load_block(index)
-        for copy in copies.values():
-            for start, stop in batches(windows, length):
-                copy.write(start, model.run_block(block, index, copy.read(start, stop)))
-        here = [p for p in places if p.block == index]
-        by_name = {linear.name: linear for linear in anatomy_block.linears}
-        for place in here:
-            linear = by_name[place.name]
+        before = self.ledger.open_stream(_boundary(index), *self.shape)
+        after = self.ledger.new_stream(_boundary(index + 1), *self.shape)
+        under_way = 1 + sum(len(self.at_block[i]) for i in range(-1, index))
+        for start, stop in batches(under_way * self.windows, self.length):
+            after.write(start, model.run_block(block, index, before.read(start, stop)))
+        linears = {linear.name: linear for linear in model.anatomy.blocks[index].linears}
+        for place in self.at_block[index]:
+            linear, first = linears[place.name], self.copies[place.name] * self.windows
             original = model.weight_of(block, linear)
-            model.set_weight(block, linear, perturb(place.name, original))
-            copy = new_copy(place.name)
-            for start, stop in batches(windows, length):
-                copy.write(start, model.run_block(block, index, reference.read(start, stop)))
+            model.set_weight(block, linear, self.perturb(place.name, original))
+            for start, stop in batches(self.windows, self.length):
+                after.write(first + start, model.run_block(block, index, before.read(start, stop)))
             model.set_weight(block, linear, original)
-        for start, stop in batches(windows, length):
-            reference.write(start, model.run_block(block, index, reference.read(start, stop)))
-        del block
-        progress.advance()
+        before.close()
+        after.close()
+        return {}
 
-    totals = dict.fromkeys((p.name for p in places), 0.0)
-    originals = {name: model.end_weight(name) for name in heads}
-    perturbed = {name: perturb(name, weight) for name, weight in originals.items()}
-    for window in range(windows):
+    def _divergences(
+        self,
+        stream: ActivationFile,
+        window: int,
+        original: dict[str, torch.Tensor],
+        perturbed: dict[str, torch.Tensor],
+    ) -> dict[str, float]:
+        """Place -> KL summed over the positions of one window."""
+        totals = dict.fromkeys((place.name for place in self.places), 0.0)
         # In float64, since the rounding of float32 would hide divergences below some 1e-8; half as many
         # positions at once then take the memory that is foreseen.
-        for start, stop in position_chunks(length, 2 * anatomy.vocab_size):
+        for start, stop in position_chunks(self.length, 2 * self.model.anatomy.vocab_size):
 
-            def log_probability(
-                stream: ActivationFile, w: int = window, a: int = start, b: int = stop
-            ) -> torch.Tensor:
-                return model.logits(stream.read(w, w + 1)[:, a:b])[0].double().log_softmax(-1)
+            def log_probability(copy: int, start: int = start, stop: int = stop) -> torch.Tensor:
+                hidden = stream.read(copy * self.windows + window, copy * self.windows + window + 1)
+                return self.model.logits(hidden[:, start:stop])[0].double().log_softmax(-1)
 
-            target = log_probability(reference)
+            target = log_probability(0)
             probability = target.exp()
-            for place in places:
-                if place.name in heads:
-                    model.set_end_weight(place.name, perturbed[place.name])
-                other = log_probability(copies.get(place.name, reference))
-                totals[place.name] += float((probability * (target - other)).sum())
-                if place.name in heads:
-                    model.set_end_weight(place.name, originals[place.name])
-        progress.advance()
-    model.release_ends()
-    for stream in (reference, *copies.values()):
-        stream.close()
-        stream.path.unlink()
-    return {name: max(total, 0.0) / (windows * length) for name, total in totals.items()}
+            for name in totals:
+                if name in self.heads:
+                    self.model.set_end_weight(name, perturbed[name])
+                other = log_probability(self.copies.get(name, 0))
+                totals[name] += float((probability * (target - other)).sum())
+                if name in self.heads:
+                    self.model.set_end_weight(name, original[name])
+        return totals
+
+
+def _boundary(index: int) -> str:
+    """Name of the copies that enter block `index`."""
+    return f"copies-{index}"

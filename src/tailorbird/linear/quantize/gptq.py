@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -129,17 +129,41 @@ class Gptq:
         TailorbirdError
             When the statistics hold NaN or infinity, or can't be factorized with any damping tried.
         """
-        if isinstance(coding, FloatCoding):
-            return round_to_float(weight, coding)
-        if statistics is None:
-            raise SettingsError(
-                "gptq without calibration statistics",
-                "the Gram matrix of the linear's inputs",
-                "calibrate, or choose rtn",
-            )
+        return self.prepare(statistics)(weight, coding)
+
+    def prepare(self, statistics: LinearStatistics | None) -> Callable[[Tensor, Coding], PackedWeight]:
+        """`__call__` with these statistics; their Gram matrix is factorized once, at the first weight.
+
+        The factor, `[in_features, in_features]` float32, lives as long as what is returned.
+        """
+        factorized: list[tuple[Tensor, Tensor]] = []
+
+        def round_weight(weight: Tensor, coding: Coding) -> PackedWeight:
+            if isinstance(coding, FloatCoding):
+                return round_to_float(weight, coding)
+            if statistics is None:
+                raise SettingsError(
+                    "gptq without calibration statistics",
+                    "the Gram matrix of the linear's inputs",
+                    "calibrate, or choose rtn",
+                )
+            if not factorized:
+                order = _rounding_order(statistics.gram.diagonal(), self.act_order)
+                factorized.append((order, inverse_factor(statistics.gram, order, self.damping)))
+            return self._solve(weight, statistics, coding, *factorized[0])
+
+        return round_weight
+
+    def _solve(
+        self,
+        weight: Tensor,
+        statistics: LinearStatistics,
+        coding: IntegerCoding,
+        order: Tensor,
+        factor: Tensor,
+    ) -> PackedWeight:
+        """Round a weight with the order of its columns and the factor of the Gram matrix in that order."""
         energies = statistics.gram.diagonal()
-        order = _rounding_order(energies, self.act_order)
-        factor = inverse_factor(statistics.gram, order, self.damping)
         columns = weight.float().t()[order]  # [in, out], so that a column of the weight lies together
         feedback = None
         cross = statistics.cross if self.asymmetric else None

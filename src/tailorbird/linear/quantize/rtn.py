@@ -6,6 +6,7 @@ weighs the error of each input by its mean square.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,6 +40,10 @@ class Rtn:
     def needs(self) -> frozenset[str]:
         """Which statistics these settings can't do without: none."""
         return self.requirements
+
+    def prepare(self, statistics: LinearStatistics | None) -> Callable[[Tensor, Coding], PackedWeight]:
+        """`__call__` with these statistics."""
+        return lambda weight, coding: self(weight, statistics, coding)
 
     def __call__(self, weight: Tensor, statistics: LinearStatistics | None, coding: Coding) -> PackedWeight:
         """Round a weight.
