@@ -84,7 +84,7 @@ class GateRefused(TailorbirdError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """`did you mean …` with the closest of `known`, or the list of all where none is close."""
     candidates = sorted(known)
-    close = difflib.get_close_matches(name, candidates, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, candidates, n=3, cutoff=0.55)
     if close:
         return "did you mean " + " or ".join(f"`{c}`" for c in close) + "?"
     return "choose one of " + ", ".join(f"`{c}`" for c in candidates)

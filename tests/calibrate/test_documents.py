@@ -136,7 +136,7 @@ def test_a_directory_is_read_in_sorted_order_without_hidden_files(tmp_path, capl
         ("a.txt", b"ab\xff", "byte 2 is not UTF-8"),
         ("a.txt", "a".encode("utf-16"), "UTF-8"),
         ("a.doc", "x", "kind `.doc`"),
-        ("a.jsn", "x", "did you mean"),
+        ("a.jsn", "x", "kind `.jsn`.*plain text .*jsonl or .parquet"),
         ("README", "x", "kind `none`"),
         ("a.jsonl", "", "is empty"),
         ("a.jsonl", '{"text": "a"}\n{"text": ', "line 2 is not JSON"),
@@ -156,6 +156,14 @@ def test_a_directory_is_read_in_sorted_order_without_hidden_files(tmp_path, capl
 def test_unusable_text_is_named(tmp_path, name, data, says):
     with pytest.raises(TextError, match=says):
         read_documents(write(tmp_path / name, data), TOKENIZER)
+
+
+@pytest.mark.parametrize("name", ["song.mp3", "photo.png", "talk.docx", "table.xlsx", "data.json"])
+def test_another_kind_of_file_is_not_taken_for_a_slip_of_the_pen(tmp_path, name):
+    write(tmp_path / name, "x")
+    with pytest.raises(TextError, match="give another file") as refused:
+        read_documents(tmp_path / name, None)
+    assert "did you mean" not in str(refused.value)
 
 
 def test_paths_that_lead_to_no_text_are_named(tmp_path):

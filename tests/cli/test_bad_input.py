@@ -359,7 +359,7 @@ TEXTS: dict[str, tuple[str, bytes | None, tuple[str, ...]]] = {
     "missing": ("none.txt", None, ("none.txt", "check the path")),
     "empty": ("empty.txt", b"", ("empty.txt is empty", "another file")),
     "blank": ("blank.txt", b" \n\n\t ", ("blank.txt",)),
-    "unknown kind": ("song.mp3", b"la la", ("song.mp3", ".jsonl")),
+    "unknown kind": ("song.mp3", b"la la", ("song.mp3", ".jsonl", "give another file")),
     "binary": ("noise.txt", bytes(range(256)) * 8, ("noise.txt", "UTF-8")),
     "not json": ("bad.jsonl", b'{"text": "a"}\n{"text', ("bad.jsonl", "line 2", "not JSON")),
     "no text in it": ("keys.jsonl", b'{"body": "a"}', ("keys.jsonl", "`body`", "`text` or `messages`")),
@@ -459,6 +459,7 @@ SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*COMPRESS, "--recipe", "gptq:bits=4,dampening=0.1"),
         ("dampening", "did you mean `damping`"),
     ),
+    "group of a recipe": ((*COMPRESS, "--recipe", "gptq:bits=4,grup=64"), ("grup", "did you mean `group`")),
     "value of a setting": ((*COMPRESS, "--recipe", "gptq:bits=4,damping=wet"), ("damping", "wet", "0.01")),
     "bits": ((*COMPRESS, "--recipe", "rtn:bits=7"), ("7", "2, 3, 4, 5, 6, 8")),
     "no bits": ((*COMPRESS, "--recipe", "gptq"), ("no bits", "gptq:bits=4,group=64")),
@@ -536,7 +537,7 @@ PLANS: dict[str, tuple[str, tuple[str, ...]]] = {
         "schema: 1\nplaces: !!python/object/apply:os.mkdir ['made-by-the-plan']\n",
         ("plan.yaml",),
     ),
-    "no yaml": ("{{{", ("plan.yaml",)),
+    "no yaml": ("{{{\n", ("plan.yaml is not YAML", "line 2, column 1", "bracket")),
     "empty": ("", ("plan.yaml",)),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -72,8 +73,15 @@ def test_a_plan_gives_back_the_recipe(name: str) -> None:
         ("awq+awq+gptq:bits=4", "fold `awq.awq`"),
         ("awq+gtpq:bits=4", "gtpq.*gptq"),
         ("+gptq:bits=4", "fold ``"),
-        ("awq+gptq:bits=4,grid=5", "setting `grid` of gptq"),
+        ("awq+gptq:bits=4,grid=5", r"setting `grid` of awq\+gptq"),
         ("gptq", "no bits"),
+        ("gptq:bits=4,grup=64", "`grup` of gptq.*did you mean `group`"),
+        ("gptq:bit=4,group=64", "`bit` of gptq.*did you mean `bits`"),
+        ("rtn:bits=4,clip_serch=true", "`clip_serch` of rtn.*did you mean `clip_search`"),
+        ("rtm:bit=4", "method `rtm` is unknown.*did you mean `rtn`"),
+        ("rtn:bits=[4", r"'\[4'.*one of 2, 3, 4"),
+        ("rtn:bits=4,group=", "group_size None"),
+        ("rtn:bits=" + "9" * 5000, "`bits` of 5000 digits"),
     ],
 )
 def test_what_is_wrong_with_a_line_is_named(text: str, message: str) -> None:
@@ -92,6 +100,20 @@ def test_what_is_wrong_with_a_line_is_named(text: str, message: str) -> None:
         ("method: gptq\nfold: awq\nfold_settings: 5", "settings 5 of awq"),
         ("method: gptq\nsettings: [1]", "settings .1. of gptq"),
         ("method: gptq\nfolds: awq", "folds.*fold"),
+        ("method: gptq\nembedding: {bits: 8, grup: 64}", "grup.*did you mean `group_size`"),
+        (
+            "method: 'gptq",
+            "recipe.yaml is not YAML.*line 3, column 1, inside what begins at line 1, column 9 .*`name:",
+        ),
+        ("method: gptq\n\tsettings: {}", "not YAML.*line 2, column 1"),
+        (
+            "method: gptq\nsettings: {act_order: true",
+            "not YAML.*line 3, column 7, inside .* line 2, column 11 ",
+        ),
+        ("method: gptq\nsettings: {name: b\x07}", "not YAML.*line 2, column 19 "),
+        ("method: !!python/name:os.system ''", "the tag .* at line 1, column 9 .*plain values"),
+        ("method: gptq\nmethod: rtn", "the key `method` twice at line 2, column 1 .*each key once"),
+        ("method: gptq\nsettings: 2020-99-99", "settings '2020-99-99'"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, body: str, message: str) -> None:
@@ -99,3 +121,17 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, body: str, message: 
     path.write_text(body + "\ncoding: {bits: 4}\n")
     with pytest.raises(SettingsError, match=message):
         parse_recipe(str(path))
+
+
+def test_the_documented_file_is_a_recipe(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "commands.md").read_text("utf-8")
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(example, "utf-8")
+    recipe = parse_recipe(str(path))
+    assert (recipe.method, recipe.fold) == (Gptq(), Awq(grid=20))
+    assert (recipe.coding, recipe.embedding) == (IntegerCoding(4, 64), IntegerCoding(8, 64))
+
+
+def test_numbers_are_read_as_in_a_file() -> None:
+    assert parse_recipe("gptq:bits=4, damping=2e-3").method == Gptq(damping=0.002)

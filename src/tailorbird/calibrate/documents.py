@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tailorbird.errors import TextError, nearest
+from tailorbird.errors import TextError
 
 READ_LIMIT = 64 << 20  # bytes; far more than calibration and evaluation together use
 SMALLEST_PART = 2048  # bytes of a document cut from a longer file
@@ -90,7 +90,7 @@ def read_documents(path: Path, tokenizer: Any, limit_bytes: int = READ_LIMIT) ->
         raise TextError(
             f"text {path} of the kind `{path.suffix or 'none'}`",
             "plain text (.txt .md .py ...), .jsonl or .parquet",
-            nearest(path.suffix.lower(), KNOWN) if path.suffix else "give it a name that ends in `.txt`",
+            "give another file, or if it is plain text a name that ends in `.txt`",
         )
     documents, _ = _read_file(path, tokenizer, limit_bytes)
     if not documents:

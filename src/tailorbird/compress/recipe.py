@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tailorbird.errors import SettingsError, nearest
+from tailorbird.errors import CheckpointError, SettingsError, nearest
 from tailorbird.formats.packed import Coding, IntegerCoding, coding_from_dict, coding_to_dict
 from tailorbird.linear import FOLDS, LINEAR_METHODS, LinearMethod
 from tailorbird.linear.quantize.awq import Awq
@@ -156,7 +156,10 @@ def _coding(entry: dict[str, Any] | None) -> Coding | None:
             f"coding {entry!r}", "a mapping such as {bits: 4, group_size: 64}", "correct the recipe"
         )
     full = entry if "kind" in entry else {**coding_to_dict(IntegerCoding(4, 64)), **entry}
-    return coding_from_dict(full)
+    try:
+        return coding_from_dict(full)
+    except CheckpointError as error:
+        raise SettingsError(error.given, error.expected, error.remedy) from None
 
 
 def parse_recipe(text: str) -> Recipe:
@@ -190,9 +193,10 @@ def parse_recipe(text: str) -> Recipe:
                 "a setting of the method or of the coding",
                 nearest(key, {*SHORT, *CODING, "embedding_bits", *known}),
             )
+    recipe = make_recipe(name, stated, coding, embedding)
     if "bits" not in coding:
         raise SettingsError(f"recipe `{text}` states no bits", "name:bits=N", EXAMPLE)
-    return make_recipe(name, stated, coding, embedding)
+    return recipe
 
 
 def _read(path: Path) -> Recipe:

@@ -66,21 +66,28 @@ def read_yaml(path: Path, kind: str) -> Any:
         raise refuse(
             kind,
             path,
-            f"is not YAML: it can't be read on from {_where(text, error)}",
+            f"is not YAML: reading stops at {_where(text, error)}",
             f"a {kind} of `name: value` pairs, with every bracket and quote closed",
-            "correct that line or the one above it",
+            "correct it there",
         ) from None
 
 
 def _where(text: str, error: yaml.YAMLError) -> str:
-    """Line and column at which `text` stops being YAML."""
-    mark = getattr(error, "problem_mark", None)
-    if mark is not None:
-        return f"line {mark.line + 1}, column {mark.column + 1}"
+    """Line and column at which `text` stops being YAML, and of what began on a line before and is open."""
+    stop, start = (getattr(error, name, None) for name in ("problem_mark", "context_mark"))
+    if stop is not None:
+        place = _place(stop.line, stop.column)
+        if start is not None and start.line < stop.line:
+            place += f", inside what begins at {_place(start.line, start.column)}"
+        return place
     forbidden = Reader.NON_PRINTABLE.search(text)  # the only error without a mark
-    start = forbidden.start() if forbidden else len(text)
-    line, column = text.count("\n", 0, start) + 1, start - text.rfind("\n", 0, start)
-    return f"line {line}, column {column}"
+    at = forbidden.start() if forbidden else len(text)
+    return _place(text.count("\n", 0, at), at - text.rfind("\n", 0, at) - 1)
+
+
+def _place(line: int, column: int) -> str:
+    """As an editor shows it; both are counted from 0."""
+    return f"line {line + 1}, column {column + 1}"
 
 
 def plain_value(text: str) -> Any:
@@ -177,6 +184,5 @@ class _Builder:
             raise self._refuse(event, "a number with thousands of digits", "a number", "correct it") from None
 
     def _refuse(self, event: Any, given: str, expected: str, remedy: str) -> SettingsError:
-        mark = event.start_mark
-        where = f"at line {mark.line + 1}, column {mark.column + 1}"
-        return refuse(self.kind, self.path, f"has {given} {where}", expected, remedy)
+        place = _place(event.start_mark.line, event.start_mark.column)
+        return refuse(self.kind, self.path, f"has {given} at {place}", expected, remedy)
