@@ -12,7 +12,7 @@ import ctypes
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from tailorbird.errors import BudgetError, SettingsError, nearest
+from tailorbird.errors import BudgetError, SettingsError
 from tailorbird.formats.packed import Coding
 from tailorbird.plan.budget import enough_size, format_size
 
@@ -118,46 +118,6 @@ def allocate(places: Sequence[PlaceOptions], capacity_bytes: int) -> Allocation:
     return _allocation(groups, picks, places, bound)
 
 
-def smallest(places: Sequence[PlaceOptions]) -> Allocation:
-    """The plan with the fewest bytes; its `bytes` are the least that `allocate` accepts."""
-    merged = _merge_together(places)
-    return _allocation(merged, [0] * len(merged), places)
-
-
-def frontier(places: Sequence[PlaceOptions], capacities: Iterable[int]) -> list[Allocation]:
-    """The best plan for each capacity, in the order given; more capacity never has more loss."""
-    asked = list(capacities)
-    found: dict[int, Allocation] = {}
-    best: Allocation | None = None
-    for capacity in sorted(set(asked)):
-        plan = allocate(places, capacity)
-        if best is None or plan.loss <= best.loss:
-            best = plan
-        found[capacity] = best
-    return [found[capacity] for capacity in asked]
-
-
-def uniform(places: Sequence[PlaceOptions], coding_label: str) -> Allocation:
-    """The plan that gives one coding to every place, to compare with.
-
-    Raises
-    ------
-    SettingsError
-        If a place doesn't offer that coding.
-    """
-    choices = {}
-    for place in places:
-        by_label = {option.coding.label: option for option in place.options}
-        if coding_label not in by_label:
-            raise SettingsError(
-                f"the coding `{coding_label}` at `{place.name}`",
-                "a coding that every place offers",
-                nearest(coding_label, by_label),
-            )
-        choices[place.name] = by_label[coding_label]
-    return _summed(choices)
-
-
 @dataclass(frozen=True)
 class _Group:
     """Places that are decided at once: the options of one, or the sums per coding of several.
@@ -220,7 +180,7 @@ def _undominated(options: list[Option]) -> tuple[Option, ...]:
 
 
 def _allocation(
-    groups: list[_Group], picks: Sequence[int], places: Sequence[PlaceOptions], bound: float | None = None
+    groups: list[_Group], picks: list[int], places: Sequence[PlaceOptions], bound: float
 ) -> Allocation:
     coding_of = {
         name: group.options[pick].coding
@@ -228,12 +188,8 @@ def _allocation(
         for name in group.names
     }
     choices = {place.name: _cheapest_per_coding(place)[coding_of[place.name]] for place in places}
-    return _summed(choices, bound)
-
-
-def _summed(choices: dict[str, Option], bound: float | None = None) -> Allocation:
     loss = math.fsum(option.loss for option in choices.values())
-    missing = 0.0 if bound is None else max(0.0, loss - bound)
+    missing = max(0.0, loss - bound)
     gap = missing / abs(loss) if missing > 0 and loss != 0 else missing
     return Allocation(choices, sum(option.bytes for option in choices.values()), loss, gap)
 
