@@ -64,12 +64,11 @@ def child(model: str, output: str, text: str, stage: str) -> None:
     budget = work_module.budget_of(work, "28%", None, None)
     job = Job(Path(output), {"benchmark": "fit_memory"})
     cache = planning.score_cache(work)
-    scratch = job.work / "streams"
     began = time.perf_counter()
     if stage == "statistics":
-        planning.score_errors(work, cache, scratch)
+        planning.score_errors(work, cache, job)
     elif stage == "sensitivity":
-        planning.score_sensitivity(work, cache, scratch)
+        planning.score_sensitivity(work, cache, job)
     else:
         scores = cache.load()
         assert scores is not None  # the stages before this one have run
@@ -166,9 +165,11 @@ def main() -> None:
         return
     console = Console()
     runs: list[dict[str, Any]] = []
-    for size in arguments.sizes:
+    for size in arguments.sizes:  # what is measured is kept, should a later size be cut short
         runs += measure(size, arguments.rounds, console)
-    rows = summarize(runs)
+        rows = summarize(runs)
+        kept = all(row["good"] for row in rows)
+        write_result(arguments.name, {"runs": runs, "medians": rows, "all_kept": kept})
     table = Table("model", "stage", "predicted MiB", "measured MiB", "off", "beyond imports MiB", "kept")
     for row in rows:
         off = row["predicted_bytes"] / row["measured_bytes"] - 1
@@ -178,7 +179,6 @@ def main() -> None:
             f"{row['beyond_imports_bytes'] / 2**20:.0f}", "yes" if row["good"] else "no",
         )  # fmt: skip
     console.print(table)
-    write_result(arguments.name, {"runs": runs, "medians": rows, "all_kept": all(r["good"] for r in rows)})
 
 
 if __name__ == "__main__":

@@ -16,11 +16,18 @@ from tiny import save_model
 CODINGS = (IntegerCoding(4, 64), FloatCoding())
 
 
-def foresee(directory: Path, windows: int = 4, needs: frozenset[str] = frozenset({"gram"})) -> Prediction:
+def foresee(
+    directory: Path,
+    windows: int = 4,
+    needs: frozenset[str] = frozenset({"gram"}),
+    gradients: bool = False,
+) -> Prediction:
     checkpoint = open_checkpoint(str(directory))
     anatomy = read_anatomy(checkpoint)
     shape = (windows, 64)
-    return predict(Workload(anatomy, checkpoint.weights, shape, shape, shape, needs, CODINGS, directory))
+    return predict(
+        Workload(anatomy, checkpoint.weights, shape, shape, shape, gradients, needs, CODINGS, directory)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +99,10 @@ def test_too_little_disk_is_advised_on_with_a_number_that_helps(
     assert "--sequences" in prediction.advice
     fewer = int(prediction.advice.split("--sequences ")[1].split(",")[0])
     assert foresee(wide, windows=fewer).shortage is None
+
+
+@pytest.mark.usefixtures("steady")
+def test_gradients_take_less_time_and_more_memory_than_measuring_every_place(wide: Path) -> None:
+    measured, gradients = (foresee(wide, gradients=g).stages[1] for g in (False, True))
+    assert gradients.seconds < measured.seconds
+    assert gradients.peak_rss_bytes > measured.peak_rss_bytes

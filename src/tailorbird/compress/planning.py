@@ -7,7 +7,7 @@ from typing import Any
 from tailorbird.calibrate.ledger import Ledger
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.compress.job import Job
-from tailorbird.compress.work import Stage, Work, as_stored, sensitivity_ids
+from tailorbird.compress.work import Stage, Work, as_stored, by_gradients, sensitivity_ids
 from tailorbird.errors import SettingsError, nearest
 from tailorbird.formats.packed import (
     Coding,
@@ -16,6 +16,7 @@ from tailorbird.formats.packed import (
 )
 from tailorbird.plan.allocate import allocate
 from tailorbird.plan.budget import Budget
+from tailorbird.plan.fisher import fisher_coefficients
 from tailorbird.plan.planfile import Plan
 from tailorbird.plan.scores import (
     PlaceScore,
@@ -49,6 +50,7 @@ def score_cache(work: Work) -> ScoreCache:
             "method": work.recipe.describe(),
             "codings": [coding_to_dict(coding) for coding in work.codings],
             "sensitivity_tokens": work.sensitivity_tokens,
+            "gradients": work.seed if by_gradients(work) else None,
         }
     )
 
@@ -86,8 +88,16 @@ def score_sensitivity(work: Work, cache: ScoreCache, ledger: Ledger) -> Scores:
     ids = sensitivity_ids(work)
     model = StreamingModel(work.checkpoint, work.anatomy)
     part = ledger.part("sensitivity")
-    with Stage(work, "sensitivity", len(work.anatomy.blocks) + len(ids)):
-        coefficients = measure_coefficients(model, ids, errors, part, work.progress)
+    blocks = len(work.anatomy.blocks)
+    gradients = by_gradients(work)
+    with Stage(work, "sensitivity", 2 * blocks + 1 if gradients else blocks + len(ids)):
+        if gradients:
+            work.progress.note(
+                "a large model: sensitivity is taken from gradients, not measured place by place"
+            )
+            coefficients = fisher_coefficients(model, ids, errors, part, work.seed, work.progress)
+        else:
+            coefficients = measure_coefficients(model, ids, errors, part, work.progress)
         content_hash = work.checkpoint.content_hash()
     scores = assemble(work.anatomy, errors, ratios, coefficients, content_hash)
     cache.save(scores)

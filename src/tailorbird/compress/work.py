@@ -46,7 +46,7 @@ from tailorbird.model.checkpoint import Checkpoint, demo_text, locate, open_chec
 from tailorbird.model.json_file import read_json
 from tailorbird.plan.budget import Budget, format_size, read_budget
 from tailorbird.plan.candidates import candidate_codings
-from tailorbird.plan.predict import Prediction, Workload, predict
+from tailorbird.plan.predict import Prediction, Workload, measuring_flops, predict
 from tailorbird.plan.scores import (
     places_of,
 )
@@ -77,6 +77,10 @@ class TextSettings:
     evaluation: str | None
     sequences: int
     length: int
+
+
+#: Operations up to which sensitivity is measured, some ten minutes of two CPU cores; beyond, gradients tell.
+MOST_MEASURED_FLOPS = 5e13
 
 
 @dataclass(frozen=True)
@@ -328,6 +332,11 @@ def sensitivity_ids(work: Work) -> torch.Tensor:
     return ids[: max(1, int(tokens) // ids.shape[1])]
 
 
+def by_gradients(work: Work) -> bool:
+    """Whether sensitivity comes from gradients, since measuring it at every place would take too long."""
+    return measuring_flops(work.anatomy, sensitivity_ids(work).numel()) > MOST_MEASURED_FLOPS
+
+
 def narrow(work: Work, codings: Iterable[Coding]) -> None:
     """Measure for `codings` only: they are chosen already, and want a prediction, not a comparison."""
     work.codings = tuple(dict.fromkeys((*codings, FloatCoding(work.float_dtype))))
@@ -349,6 +358,7 @@ def foresee(work: Work, output: Path) -> Prediction:
             calibration=window_shape(work.texts.calibration.ids),
             held_out=window_shape(work.texts.held_out.ids),
             sensitivity=window_shape(sensitivity_ids(work)),
+            gradients=by_gradients(work),
             needs=work.recipe.needs,
             codings=work.codings,
             output=output,

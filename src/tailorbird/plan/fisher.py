@@ -27,6 +27,8 @@ from tailorbird.evaluate.streamed import batches, embed_windows, position_chunks
 from tailorbird.plan.candidates import PROBE_KEY, probe_rounding
 from tailorbird.progress import Progress, Silent
 
+#: Weights whose change is formed at once.
+CHUNK_VALUES = 1 << 20
 #: (place, weight, diagonal of the Fisher information), both ``[out_features, in_features]`` -> what to keep.
 Reduce = Callable[[str, Tensor, Tensor], float]
 
@@ -59,7 +61,9 @@ def fisher_coefficients(
 
     def coefficient(name: str, weight: Tensor, diagonal: Tensor) -> float:
         error = errors[name][PROBE_KEY]
-        divergence = quadratic_divergence(diagonal, probe_rounding(weight) - weight)
+        step = max(1, CHUNK_VALUES // weight.shape[1])
+        parts = zip(weight.split(step), diagonal.split(step), strict=True)
+        divergence = sum(quadratic_divergence(d, probe_rounding(w) - w) for w, d in parts)
         return divergence / error if error > 0 else 0.0
 
     return fisher_diagonals(model, ids, coefficient, ledger, seed, progress)

@@ -21,10 +21,10 @@ from tailorbird.evaluate.streamed import BATCH_TOKENS, LOGIT_VALUES
 from tailorbird.formats.packed import Coding
 from tailorbird.hardware.cost import forward_flops, gptq_flops, gram_flops
 from tailorbird.hardware.memory import available_bytes, resident_bytes
-from tailorbird.model.anatomy import Anatomy
+from tailorbird.model.anatomy import Anatomy, BlockAnatomy
 from tailorbird.model.weights import Weights
 from tailorbird.plan.budget import format_size
-from tailorbird.plan.scores import ERROR_ROWS, RATIO_LINEARS, RATIO_ROWS
+from tailorbird.plan.scores import ERROR_ROWS, RATIO_LINEARS, RATIO_ROWS, compared_linears
 
 FP32 = 4
 #: Share of the measured matmul rate that whole stages reach.
@@ -63,6 +63,8 @@ class Workload:
     ----------
     calibration, held_out, sensitivity : tuple of int
         ``(windows, length)`` of the token windows of each.
+    gradients : bool
+        Whether sensitivity comes from gradients instead of measured divergences.
     needs : frozenset of str
         What the method needs: ``gram``, ``cross``.
     """
@@ -72,6 +74,7 @@ class Workload:
     calibration: tuple[int, int]
     held_out: tuple[int, int]
     sensitivity: tuple[int, int]
+    gradients: bool
     needs: frozenset[str]
     codings: tuple[Coding, ...]
     output: Path
@@ -100,6 +103,15 @@ class Prediction:
     def as_dicts(self) -> list[dict[str, Any]]:
         """The stages in JSON types."""
         return [asdict(stage) for stage in self.stages]
+
+
+def measuring_flops(anatomy: Anatomy, tokens: int) -> float:
+    """Operations of measuring the sensitivity of every place: on average each copy runs half the blocks."""
+    linears = list(anatomy.linears())
+    places = len(linears) + (1 if anatomy.tied else 2)
+    parameters = sum(p.in_features * p.out_features for p in linears)
+    head = 2.0 * anatomy.vocab_size * anatomy.hidden_size
+    return places * (forward_flops(tokens, parameters) / 2 + tokens * head)
 
 
 def matmul_rate() -> float:
@@ -152,6 +164,23 @@ class _Sizes:
         return FP32 * max(self.vocabulary, LOGIT_VALUES // self.vocabulary * self.vocabulary)
 
 
+def _statistics_peak(block: BlockAnatomy, anatomy: Anatomy, activations: int) -> int:
+    """Bytes while one block's Gram matrices are summed, and then used one after the other.
+
+    Where the method is compared with rounding, a second matrix judges it and its own is factorized.
+    """
+    compared = compared_linears(anatomy)
+    widths = {p.shares_input: p.in_features for p in block.linears}
+    judged = {p.shares_input for p in block.linears if p.name in compared}
+    weights = FP32 * sum(p.in_features * p.out_features for p in block.linears)
+    held = {key: FP32 * (w * w + CHUNK_TOKENS * w) * (2 if key in judged else 1) for key, w in widths.items()}
+    peak = weights + sum(held.values()) + activations
+    for key, width in widths.items():
+        peak = max(peak, weights + sum(held.values()) + (2 * FP32 * width * width if key in judged else 0))
+        del held[key]
+    return peak
+
+
 def predict(work: Workload) -> Prediction:
     """Stages of `fit` for `work` on this machine.
 
@@ -178,13 +207,20 @@ def predict(work: Workload) -> Prediction:
 
     statistics = max(
         s.end + FP32 * s.batch(*cal) * s.width,
-        s.block + s.grams + max(s.activations(s.batch(*cal)) + FP32 * CHUNK_TOKENS * s.widest, 3 * s.gram),
+        max(
+            _statistics_peak(block, work.anatomy, s.activations(s.batch(*cal)))
+            for block in work.anatomy.blocks
+        ),
     )
-    sensitivity = max(
-        3 * s.end,
-        2 * s.end + int(4.5 * s.logits),
-        s.block + 2 * s.linear + s.activations(s.batch(*sens)),
-    )
+    if work.gradients:
+        sensitivity = max(4 * s.end + 4 * s.logits, 3 * s.block + s.activations(sens[1]))
+    else:
+        copies = s.batch(sens[0] * (1 + s.places), sens[1])
+        sensitivity = max(
+            3 * s.end,
+            2 * s.end + 4 * s.logits,
+            s.block + 2 * s.linear + s.activations(copies),
+        )
     compress = max(
         rounding_end,
         streams * s.block + streams * s.gram + max(s.activations(s.batch(*cal)), 3 * s.gram + 3 * s.linear),
@@ -204,18 +240,24 @@ def predict(work: Workload) -> Prediction:
     compared = len(work.codings) * RATIO_LINEARS / len(linears)
     comparing = sum(gptq_flops(RATIO_ROWS, p.in_features) for p in linears) * min(compared, len(work.codings))
     solving = sum(gptq_flops(p.out_features, p.in_features) for p in linears)
-    copies = s.places * (s.blocks + 1) / 2
     head_flops = 2.0 * s.vocabulary * s.width
     times = {
         "statistics": forward(tokens["cal"]) + grams + rounding + comparing + searching / PASS_RATE * rate,
-        "sensitivity": copies / max(s.blocks, 1) * forward(tokens["sens"])
-        + s.places * tokens["sens"] * head_flops,
+        "sensitivity": 4 * forward(tokens["sens"]) + 6 * tokens["sens"] * head_flops
+        if work.gradients
+        else measuring_flops(work.anatomy, tokens["sens"]),
         "compress": 3 * streams * forward(tokens["cal"]) + streams * grams + 4 * solving,
         "gate": 2 * forward(tokens["held"]) + 2 * tokens["held"] * head_flops,
     }
     stages = (
-        Stage("statistics", base + statistics, 0, hidden(cal, 1), times["statistics"] / rate),
-        Stage("sensitivity", base + sensitivity, 0, hidden(sens, 1 + s.places), times["sensitivity"] / rate),
+        Stage("statistics", base + statistics, 0, hidden(cal, 2), times["statistics"] / rate),
+        Stage(
+            "sensitivity",
+            base + sensitivity,
+            0,
+            hidden(sens, s.blocks + 3 if work.gradients else 2 * (1 + s.places)),
+            times["sensitivity"] / rate,
+        ),
         Stage(
             "compress", base + compress, 0, hidden(cal, 2 * streams) + source_bytes, times["compress"] / rate
         ),

@@ -220,8 +220,7 @@ class _ErrorPass:
         self.method, self.codings = method, codings
         windows, length = ids.shape
         self.shape = windows, length, model.anatomy.hidden_size
-        linears = [linear.name for block in model.anatomy.blocks for linear in block.linears]
-        self.compared = {linears[i] for i in spread(RATIO_LINEARS, len(linears))}
+        self.compared = compared_linears(model.anatomy)
 
     @torch.no_grad()
     def run(self) -> tuple[dict[str, dict[str, float]], dict[str, float], LinearStatistics]:
@@ -356,6 +355,12 @@ def without(whole: LinearStatistics, part: LinearStatistics) -> LinearStatistics
 def linear_shape(linear: Any) -> tuple[int, int]:
     """``(out_features, in_features)`` of a linear place."""
     return linear.out_features, linear.in_features
+
+
+def compared_linears(anatomy: Anatomy) -> set[str]:
+    """Names of the `RATIO_LINEARS` linears at which the method is compared with rounding to nearest."""
+    names = [linear.name for linear in anatomy.linears()]
+    return {names[i] for i in spread(RATIO_LINEARS, len(names))}
 
 
 @torch.no_grad()

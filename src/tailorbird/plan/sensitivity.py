@@ -42,6 +42,8 @@ class Place:
     block: int
 
 
+#: Logits that move further than this from their mean are cut there, so that float32 holds the exponential.
+LARGEST_EXPONENT = 80.0
 Perturb = Callable[[str, torch.Tensor], torch.Tensor]
 
 
@@ -175,24 +177,38 @@ class _Copies:
     ) -> dict[str, float]:
         """Place -> KL summed over the positions of one window."""
         totals = dict.fromkeys((place.name for place in self.places), 0.0)
-        # In float64, since the rounding of float32 would hide divergences below some 1e-8; half as many
-        # positions at once then take the memory that is foreseen.
-        for start, stop in position_chunks(self.length, 2 * self.model.anatomy.vocab_size):
+        for start, stop in position_chunks(self.length, self.model.anatomy.vocab_size):
 
-            def log_probability(copy: int, start: int = start, stop: int = stop) -> torch.Tensor:
+            def logits(copy: int, start: int = start, stop: int = stop) -> torch.Tensor:
                 hidden = stream.read(copy * self.windows + window, copy * self.windows + window + 1)
-                return self.model.logits(hidden[:, start:stop])[0].double().log_softmax(-1)
+                return self.model.logits(hidden[:, start:stop])[0]
 
-            target = log_probability(0)
-            probability = target.exp()
+            target = logits(0)
+            probability = target.softmax(-1)
             for name in totals:
                 if name in self.heads:
                     self.model.set_end_weight(name, perturbed[name])
-                other = log_probability(self.copies.get(name, 0))
-                totals[name] += float((probability * (target - other)).sum())
+                moved = logits(self.copies.get(name, 0)).sub_(target)
+                totals[name] += _divergence(probability, moved)
                 if name in self.heads:
                     self.model.set_end_weight(name, original[name])
         return totals
+
+
+def _divergence(probability: torch.Tensor, moved: torch.Tensor) -> float:
+    """KL, summed over positions, of a distribution whose logits have `moved`; both ``[positions, vocab]``.
+
+    With ``d = moved - E[moved]`` it is ``log E[exp(d)] = log(1 + E[exp(d) - 1 - d])``, whose terms are as
+    small as the divergence: float32 then sees what the difference of two log-probabilities would round away.
+    `moved` is overwritten.
+    """
+
+    def mean(values: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(probability[:, None], values[:, :, None])[:, 0]
+
+    moved.sub_(mean(moved)).clamp_(max=LARGEST_EXPONENT)
+    beyond_linear = torch.expm1(moved).sub_(moved)
+    return float(mean(beyond_linear).double().log1p().sum())
 
 
 def _boundary(index: int) -> str:

@@ -1,0 +1,44 @@
+"""Planning: how the sensitivity of a large model is found."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+import tailorbird
+from tailorbird.compress import work as work_module
+from tailorbird.progress import Silent
+from tiny import save_model
+
+
+class Notes(Silent):
+    """Remembers the remarks."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_a_large_model_is_planned_from_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(0)
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": " ".join(rng.choices(words, k=60))}) for _ in range(40)))
+    model = save_model(tmp_path / "model")
+    predicted = {}
+    for limit in (work_module.MOST_MEASURED_FLOPS, 0.0):
+        monkeypatch.setattr(work_module, "MOST_MEASURED_FLOPS", limit)
+        notes = Notes()
+        result = tailorbird.fit(
+            str(model), "40%", tmp_path / f"out-{limit}", calibration=str(text), sequences=8, length=32,
+            measure_speed=False, measure_spread=False, progress=notes,
+        )  # fmt: skip
+        assert any("gradients" in line for line in notes.lines) == (limit == 0)
+        predicted[limit] = result.predicted["kl"]
+    measured, gradients = predicted.values()
+    assert 0.5 * measured < gradients < 2 * measured
