@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tailorbird.errors import SettingsError
 from tailorbird.progress import Progress, Silent
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tailorbird.compress.work import Work
     from tailorbird.evaluate.speed import Speed
     from tailorbird.hardware.probe import Probe
+    from tailorbird.plan.predict import Prediction
     from tailorbird.run.generate import Generation
 
 
@@ -125,12 +126,11 @@ def fit(
     from tailorbird.compress import fit as fitting
     from tailorbird.compress import planning
     from tailorbird.compress import work as work_module
-    from tailorbird.compress.job import Job, check_output
+    from tailorbird.compress.job import check_output
     from tailorbird.compress.recipe import make_recipe
 
-    progress = progress or Silent()
     _check_device(device)
-    _check_limits(max_kl, max_perplexity_increase)
+    limits = _checked_limits(max_kl, max_perplexity_increase)
     if output is None and not dry_run:
         raise SettingsError("no --output", "a path for the result", "add -o OUT")
     target_path = Path(output) if output is not None else Path("result")
@@ -143,18 +143,14 @@ def fit(
     budget = work_module.budget_of(work, memory, context, concurrency)
     if dry_run:
         return fitting.dry_run(work, budget, work_module.foresee(work, target_path))
-    what = {"budget": asdict(budget), "frontier": frontier}
-    work_module.check_unfinished(work, target_path, what, resume)
-    prediction = work_module.foresee(work, target_path)
-    work_module.check_resources(prediction)
-    with Job(target_path, work_module.record_of(work, what), resume) as job:
+    job, prediction = _begin(work, target_path, {"budget": asdict(budget), "frontier": frontier}, resume)
+    with job:
         scores, cache = planning.score(work, job)
         codings = planning.chosen(work, job, scores, budget)
         points = fitting.measure_frontier(work, job, scores, cache, budget) if frontier else None
         result, accepted = fitting.make(
             work, job, scores, cache, codings, budget,
-            {"max_kl": max_kl, "max_perplexity_increase": max_perplexity_increase},
-            prediction, command_line(), points, measure_spread,
+            limits, prediction, command_line(), points, measure_spread,
         )  # fmt: skip
         return _hand_over(work, job, result, accepted, measure_speed)
 
@@ -185,13 +181,12 @@ def compress(
     from tailorbird.compress import fit as fitting
     from tailorbird.compress import planning
     from tailorbird.compress import work as work_module
-    from tailorbird.compress.job import Job, check_output
+    from tailorbird.compress.job import check_output
     from tailorbird.compress.recipe import parse_recipe, recipe_of_plan
     from tailorbird.plan.planfile import load_plan
 
-    progress = progress or Silent()
     _check_device(device)
-    _check_limits(max_kl, max_perplexity_increase)
+    limits = _checked_limits(max_kl, max_perplexity_increase)
     if (recipe is None) == (plan is None):
         raise SettingsError(
             "neither a recipe nor a plan" if recipe is None else "a recipe and a plan",
@@ -209,18 +204,28 @@ def compress(
         planning.codings_of_plan(work, chosen) if chosen is not None else planning.codings_of_recipe(work)
     )
     work_module.narrow(work, codings.values())
-    what = {"codings": planning.describe(codings)}
-    work_module.check_unfinished(work, Path(output), what, resume)
-    prediction = work_module.foresee(work, Path(output))
-    work_module.check_resources(prediction)
-    with Job(Path(output), work_module.record_of(work, what), resume) as job:
+    job, prediction = _begin(work, Path(output), {"codings": planning.describe(codings)}, resume)
+    with job:
         scores, cache = planning.score(work, job)
         result, accepted = fitting.make(
             work, job, scores, cache, codings, None,
-            {"max_kl": max_kl, "max_perplexity_increase": max_perplexity_increase},
-            prediction, command_line(), None, measure_spread,
+            limits, prediction, command_line(), None, measure_spread,
         )  # fmt: skip
         return _hand_over(work, job, result, accepted, measure_speed)
+
+
+def _begin(work: Work, output: Path, what: dict[str, Any], resume: bool) -> tuple[Job, Prediction]:
+    """The job, begun or continued where the texts and this machine suffice, and what it is predicted to take.
+
+    `what` is chosen for this job: the part of its record that `work` doesn't know.
+    """
+    from tailorbird.compress import work as work_module
+    from tailorbird.compress.job import Job
+
+    work_module.check_unfinished(work, output, what, resume)
+    prediction = work_module.foresee(work, output)
+    work_module.check_resources(prediction)
+    return Job(output, work_module.record_of(work, what), resume), prediction
 
 
 def _hand_over(work: Work, job: Job, result: FitResult, accepted: bool, measure_speed: bool) -> FitResult:
@@ -361,9 +366,11 @@ def _check_device(device: str) -> None:
         )
 
 
-def _check_limits(max_kl: float | None, max_perplexity_increase: float | None) -> None:
-    """Raise where a limit could refuse nothing, or everything."""
-    limits = {"--max-kl": max_kl, "--max-perplexity-increase": max_perplexity_increase}
+def _checked_limits(max_kl: float | None, max_perplexity_increase: float | None) -> dict[str, float | None]:
+    """The limits of the gate by name; one that could refuse nothing, or everything, is an error."""
+    limits = {"max_kl": max_kl, "max_perplexity_increase": max_perplexity_increase}
     for name, limit in limits.items():
         if limit is not None and not math.isfinite(limit):
-            raise SettingsError(f"{name} {limit}", "a finite number", f"give another, or leave out {name}")
+            flag = "--" + name.replace("_", "-")
+            raise SettingsError(f"{flag} {limit}", "a finite number", f"give another, or leave out {flag}")
+    return limits

@@ -17,9 +17,7 @@ def evaluate(
     model: options.Model,
     text: Annotated[
         str | None,
-        typer.Option(
-            "--text", metavar="FILE|DIR", help="Text to measure on. Without it, the model writes some."
-        ),
+        typer.Option("--text", metavar="FILE|DIR", help="Text to measure on. Only the demo can do without."),
     ] = None,
     reference: Annotated[
         str | None,
