@@ -221,9 +221,14 @@ def _begin(work: Work, output: Path, what: dict[str, Any], resume: bool) -> tupl
     """
     from tailorbird.compress import work as work_module
     from tailorbird.compress.job import Job
+    from tailorbird.report.table import stage_rows
 
     work_module.check_unfinished(work, output, what, resume)
     prediction = work_module.foresee(work, output)
+    for stage in stage_rows(prediction.as_dicts()):
+        work.progress.note(
+            f"predicted for {stage.name}: {stage.memory} of memory, {stage.disk} of disk, {stage.seconds}"
+        )
     work_module.check_resources(prediction)
     return Job(output, work_module.record_of(work, what), resume), prediction
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tailorbird.compress.job import Job, check_output, differences
-from tailorbird.errors import ResourceError, ResumeError, SettingsError
+from tailorbird.errors import ResourceError, ResumeError, SettingsError, UserError
 
 RECORD = {"source": "abc", "seed": 0, "versions": {"torch": "2.13"}}
 
@@ -125,3 +125,18 @@ def test_an_interruption_leaves_what_resumes(tmp_path: Path) -> None:
 def test_a_folder_that_takes_no_entries_is_named(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="/proc/out can't be made"):
         Job(Path("/proc/out"), RECORD)
+
+
+def test_scores_of_a_faulty_source_are_not_kept_but_those_of_a_full_disk_are(tmp_path: Path) -> None:
+    errors = (ResourceError("x", "y", "z"), SettingsError("x", "y", "z"))
+    for error, kept in zip(errors, (True, False), strict=True):
+        output = tmp_path / "deep" / type(error).__name__
+
+        def score(job: Job, error: UserError = error) -> None:
+            job.part("statistics").finish("block-00000", {"errors": {}})
+            raise error
+
+        with pytest.raises(type(error)):
+            begin_and_fail(output, score)
+        assert (output.with_name(output.name + ".partial")).exists() == kept
+        assert output.parent.exists() == kept or output.parent == tmp_path / "deep"

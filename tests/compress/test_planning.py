@@ -42,3 +42,20 @@ def test_a_large_model_is_planned_from_gradients(tmp_path: Path, monkeypatch: py
         predicted[limit] = result.predicted["kl"]
     measured, gradients = predicted.values()
     assert 0.5 * measured < gradients < 2 * measured
+
+
+def test_a_fit_begins_with_what_every_stage_will_take_and_samples_nothing_to_know_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(work: work_module.Work) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work_module, "open_texts", refuse)
+    model, notes = save_model(tmp_path / "model"), Notes()
+    dry = tailorbird.fit(str(model), "40%", dry_run=True)
+    assert [stage["name"] for stage in dry.stages] == ["statistics", "sensitivity", "compress", "gate"]
+    with pytest.raises(KeyboardInterrupt):
+        tailorbird.fit(str(model), "40%", tmp_path / "out", progress=notes)
+    for stage in dry.stages:
+        assert any(line.startswith(f"predicted for {stage['name']}: ") for line in notes.lines)
+    assert not (tmp_path / "out.partial").exists()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tailorbird.formats.modules import CompressedEmbedding, CompressedLinear
+from tailorbird.hardware.memory import trim_heap
 from tailorbird.model.anatomy import Anatomy, LinearPlace, layout_of
 from tailorbird.model.checkpoint import Checkpoint
 from tailorbird.model.outline import (
@@ -205,6 +206,7 @@ class StreamingModel:
     def _load_end(self, name: str) -> None:
         if name in self._loaded:
             return
+        trim_heap()
         if not self.anatomy.tied:
             self._fill(name, self._module(name))
             self._loaded.add(name)
@@ -228,6 +230,7 @@ class StreamingModel:
             transformers' own, with `CompressedLinear` where the checkpoint is compressed. Parameters
             have the compute dtype and don't require gradients.
         """
+        trim_heap()  # the block before this one is gone
         model = self._outline.model
         shared = {id(model.config): model.config}
         block = copy.deepcopy(self._outline.blocks[index], shared)

@@ -213,16 +213,26 @@ class Job(Ledger):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, UserError) and self._nothing_finished():
+        if isinstance(error, UserError) and self._nothing_finished(
+            isinstance(error, ResourceError | ResumeError)
+        ):
             shutil.rmtree(self.partial)
             remove_empty(self._parents)
         self.close()
 
-    def _nothing_finished(self) -> bool:
-        """Whether the job holds no file but its record, its lock and the streams of an unfinished stage."""
+    def _nothing_finished(self, count_scoring: bool) -> bool:
+        """Whether the job holds nothing but its record, its lock and the streams of an unfinished stage.
+
+        Where the input is at fault, what was scored of it counts for nothing; where room is short, it does.
+        """
         own = (self.work / "record.json", self.work / "lock")
+        scoring = () if count_scoring else (self.work / "statistics", self.work / "sensitivity")
         return self.partial.is_dir() and all(
-            path.is_dir() or path in own or path.parent.name == "streams" for path in self.partial.rglob("*")
+            path.is_dir()
+            or path in own
+            or path.parent.name == "streams"
+            or any(part in path.parents for part in scoring)
+            for path in self.partial.rglob("*")
         )
 
     def close(self) -> None:

@@ -61,6 +61,10 @@ SENSITIVITY_PARAMETERS = 200e6
 FEWER_SENSITIVITY_TOKENS = 512
 
 
+#: Operations up to which sensitivity is measured, some ten minutes of two CPU cores; beyond, gradients tell.
+MOST_MEASURED_FLOPS = 5e13
+
+
 @dataclass(frozen=True)
 class TextSettings:
     """Where the texts come from, None where the user gave none, and how calibration text is cut.
@@ -77,10 +81,6 @@ class TextSettings:
     evaluation: str | None
     sequences: int
     length: int
-
-
-#: Operations up to which sensitivity is measured, some ten minutes of two CPU cores; beyond, gradients tell.
-MOST_MEASURED_FLOPS = 5e13
 
 
 @dataclass(frozen=True)
@@ -273,6 +273,21 @@ def _held_out_length(work: Work) -> int:
     return min(work.anatomy.context, LONGEST_HELD_OUT_WINDOW)
 
 
+def _sampled_windows(length: int) -> int:
+    """Held-out windows that are sampled where the user gave no text."""
+    return max(1, min(32, HELD_OUT_TOKENS // length))
+
+
+def _text_shapes(work: Work) -> tuple[tuple[int, int], tuple[int, int]]:
+    """``(windows, length)`` of calibration and held-out text; nothing is sampled to know them."""
+    settings = work.text_settings
+    yet_to_sample = settings.calibration is None and work.checkpoint.directory != locate("demo")
+    if yet_to_sample and "texts" not in vars(work):
+        length = _held_out_length(work)
+        return (settings.sequences, settings.length), (_sampled_windows(length), length)
+    return _shape(work.texts.calibration.ids), _shape(work.texts.held_out.ids)
+
+
 def _generated_texts(work: Work) -> Texts:
     """Text sampled from the model itself, where the user gave none to calibrate with."""
     from tailorbird.model.load import load
@@ -300,7 +315,7 @@ def _generated_texts(work: Work) -> Texts:
     cal = Windows.from_ids(cal_ids, "sampled from the model")
     if ev is not None:
         return Texts(cal, ev, held_out_texts, (*notes, *ev.warnings))
-    count = max(1, min(32, HELD_OUT_TOKENS // window))
+    count = _sampled_windows(window)
     ev = Windows.from_ids(
         sample_text(model, tokenizer, count, window, work.seed + 1), "sampled from the model"
     )
@@ -327,14 +342,21 @@ def budget_of(work: Work, memory: str, context: int | None, concurrency: int | N
 def sensitivity_ids(work: Work) -> torch.Tensor:
     """The calibration windows on which sensitivity is measured."""
     ids = work.texts.calibration.ids
+    return ids[: _sensitivity_windows(work, ids.shape[1])]
+
+
+def _sensitivity_windows(work: Work, length: int) -> int:
+    """How many calibration windows of `length` tokens that is, where there are as many."""
     size = work.checkpoint.parameters / SENSITIVITY_PARAMETERS
     tokens = min(work.sensitivity_tokens, max(FEWER_SENSITIVITY_TOKENS, work.sensitivity_tokens / size))
-    return ids[: max(1, int(tokens) // ids.shape[1])]
+    return max(1, int(tokens) // length)
 
 
 def by_gradients(work: Work) -> bool:
     """Whether sensitivity comes from gradients, since measuring it at every place would take too long."""
-    return measuring_flops(work.anatomy, sensitivity_ids(work).numel()) > MOST_MEASURED_FLOPS
+    (windows, length), _ = _text_shapes(work)
+    tokens = min(windows, _sensitivity_windows(work, length)) * length
+    return measuring_flops(work.anatomy, tokens) > MOST_MEASURED_FLOPS
 
 
 def narrow(work: Work, codings: Iterable[Coding]) -> None:
@@ -350,14 +372,16 @@ def as_stored(work: Work, name: str, coding: Coding) -> bool:
 
 
 def foresee(work: Work, output: Path) -> Prediction:
-    """Memory, disk and time per stage, and whether this machine has them."""
+    """Memory, disk and time per stage, and whether this machine has them; samples no text."""
+    calibration, held_out = _text_shapes(work)
+    windows, length = calibration
     return predict(
         Workload(
             anatomy=work.anatomy,
             weights=work.checkpoint.weights,
-            calibration=window_shape(work.texts.calibration.ids),
-            held_out=window_shape(work.texts.held_out.ids),
-            sensitivity=window_shape(sensitivity_ids(work)),
+            calibration=calibration,
+            held_out=held_out,
+            sensitivity=(min(windows, _sensitivity_windows(work, length)), length),
             gradients=by_gradients(work),
             needs=work.recipe.needs,
             codings=work.codings,
@@ -366,7 +390,7 @@ def foresee(work: Work, output: Path) -> Prediction:
     )
 
 
-def window_shape(ids: torch.Tensor) -> tuple[int, int]:
+def _shape(ids: torch.Tensor) -> tuple[int, int]:
     """``(windows, length)`` of token ids."""
     windows, length = ids.shape
     return windows, length

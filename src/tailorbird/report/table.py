@@ -7,7 +7,7 @@ A value that is missing or not finite is shown as an en dash, never as zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -189,7 +189,7 @@ class StageRow:
     seconds: str
 
 
-def stage_rows(stages: list[Mapping[str, Any]]) -> list[StageRow]:
+def stage_rows(stages: Sequence[Mapping[str, Any]]) -> list[StageRow]:
     """Rows of the dry run: what each stage will take.
 
     Parameters
