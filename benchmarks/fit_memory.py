@@ -6,7 +6,7 @@ included. The median of several rounds is compared with the prediction made at t
 process, and the 1.1 B model's worst stage is reported beyond the imports (VmHWM minus the resident
 size right after them). Calibration: 4 sequences of 256 tokens; held out: 8 windows of 256.
 
-    python benchmarks/fit_memory.py [--rounds 3] [--sizes 50M 110M 0.25B 0.5B 1.1B]
+    python benchmarks/fit_memory.py [--rounds 3] [--sizes 50M 110M 0.25B 0.5B 1.1B] [--add]
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from machine import write_result
+from machine import RESULTS, write_result
 from random_models import write_random_llama
 
 #: name -> (blocks, width, feed-forward width, heads, KV heads)
@@ -39,6 +41,7 @@ SIZES = {
     "1.1B": (22, 2048, 5632, 32, 4),
 }
 STAGES = ("statistics", "sensitivity", "compress", "gate")
+PREDICT = "predict"
 
 
 def child(model: str, output: str, text: str, stage: str) -> None:
@@ -61,6 +64,9 @@ def child(model: str, output: str, text: str, stage: str) -> None:
         context=None, target=None, seed=0, progress=None,
     )  # fmt: skip
     prediction = work_module.foresee(work, Path(output))
+    if stage == PREDICT:
+        print(json.dumps({"stages": prediction.as_dicts()}))
+        return
     budget = work_module.budget_of(work, "28%", None, None)
     job = Job(Path(output), {"benchmark": "fit_memory"})
     cache = planning.score_cache(work)
@@ -100,29 +106,53 @@ def write_text(path: Path) -> None:
             file.write(json.dumps({"text": "".join(rng.choices("abcdefghij klmnop\n", k=600))}) + "\n")
 
 
-def measure(size: str, rounds: int, console: Console) -> list[dict[str, Any]]:
-    """All stages of one model, `rounds` times."""
+@contextmanager
+def prepared(size: str) -> Iterator[Path]:
+    """A folder with the model of that size and text for it."""
     blocks, width, inner, heads, kv_heads = SIZES[size]
-    runs = []
     with tempfile.TemporaryDirectory(prefix="fit-memory-") as folder:
         root = Path(folder)
-        model = write_random_llama(
+        write_random_llama(
             root / "model", blocks=blocks, hidden=width, intermediate=inner, heads=heads, kv_heads=kv_heads
         )
         write_text(root / "text.jsonl")
+        yield root
+
+
+def run_child(root: Path, round_index: int, stage: str) -> dict[str, Any]:
+    """What a process of its own says of one stage."""
+    command = [
+        sys.executable, __file__, "--child", str(root / "model"), str(root / f"out-{round_index}"),
+        str(root / "text.jsonl"), stage,
+    ]  # fmt: skip
+    environment = os.environ | {"TAILORBIRD_CACHE": str(root / f"cache-{round_index}")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(done.stderr)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure(size: str, rounds: int, console: Console) -> list[dict[str, Any]]:
+    """All stages of one model, `rounds` times."""
+    runs = []
+    with prepared(size) as root:
         for round_index in range(rounds):
             for stage in STAGES:
-                command = [
-                    sys.executable, __file__, "--child", str(model), str(root / f"out-{round_index}"),
-                    str(root / "text.jsonl"), stage,
-                ]  # fmt: skip
-                environment = os.environ | {"TAILORBIRD_CACHE": str(root / f"cache-{round_index}")}
-                done = subprocess.run(command, env=environment, capture_output=True, text=True)
-                if done.returncode != 0:
-                    raise SystemExit(done.stderr)
-                runs.append({"size": size, "round": round_index, **json.loads(done.stdout.splitlines()[-1])})
+                runs.append({"size": size, "round": round_index, **run_child(root, round_index, stage)})
                 console.print(runs[-1])
     return runs
+
+
+def predict_again(runs: list[dict[str, Any]]) -> None:
+    """Replace the predictions of `runs` by those that the present code makes."""
+    for size in dict.fromkeys(run["size"] for run in runs):
+        with prepared(size) as root:
+            stages = {stage["name"]: stage for stage in run_child(root, 0, PREDICT)["stages"]}
+        for run in runs:
+            if run["size"] == size:
+                run["predicted_bytes"] = stages[run["stage"]]["peak_rss_bytes"]
+                run["predicted_seconds"] = stages[run["stage"]]["seconds"]
 
 
 def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -153,11 +183,21 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def keep(name: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write the result file; returns the medians."""
+    rows = summarize(runs)
+    write_result(name, {"runs": runs, "medians": rows, "all_kept": all(row["good"] for row in rows)})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--name", default="fit_memory", help="name of the result file")
+    parser.add_argument(
+        "--add", action="store_true", help="add to the result file, and predict again what it holds"
+    )
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -165,11 +205,13 @@ def main() -> None:
         return
     console = Console()
     runs: list[dict[str, Any]] = []
+    if arguments.add:
+        runs = json.loads((RESULTS / f"{arguments.name}.json").read_text())["runs"]
+        predict_again(runs)
     for size in arguments.sizes:  # what is measured is kept, should a later size be cut short
         runs += measure(size, arguments.rounds, console)
-        rows = summarize(runs)
-        kept = all(row["good"] for row in rows)
-        write_result(arguments.name, {"runs": runs, "medians": rows, "all_kept": kept})
+        keep(arguments.name, runs)
+    rows = keep(arguments.name, runs)
     table = Table("model", "stage", "predicted MiB", "measured MiB", "off", "beyond imports MiB", "kept")
     for row in rows:
         off = row["predicted_bytes"] / row["measured_bytes"] - 1

@@ -110,6 +110,39 @@ def show_runs(console: Console, rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
+def cases_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every planned mix beside the best uniform setting of its model that takes no more bytes."""
+    cases = []
+    for planned in (r for r in rows if r["kind"] == "planned"):
+        rivals = [
+            r
+            for r in rows
+            if r["model"] == planned["model"]
+            and r["kind"] == "uniform"
+            and r["total_bytes"] <= planned["budget_bytes"]
+        ]
+        best = min(rivals, key=lambda r: r["kl_mean"])
+        cases.append(
+            {
+                "model": planned["model"],
+                "budget_bytes": planned["budget_bytes"],
+                "planned_kl": planned["kl_mean"],
+                "uniform_kl": best["kl_mean"],
+                "uniform": best["setting"],
+                "wins": planned["kl_mean"] < best["kl_mean"],
+            }
+        )
+    return cases
+
+
+def keep(name: str, rows: list[dict[str, Any]]) -> float:
+    """Write the result file; returns the share of cases that the planned mixes win."""
+    cases = cases_of(rows)
+    share = sum(case["wins"] for case in cases) / len(cases) if cases else 0.0
+    write_result(name, {"runs": rows, "cases": cases, "win_share": share})
+    return share
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--assets", type=Path, default=ASSETS)
@@ -123,9 +156,11 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console()
     rows: list[dict[str, Any]] = []
-    for subject in subjects(arguments.assets):
-        if arguments.only and subject.name not in arguments.only:
-            continue
+    known = {subject.name: subject for subject in subjects(arguments.assets)}
+    if unknown := set(arguments.only or ()) - known.keys():
+        parser.error(f"no model {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    for name in arguments.only or known:
+        subject = known[name]
         texts = {"calibration": subject.calibration, "evaluation": subject.held_out}
         with tempfile.TemporaryDirectory(prefix="fit-quality-") as folder:
             out = Path(folder) / "out"
@@ -143,6 +178,7 @@ def main() -> None:
                 )
                 rows.append({"model": subject.name, "setting": label, "kind": "uniform", **numbers})
                 console.print(rows[-1])
+            keep(arguments.name, rows)  # what is measured is kept, should the rest be cut short
             if arguments.uniform:
                 continue
             budgets = sorted({r["total_bytes"] for r in rows if r["model"] == subject.name})
@@ -164,26 +200,8 @@ def main() -> None:
                 rows.append({"model": subject.name, "setting": "planned", "kind": "planned", **numbers})
                 rows[-1]["budget_bytes"] = budget
                 console.print(rows[-1])
-    cases = []
-    for planned in (r for r in rows if r["kind"] == "planned"):
-        rivals = [
-            r
-            for r in rows
-            if r["model"] == planned["model"]
-            and r["kind"] == "uniform"
-            and r["total_bytes"] <= planned["budget_bytes"]
-        ]
-        best = min(rivals, key=lambda r: r["kl_mean"])
-        cases.append(
-            {
-                "model": planned["model"],
-                "budget_bytes": planned["budget_bytes"],
-                "planned_kl": planned["kl_mean"],
-                "uniform_kl": best["kl_mean"],
-                "uniform": best["setting"],
-                "wins": planned["kl_mean"] < best["kl_mean"],
-            }
-        )
+            keep(arguments.name, rows)
+    cases = cases_of(rows)
     table = Table("model", "bytes", "best uniform", "its KL", "planned KL", "wins")
     for case in cases:
         table.add_row(
@@ -192,9 +210,8 @@ def main() -> None:
         )  # fmt: skip
     console.print(table)
     show_runs(console, rows)
-    share = sum(case["wins"] for case in cases) / len(cases) if cases else 0.0
+    share = keep(arguments.name, rows)
     console.print(f"planned mixes win {share:.0%} of {len(cases)} cases")
-    write_result(arguments.name, {"runs": rows, "cases": cases, "win_share": share})
 
 
 if __name__ == "__main__":

@@ -61,8 +61,8 @@ SENSITIVITY_PARAMETERS = 200e6
 FEWER_SENSITIVITY_TOKENS = 512
 
 
-#: Operations up to which sensitivity is measured, some ten minutes of two CPU cores; beyond, gradients tell.
-MOST_MEASURED_FLOPS = 5e13
+#: Operations up to which sensitivity is measured, some four minutes of two CPU cores; beyond, gradients tell.
+MOST_MEASURED_FLOPS = 2e13
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ FP32 = 4
 #: Share of the measured matmul rate that whole stages reach.
 EFFICIENCY = 0.5
 #: What small tensors, thread buffers and the interpreter add while a stage runs, bytes.
-OVERHEAD = 64 << 20
+OVERHEAD = 32 << 20
 #: Elementwise passes over a weight that the search for one grid takes, and elements per second of one.
 SEARCH_PASSES, PASS_RATE = 80, 5e8
 
@@ -217,7 +217,7 @@ def predict(work: Workload) -> Prediction:
     else:
         copies = s.batch(sens[0] * (1 + s.places), sens[1])
         sensitivity = max(
-            3 * s.end,
+            int(2.6 * s.end),
             2 * s.end + 4 * s.logits,
             s.block + 2 * s.linear + s.activations(copies),
         )
