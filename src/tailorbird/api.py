@@ -230,7 +230,9 @@ def _begin(work: Work, output: Path, what: dict[str, Any], resume: bool) -> tupl
             f"predicted for {stage.name}: {stage.memory} of memory, {stage.disk} of disk, {stage.seconds}"
         )
     work_module.check_resources(prediction)
-    return Job(output, work_module.record_of(work, what), resume), prediction
+    job = Job(output, work_module.record_of(work, what), resume)
+    work_module.continue_stages(work, job)
+    return job, prediction
 
 
 def _hand_over(work: Work, job: Job, result: FitResult, accepted: bool, measure_speed: bool) -> FitResult:

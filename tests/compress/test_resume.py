@@ -138,12 +138,17 @@ def test_a_compression_stopped_at_any_block_ends_with_the_same_bytes(
             return whole_block(self, anatomy)
 
         output = tmp_path / f"out-{stop_at}"
-        monkeypatch.setattr(pipeline.Pipeline, "_block", stop)
-        with pytest.raises(KeyboardInterrupt):
-            tailorbird.fit(str(model), "30%", output, **arguments)
-        monkeypatch.undo()
-        tailorbird.fit(str(model), "30%", output, **arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline.Pipeline, "_block", stop)
+            with pytest.raises(KeyboardInterrupt):
+                tailorbird.fit(str(model), "30%", output, **arguments)
+        recorded = json.loads((tmp_path / f"out-{stop_at}.partial/.job/done/stages.json").read_text())
+        result = tailorbird.fit(str(model), "30%", output, **arguments)
         assert digests(output) == expected
+        stages = json.loads((output / "report.json").read_text())["stages"]
+        assert [stage["name"] for stage in stages] == ["compress", "gate"]  # scores are known
+        assert stages[0]["seconds"] > recorded[0]["seconds"]
+        assert result.seconds == pytest.approx(sum(stage["seconds"] for stage in stages))
 
 
 def test_missing_hidden_states_are_an_error_not_zeros(

@@ -6,6 +6,7 @@ written beside them. What is unfinished lives in a `Job` and resumes.
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -221,7 +222,8 @@ def measure_frontier(
     smallest = work.smallest_bytes
     largest = work.dense_bytes
     points = []
-    before = list(work.stages)
+    # What the points take is no part of the stages of the result.
+    before, ledger, work.ledger = copy.deepcopy(work.stages), work.ledger, None
     for index, share in enumerate(FRONTIER):
         size = int(smallest + share * (largest - smallest))
         known = job.result(f"frontier-{index}")
@@ -248,7 +250,7 @@ def measure_frontier(
             shutil.rmtree(inner.partial)
             job.finish(f"frontier-{index}", known)
         points.append(known)
-    work.stages = before
+    work.stages, work.ledger = before, ledger
     return points
 
 

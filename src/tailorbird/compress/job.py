@@ -221,11 +221,11 @@ class Job(Ledger):
         self.close()
 
     def _nothing_finished(self, count_scoring: bool) -> bool:
-        """Whether the job holds nothing but its record, its lock and the streams of an unfinished stage.
+        """Whether the job holds nothing but its record, lock and times, and streams of an unfinished stage.
 
         Where the input is at fault, what was scored of it counts for nothing; where room is short, it does.
         """
-        own = (self.work / "record.json", self.work / "lock")
+        own = (self.work / "record.json", self.work / "lock", self.work / "done" / "stages.json")
         scoring = () if count_scoring else (self.work / "statistics", self.work / "sensitivity")
         return self.partial.is_dir() and all(
             path.is_dir()

@@ -12,11 +12,13 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 
 import tailorbird
+from tailorbird.calibrate.ledger import Ledger
 from tailorbird.calibrate.text import (
     Windows,
     check_disjoint,
@@ -61,6 +63,8 @@ SENSITIVITY_PARAMETERS = 200e6
 FEWER_SENSITIVITY_TOKENS = 512
 
 
+#: Under which name a job keeps what its stages took.
+STAGES = "stages"
 #: Operations up to which sensitivity is measured, some four minutes of two CPU cores; beyond, gradients tell.
 MOST_MEASURED_FLOPS = 2e13
 
@@ -108,6 +112,8 @@ class Work:
         Calibration tokens on which sensitivity is measured.
     stages : list of dict
         What each stage took so far.
+    ledger : Ledger or None
+        Where that is kept between runs.
     """
 
     name: str
@@ -122,6 +128,7 @@ class Work:
     codings: tuple[Coding, ...] = ()
     sensitivity_tokens: int = SENSITIVITY_TOKENS
     stages: list[dict[str, Any]] = field(default_factory=list)
+    ledger: Ledger | None = None
 
     @functools.cached_property
     def texts(self) -> Texts:
@@ -463,7 +470,10 @@ def machine() -> dict[str, Any]:
 
 
 class Stage:
-    """Measures one stage: seconds, and peak resident memory where the system lets it be reset."""
+    """Measures one stage: seconds, and peak resident memory where the system lets it be reset.
+
+    What a job's earlier runs took of a stage is added to.
+    """
 
     def __init__(self, work: Work, name: str, steps: int) -> None:
         self.work, self.name = work, name
@@ -473,11 +483,23 @@ class Stage:
         self.whole = not reset_peak()
         self.began = time.perf_counter()
 
-    def __exit__(self, *_: object) -> None:
-        self.work.stages.append(
-            {
-                "name": self.name,
-                "seconds": time.perf_counter() - self.began,
-                "measured_bytes": None if self.whole else peak_resident_bytes(),
-            }
-        )
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        seconds = time.perf_counter() - self.began
+        peak = None if self.whole else peak_resident_bytes()
+        for stage in self.work.stages:
+            if stage["name"] == self.name:
+                stage["seconds"] += seconds
+                stage["measured_bytes"] = max(stage["measured_bytes"] or 0, peak or 0) or None
+                break
+        else:
+            self.work.stages.append({"name": self.name, "seconds": seconds, "measured_bytes": peak})
+        if self.work.ledger is not None and kind in (None, KeyboardInterrupt):
+            self.work.ledger.finish(STAGES, self.work.stages)
+
+
+def continue_stages(work: Work, ledger: Ledger) -> None:
+    """Let `work` keep what its stages take in `ledger`, beginning with what is there."""
+    work.ledger = ledger
+    work.stages = ledger.result(STAGES) or []

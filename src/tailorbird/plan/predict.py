@@ -24,7 +24,7 @@ from tailorbird.hardware.memory import available_bytes, resident_bytes
 from tailorbird.model.anatomy import Anatomy, BlockAnatomy
 from tailorbird.model.weights import Weights
 from tailorbird.plan.budget import format_size
-from tailorbird.plan.scores import ERROR_ROWS, RATIO_LINEARS, RATIO_ROWS, compared_linears
+from tailorbird.plan.scores import ERROR_ROWS, RATIO_ROWS, compared_linears
 
 FP32 = 4
 #: Share of the measured matmul rate that whole stages reach.
@@ -237,8 +237,13 @@ def predict(work: Workload) -> Prediction:
     linears = list(work.anatomy.linears())
     rounding = sum(2.0 * ERROR_ROWS * p.in_features**2 * len(work.codings) for p in linears)
     searching = sum(ERROR_ROWS * p.in_features * len(work.codings) * SEARCH_PASSES for p in linears)
-    compared = len(work.codings) * RATIO_LINEARS / len(linears)
-    comparing = sum(gptq_flops(RATIO_ROWS, p.in_features) for p in linears) * min(compared, len(work.codings))
+    compared = compared_linears(work.anatomy)
+    # One factorization each; for every coding a rounding, and two errors against the judging matrix.
+    comparing = sum(
+        4 / 3 * p.in_features**3 + 5.0 * RATIO_ROWS * p.in_features**2 * len(work.codings)
+        for p in linears
+        if p.name in compared
+    )
     solving = sum(gptq_flops(p.out_features, p.in_features) for p in linears)
     head_flops = 2.0 * s.vocabulary * s.width
     times = {
