@@ -6,7 +6,7 @@ bytes that each of these takes, the mix that `fit` plans for that many bytes. A 
 its KL is below that of the best uniform setting that takes no more bytes.
 
     python benchmarks/fit_quality.py [--quick] [--only MODEL ...]
-    python benchmarks/fit_quality.py --quick --uniform --name methods \\
+    python benchmarks/fit_quality.py --quick --uniform --name methods --bits 3 \\
         --methods rtn awq+rtn gptq:asymmetric=false gptq awq+gptq
 """
 
@@ -64,12 +64,12 @@ def subjects(assets: Path) -> list[Subject]:
     return found
 
 
-def uniform_recipes(methods: list[str], quick: bool) -> list[tuple[str, str]]:
+def uniform_recipes(methods: list[str], widths: list[int], quick: bool) -> list[tuple[str, str]]:
     """(label, recipe) of every uniform setting; a method is written ``name`` or ``name:setting=value``."""
     recipes = []
     for method in methods:
         name, _, settings = method.partition(":")
-        for bits in (2, 3, 4, 8):
+        for bits in widths:
             for group in (64,) if quick else (32, 64, 128):
                 for ends in (None,) if quick and name == "rtn" else (None, bits):
                     tail = (f",{settings}" if settings else "") + (f",embedding_bits={ends}" if ends else "")
@@ -151,6 +151,7 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", help="names of models")
     parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"])
+    parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4, 8])
     parser.add_argument("--uniform", action="store_true", help="leave out the planned mixes")
     parser.add_argument("--name", default="fit_quality", help="name of the result file")
     arguments = parser.parse_args()
@@ -164,7 +165,7 @@ def main() -> None:
         texts = {"calibration": subject.calibration, "evaluation": subject.held_out}
         with tempfile.TemporaryDirectory(prefix="fit-quality-") as folder:
             out = Path(folder) / "out"
-            for label, recipe in uniform_recipes(arguments.methods, arguments.quick):
+            for label, recipe in uniform_recipes(arguments.methods, arguments.bits, arguments.quick):
                 numbers = run(
                     lambda r=recipe, s=subject, t=texts, o=out: tailorbird.compress(
                         s.model,

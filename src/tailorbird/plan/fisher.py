@@ -171,6 +171,7 @@ class _Backward:
             gradient.write(window, _likelihood_gradients(model, hidden, labels[window], by_weight))
             if squares is not None and by_weight is not None:
                 squares.addcmul_(by_weight, by_weight)
+            del by_weight
         found = {}
         if squares is not None:
             diagonal = squares.div_(labels.numel())
@@ -198,6 +199,7 @@ class _Backward:
             after.write(window, gradients[0])
             for total, by_weight in zip(squares, gradients[1:], strict=True):
                 total.addcmul_(by_weight, by_weight)
+            del gradients, by_weight
         for stream in (entered, before, after):
             stream.close()
         found = {}
@@ -219,6 +221,7 @@ class _Backward:
             if anatomy.tied:
                 _likelihood_gradients(model, last.read(window, window + 1), labels[window], total)
             squares.addcmul_(total, total)
+            del total
         found = self.reduce(anatomy.embedding, weight, squares.div_(self.ids.numel()))
         model.release_ends()
         last.close()
@@ -247,5 +250,6 @@ def _likelihood_gradients(
         )
         if by_weight is not None:
             by_weight += others[0]
+        del others  # it has the size of the head
     weight.requires_grad_(False)
     return by_hidden
