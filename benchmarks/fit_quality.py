@@ -78,10 +78,18 @@ def uniform_recipes(methods: list[str], widths: list[int], quick: bool) -> list[
     return recipes
 
 
-def run(call: Any) -> dict[str, Any]:
+def run_fit(subject: Subject, memory: str, out: Path, method: str) -> dict[str, Any]:
+    """The numbers of one `fit`."""
+    return run(tailorbird.fit, subject, out, memory=memory, method=method)
+
+
+def run(call: Any, subject: Subject, out: Path, **settings: Any) -> dict[str, Any]:
     """The numbers of one compression, whether or not the gate liked it."""
     try:
-        result = call()
+        result = call(
+            subject.model, output=out, calibration=subject.calibration, evaluation=subject.held_out,
+            sequences=SEQUENCES, measure_speed=False, measure_spread=False, **settings,
+        )  # fmt: skip
     except GateRefused as refusal:
         result = refusal.result
     shutil.rmtree(result.output)
@@ -162,21 +170,13 @@ def main() -> None:
         parser.error(f"no model {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     for name in arguments.only or known:
         subject = known[name]
-        texts = {"calibration": subject.calibration, "evaluation": subject.held_out}
         with tempfile.TemporaryDirectory(prefix="fit-quality-") as folder:
             out = Path(folder) / "out"
+            for method in arguments.methods:  # the scores of a fit serve every setting after it
+                if ":" not in method:
+                    run_fit(subject, "50%", out, method)
             for label, recipe in uniform_recipes(arguments.methods, arguments.bits, arguments.quick):
-                numbers = run(
-                    lambda r=recipe, s=subject, t=texts, o=out: tailorbird.compress(
-                        s.model,
-                        o,
-                        recipe=r,
-                        measure_speed=False,
-                        measure_spread=False,
-                        sequences=SEQUENCES,
-                        **t,
-                    )
-                )
+                numbers = run(tailorbird.compress, subject, out, recipe=recipe)
                 rows.append({"model": subject.name, "setting": label, "kind": "uniform", **numbers})
                 console.print(rows[-1])
             keep(arguments.name, rows)  # what is measured is kept, should the rest be cut short
@@ -185,17 +185,7 @@ def main() -> None:
             budgets = sorted({r["total_bytes"] for r in rows if r["model"] == subject.name})
             for budget in budgets:
                 try:
-                    numbers = run(
-                        lambda b=budget, s=subject, t=texts, o=out: tailorbird.fit(
-                            s.model,
-                            str(b),
-                            o,
-                            measure_speed=False,
-                            measure_spread=False,
-                            sequences=SEQUENCES,
-                            **t,
-                        )
-                    )
+                    numbers = run_fit(subject, str(budget), out, "gptq")
                 except BudgetError:
                     continue
                 rows.append({"model": subject.name, "setting": "planned", "kind": "planned", **numbers})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from tailorbird.calibrate.ledger import Ledger
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.compress.job import Job
-from tailorbird.compress.work import Stage, Work, as_stored, by_gradients, sensitivity_ids
+from tailorbird.compress.work import SENSITIVITY_TOKENS, Stage, Work, as_stored, by_gradients, sensitivity_ids
 from tailorbird.errors import SettingsError, nearest
 from tailorbird.formats.packed import (
     Coding,
@@ -16,6 +17,7 @@ from tailorbird.formats.packed import (
 )
 from tailorbird.plan.allocate import allocate
 from tailorbird.plan.budget import Budget
+from tailorbird.plan.candidates import candidate_codings
 from tailorbird.plan.fisher import fisher_coefficients
 from tailorbird.plan.planfile import Plan
 from tailorbird.plan.scores import (
@@ -58,13 +60,22 @@ def score_cache(work: Work) -> ScoreCache:
 def score(work: Work, ledger: Ledger) -> tuple[Scores, ScoreCache]:
     """Errors and sensitivities of the source, from the cache where they are known."""
     cache = score_cache(work)
-    scores = cache.load()
-    if scores is not None:
-        work.progress.note("scores of this model and text are known; planning without reading weights")
-        return scores, cache
+    for known in (cache, *_wider_caches(work)):
+        scores = known.load()
+        if scores is not None:
+            work.progress.note("scores of this model and text are known; planning without reading weights")
+            return scores, known
     if cache.load_errors() is None:
         score_errors(work, cache, ledger)
     return score_sensitivity(work, cache, ledger), cache
+
+
+def _wider_caches(work: Work) -> list[ScoreCache]:
+    """Where a `fit` of the same source keeps its scores, if the codings of `work` are among them."""
+    wide = copy.copy(work)
+    wide.codings = candidate_codings(None, work.float_dtype)
+    wide.sensitivity_tokens = SENSITIVITY_TOKENS
+    return [score_cache(wide)] if set(work.codings) < set(wide.codings) else []
 
 
 def score_errors(work: Work, cache: ScoreCache, ledger: Ledger) -> None:
