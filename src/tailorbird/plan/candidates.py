@@ -51,7 +51,7 @@ def candidate_codings(target: str | None, float_dtype: str) -> tuple[Coding, ...
         integers = [IntegerCoding(bits, group, symmetric=True) for bits in (4, 8) for group in (32, 64, 128)]
     else:
         raise SettingsError(
-            f"target `{target}` is unknown", "a format to stay inside", nearest(target, TARGETS)
+            f"target `{target}` is unknown", "one of " + ", ".join(TARGETS), nearest(target, TARGETS)
         )
     return (*integers, FloatCoding(float_dtype))
 
