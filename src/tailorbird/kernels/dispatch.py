@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tailorbird.kernels import cpu
+from tailorbird.kernels import cpu, native
 from tailorbird.kernels.packing import pack_codes
 from tailorbird.kernels.reference import dequantize, group_layout
 
@@ -53,6 +53,8 @@ class Path:
         With more rows than this, dequantizing once and a dense product are faster.
     runs_here : Callable[[], bool]
         Whether this machine has what it needs.
+    missing : str
+        What it lacks otherwise.
     serves : Callable[[GroupedIntegers, int], bool]
         Whether a coding with so many inputs can be laid out for it.
     prepare : Callable[..., layout]
@@ -68,10 +70,16 @@ class Path:
     dtype: torch.dtype
     max_rows: int
     runs_here: Callable[[], bool]
+    missing: str
     serves: Callable[[GroupedIntegers, int], bool]
     prepare: Callable[..., Any]
     multiply: Callable[[Tensor, Any], Tensor]
     example: tuple[int, int]
+
+
+def _whole_steps(coding: GroupedIntegers, in_features: int) -> bool:
+    groups, size = group_layout(in_features, coding.group_size)
+    return groups == 1 or size % native.STEP == 0
 
 
 def _fits_signed_bytes(coding: GroupedIntegers, in_features: int) -> bool:
@@ -87,6 +95,7 @@ PATHS = (
         dtype=torch.bfloat16,
         max_rows=48,
         runs_here=cpu.has_vector_kernels,
+        missing="this processor has neither AVX2 nor AVX-512",
         serves=_fits_signed_bytes,
         prepare=cpu.signed_bytes,
         multiply=cpu.linear_bytes,
@@ -98,6 +107,7 @@ PATHS = (
         dtype=torch.bfloat16,
         max_rows=48,
         runs_here=cpu.has_vector_kernels,
+        missing="this processor has neither AVX2 nor AVX-512",
         serves=lambda coding, in_features: coding.bits <= 4,
         prepare=cpu.nibble_planes,
         multiply=cpu.linear_nibbles,
@@ -109,10 +119,23 @@ PATHS = (
         dtype=torch.bfloat16,
         max_rows=32,
         runs_here=cpu.has_vector_kernels,
+        missing="this processor has neither AVX2 nor AVX-512",
         serves=lambda coding, in_features: coding.bits > 4,
         prepare=cpu.nibble_planes,
         multiply=cpu.linear_nibbles,
         example=(8, 32),
+    ),
+    Path(
+        name="native-float",
+        device="cpu",
+        dtype=torch.float32,
+        max_rows=32,
+        runs_here=native.available,
+        missing="tailorbird was installed without a C++ compiler",
+        serves=_whole_steps,
+        prepare=native.tiles,
+        multiply=native.linear,
+        example=(3, 32),
     ),
 )
 
@@ -121,7 +144,7 @@ PATHS = (
 def works(path: Path) -> bool:
     """Whether `path` runs here and multiplies a small weight right; logged once where not."""
     if not path.runs_here():
-        logger.warning("no fast path %s on this processor; using the exact reference", path.name)
+        logger.warning("the fast path %s isn't there: %s; using the exact reference", path.name, path.missing)
         return False
     bits, group_size = path.example
     values = (torch.arange(16 * 64).view(16, 64) * 7) % (1 << bits)

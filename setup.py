@@ -1,0 +1,17 @@
+"""Builds the native kernels where there is a compiler; without one the package works through PyTorch."""
+
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[
+        Extension(
+            "tailorbird.kernels._native",
+            ["src/tailorbird/kernels/cpp/linear.cpp"],
+            depends=["src/tailorbird/kernels/cpp/linear.inc"],
+            extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-Wno-psabi"],
+            extra_link_args=["-fopenmp"],
+            language="c++",
+            optional=True,
+        )
+    ]
+)

@@ -1,0 +1,149 @@
+"""The compiled products: exact up to float32's rounding, and the same bits however rows and threads fall."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from packed_weights import random_packed
+from tailorbird.formats.modules import CompressedLinear
+from tailorbird.formats.packed import IntegerCoding, PackedWeight
+from tailorbird.kernels import dispatch, native
+from tailorbird.kernels.packing import BITS
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+
+built = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
+versions = st.integers(0, native.best_version())
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts the number of threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def layout_of(packed: PackedWeight) -> native.Tiles:
+    return native.tiles(
+        packed.tensors["codes"],
+        packed.tensors["scales"],
+        packed.tensors.get("zeros"),
+        bits=packed.coding.bits,
+        group_size=packed.coding.group_size,
+        in_features=packed.in_features,
+    )
+
+
+def activations(rows: int, columns: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows * 1009 + columns))
+
+
+@built
+@given(
+    bits=st.sampled_from(BITS),
+    group_size=st.sampled_from([0, 32, 64, 96, 256]),
+    symmetric=st.booleans(),
+    rows=st.sampled_from([1, 2, 4, 7, 8, 13]),
+    shape=st.tuples(st.sampled_from([1, 15, 16, 17, 130]), st.sampled_from([1, 31, 64, 172, 320, 4097])),
+    version=versions,
+)
+@settings(max_examples=150, deadline=None)
+def test_products_are_exact_up_to_rounding(
+    bits: int, group_size: int, symmetric: bool, rows: int, shape: tuple[int, int], version: int
+) -> None:
+    packed = random_packed(IntegerCoding(bits, group_size, symmetric), shape)
+    x = activations(rows, shape[1])
+    weight = packed.dequantize(torch.float64)
+    product = native.linear(x, layout_of(packed), version)
+    # Each output is a sum of n products in float32, each of which is rounded, as is every partial sum.
+    bound = (shape[1] + 4) * 2.0**-24 * (x.double().abs() @ weight.abs().t())
+    assert ((product.double() - x.double() @ weight.t()).abs() <= bound).all()
+
+
+@built
+@given(bits=st.sampled_from(BITS), rows=st.integers(1, 19), version=versions)
+@settings(max_examples=40, deadline=None)
+def test_a_row_has_the_same_bits_alone_and_among_others(bits: int, rows: int, version: int) -> None:
+    layout = layout_of(random_packed(IntegerCoding(bits, 64), (70, 200)))
+    x = activations(rows, 200)
+    together = native.linear(x, layout, version)
+    assert all(torch.equal(native.linear(x[i : i + 1], layout, version)[0], together[i]) for i in range(rows))
+
+
+@built
+@pytest.mark.parametrize("bits", BITS)
+def test_the_number_of_threads_changes_no_bit(bits: int, threads: None) -> None:
+    layout = layout_of(random_packed(IntegerCoding(bits, 32), (515, 1030)))
+    x = activations(5, 1030)
+    torch.set_num_threads(1)
+    alone = native.linear(x, layout)
+    for count in (2, 3):
+        torch.set_num_threads(count)
+        assert torch.equal(native.linear(x, layout), alone)
+
+
+@built
+def test_what_is_not_finite_stays_in_its_row() -> None:
+    packed = random_packed(IntegerCoding(4, 64), (40, 128))
+    x = activations(3, 128)
+    clean = native.linear(x, layout_of(packed))
+    x[1, 5], x[2, 7] = float("nan"), float("inf")
+    product = native.linear(x, layout_of(packed))
+    assert torch.equal(product[0], clean[0])
+    assert product[1].isnan().all()
+    assert not product[2].isfinite().any()
+
+
+@built
+def test_a_linear_takes_the_compiled_path_in_float32_and_agrees_with_its_weight() -> None:
+    packed = random_packed(IntegerCoding(3, 64, scale_dtype="bfloat16"), (48, 100), order=True)
+    module = CompressedLinear.from_packed(packed, bias=torch.arange(48.0))
+    assert module.path(1, torch.float32) == "native-float"
+    x = activations(4, 100)
+    torch.testing.assert_close(module(x.view(2, 2, 100)).view(4, 48), x @ module.weight.t() + module.bias)
+
+
+def test_groups_that_cross_steps_are_left_to_the_reference() -> None:
+    assert (
+        dispatch.choose(IntegerCoding(4, 0), 40, 1, torch.float32, CPU) != "reference"
+        or not native.available()
+    )
+    path = next(path for path in dispatch.PATHS if path.name == "native-float")
+    assert path.serves(IntegerCoding(4, 32), 100)
+    assert not path.serves(type("Coding", (), {"group_size": 40})(), 100)
+
+
+def test_without_a_compiler_the_package_still_builds(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", reason="setuptools isn't installed here")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path / "lib", "--build-temp"]
+    environment = os.environ | dict.fromkeys(
+        ("CC", "CXX", "LDSHARED", "LDCXXSHARED"), "/nonexistent/compiler"
+    )
+    done = subprocess.run(
+        [*command, tmp_path / "temp"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "lib").rglob("*.so")) if (tmp_path / "lib").exists() else True
+
+
+def test_an_absent_library_is_said_once_and_the_reference_serves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    dispatch.works.cache_clear()
+    monkeypatch.setattr(native, "library", lambda: None)
+    path = next(path for path in dispatch.PATHS if path.name == "native-float")
+    for _ in range(2):
+        assert not dispatch.works(path)
+    dispatch.works.cache_clear()
+    assert len([record for record in caplog.records if "C++ compiler" in record.getMessage()]) == 1
