@@ -15,7 +15,10 @@ from typing import Any
 
 import pytest
 
+from tailorbird.compress.pipeline import Pipeline
 from tailorbird.errors import ResumeError
+from tailorbird.model.checkpoint import Checkpoint
+from tailorbird.plan.scores import ScoreCache
 from tiny import save_model
 
 PROGRAM = """
@@ -173,3 +176,63 @@ def test_missing_hidden_states_are_an_error_not_zeros(
         stream.unlink()
     with pytest.raises(ResumeError, match="is missing"):
         tailorbird.fit(str(model), "30%", tmp_path / "out", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("owner", "call"),
+    [
+        (ScoreCache, "save_head"),
+        (ScoreCache, "save_errors"),
+        (Checkpoint, "content_hash"),
+        (ScoreCache, "save"),
+        (Pipeline, "run"),
+        (Pipeline, "_index"),
+    ],
+)
+def test_a_run_stopped_between_its_stages_ends_with_the_same_bytes(
+    owner: type, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tailorbird
+
+    model, text = save_model(tmp_path / "model"), text_file(tmp_path)
+    arguments: dict[str, Any] = {
+        "calibration": str(text), "sequences": 8, "length": 32,
+        "measure_speed": False, "measure_spread": False,
+    }  # fmt: skip
+    monkeypatch.setenv("TAILORBIRD_CACHE", str(tmp_path / "cache-a"))
+    tailorbird.fit(str(model), "30%", tmp_path / "whole", **arguments)
+    monkeypatch.setenv("TAILORBIRD_CACHE", str(tmp_path / "cache-b"))
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, call, stop)
+        with pytest.raises(KeyboardInterrupt):
+            tailorbird.fit(str(model), "30%", tmp_path / "out", **arguments)
+    tailorbird.fit(str(model), "30%", tmp_path / "out", **arguments)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_what_another_job_finished_leaves_nothing_of_this_one_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tailorbird
+
+    model, text = save_model(tmp_path / "model"), text_file(tmp_path)
+    arguments: dict[str, Any] = {
+        "calibration": str(text), "sequences": 8, "length": 32,
+        "measure_speed": False, "measure_spread": False,
+    }  # fmt: skip
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for place in (ScoreCache, Pipeline):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, "save" if place is ScoreCache else "run", stop)
+            with pytest.raises(KeyboardInterrupt):
+                tailorbird.fit(str(model), "30%", tmp_path / "first", **arguments)
+        assert (tmp_path / "first.partial/.job/sensitivity").exists() == (place is ScoreCache)
+        if place is ScoreCache:
+            tailorbird.fit(str(model), "35%", tmp_path / "second", **arguments)

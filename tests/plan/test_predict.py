@@ -21,12 +21,15 @@ def foresee(
     windows: int = 4,
     needs: frozenset[str] = frozenset({"gram"}),
     gradients: bool = False,
+    output: Path | None = None,
 ) -> Prediction:
     checkpoint = open_checkpoint(str(directory))
     anatomy = read_anatomy(checkpoint)
-    shape = (windows, 64)
+    shape, few = (windows, 64), (min(windows, 33), 64)
     return predict(
-        Workload(anatomy, checkpoint.weights, shape, shape, shape, gradients, needs, CODINGS, directory)
+        Workload(
+            anatomy, checkpoint.weights, shape, shape, few, gradients, needs, CODINGS, output or directory
+        )
     )
 
 
@@ -106,3 +109,33 @@ def test_gradients_take_less_time_and_more_memory_than_measuring_every_place(wid
     measured, gradients = (foresee(wide, gradients=g).stages[1] for g in (False, True))
     assert gradients.seconds < measured.seconds
     assert gradients.peak_rss_bytes > measured.peak_rss_bytes
+
+
+@pytest.mark.usefixtures("steady")
+def test_disk_that_the_unfinished_job_holds_counts_as_free(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = module.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    before = foresee(wide, output=tmp_path / "out")
+    (tmp_path / "out.partial" / ".job").mkdir(parents=True)
+    (tmp_path / "out.partial" / ".job" / "hidden-0").write_bytes(bytes(1 << 20))
+    after = foresee(wide, output=tmp_path / "out")
+    assert before.disk_free_bytes == 1000
+    assert after.disk_free_bytes >= 1000 + (1 << 20)
+
+
+@pytest.mark.usefixtures("steady")
+def test_fewer_sequences_are_advised_only_where_they_help(
+    wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = module.shutil.disk_usage(wide)
+    for windows, helps in ((1, False), (400, True)):
+        stages = foresee(wide, windows=windows).stages
+        largest = max(stages, key=lambda stage: stage.disk_bytes)
+        free = int(0.9 * largest.disk_bytes)
+        monkeypatch.setattr(module.shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        advice = foresee(wide, windows=windows).advice or ""
+        assert ("--sequences" in advice) == (helps and largest.name != "sensitivity")
+        assert "larger disk" in advice
+        monkeypatch.undo()

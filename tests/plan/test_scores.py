@@ -267,3 +267,16 @@ def test_statistics_without_a_part_are_those_of_the_rest() -> None:
     torch.testing.assert_close(rest.gram, exact.gram, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(rest.mean_abs, exact.mean_abs)
     assert rest.tokens == 40
+
+
+def test_an_input_that_only_the_left_out_part_saw_is_exactly_zero_in_the_rest() -> None:
+    x = torch.randn(60, 8, generator=torch.Generator().manual_seed(0)).relu()
+    x[:40, 3] = 0
+
+    def gram(rows: torch.Tensor) -> LinearStatistics:
+        return LinearStatistics(rows.T @ rows / len(rows), None, rows.abs().mean(0), len(rows))
+
+    rest = without(gram(x), gram(x[40:]))
+    assert rest.gram[3].count_nonzero() == rest.gram[:, 3].count_nonzero() == 0
+    assert (rest.gram.diagonal() >= 0).all()
+    torch.testing.assert_close(rest.gram, gram(x[:40]).gram, rtol=1e-4, atol=1e-5)

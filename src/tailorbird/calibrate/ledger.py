@@ -44,9 +44,10 @@ class Ledger:
         """A ledger of its own for one stage of the work."""
         return Ledger(self.work / name)
 
-    def remove(self) -> None:
-        """Delete everything; for a part whose outcome is kept elsewhere."""
-        shutil.rmtree(self.work)
+    def drop_part(self, name: str) -> None:
+        """Delete the part `name`, if there is one: its outcome is kept elsewhere."""
+        if (self.work / name).exists():
+            shutil.rmtree(self.work / name)
 
     def step(self, name: str, work: Callable[[], Any], keep: set[str] | None = None) -> Any:
         """What `work` finds (JSON types), from the mark where it is done already.
@@ -88,7 +89,7 @@ class Ledger:
             raise ResumeError(
                 f"{self.stream(name)} is missing",
                 "the hidden states that the finished steps left",
-                f"remove {self.work.parent} and start again",
+                "remove the `.partial` directory in which it lies, and start again",
             )
         return ActivationFile(self.stream(name), windows, length, width)
 

@@ -20,7 +20,7 @@ from tailorbird.compress.gate import Verdict, examine
 from tailorbird.compress.job import Job
 from tailorbird.compress.manifest import plan_of, report_data
 from tailorbird.compress.pipeline import Compression, Pipeline
-from tailorbird.compress.planning import choose, describe, predicted_losses
+from tailorbird.compress.planning import chosen, describe, predicted_losses
 from tailorbird.compress.result import DryRun, FitResult
 from tailorbird.compress.spread import calibration_spread
 from tailorbird.compress.work import Stage, Work, record_of
@@ -228,7 +228,8 @@ def measure_frontier(
         size = int(smallest + share * (largest - smallest))
         known = job.result(f"frontier-{index}")
         if known is None:
-            codings = choose(work, scores, replace(budget, total_bytes=size + budget.kv_bytes))
+            smaller = replace(budget, total_bytes=size + budget.kv_bytes)
+            codings = chosen(work, job, scores, smaller, f"frontier-{index}-plan")
             inner = Job(job.work / f"frontier-{index}", record_of(work, {"codings": describe(codings)}))
             compress_into(work, inner, cache, codings)
             work.progress.stage(f"point {index + 1} of {len(FRONTIER)}", len(work.anatomy.blocks) + 1)
@@ -247,8 +248,8 @@ def measure_frontier(
                 "label": f"{8 * result.weights.total_bytes / work.checkpoint.parameters:.2f} bits",
             }
             inner.close()
-            shutil.rmtree(inner.partial)
             job.finish(f"frontier-{index}", known)
+            shutil.rmtree(inner.partial)
         points.append(known)
     work.stages, work.ledger = before, ledger
     return points

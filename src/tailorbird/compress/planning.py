@@ -30,16 +30,15 @@ from tailorbird.plan.scores import (
     options,
 )
 
+#: Parts of a job in which its scoring passes keep what they have done.
+STATISTICS, SENSITIVITY = "statistics", "sensitivity"
 #: Share of the predicted loss up to which a plan that isn't proved optimal is not remarked on.
 WORTH_SAYING = 1e-3
 
 
-def chosen(work: Work, job: Job, scores: Scores, budget: Budget) -> dict[str, Coding]:
-    """The plan of this job: solved once, so that a resumed run goes on with the same."""
-    known = job.result("plan")
-    if known is None:
-        known = describe(choose(work, scores, budget))
-        job.finish("plan", known)
+def chosen(work: Work, job: Job, scores: Scores, budget: Budget, name: str = "plan") -> dict[str, Coding]:
+    """The plan `name` of this job: solved once, so that a resumed run goes on with the same."""
+    known = job.step(name, lambda: describe(choose(work, scores, budget)))
     return {name: coding_from_dict(entry) for name, entry in known.items()}
 
 
@@ -63,7 +62,9 @@ def score(work: Work, ledger: Ledger) -> tuple[Scores, ScoreCache]:
     for known in (cache, *_wider_caches(work)):
         scores = known.load()
         if scores is not None:
-            work.progress.note("scores of this model and text are known; planning without reading weights")
+            work.progress.note("scores of this model and text are known")
+            for part in (STATISTICS, SENSITIVITY):  # another job may have finished what this one began
+                ledger.drop_part(part)
             return scores, known
     if cache.load_errors() is None:
         score_errors(work, cache, ledger)
@@ -81,14 +82,18 @@ def _wider_caches(work: Work) -> list[ScoreCache]:
 def score_errors(work: Work, cache: ScoreCache, ledger: Ledger) -> None:
     """First pass over the source: errors of all candidates, kept in `cache`."""
     model = StreamingModel(work.checkpoint, work.anatomy)
-    part = ledger.part("statistics")
     with Stage(work, "statistics", len(work.anatomy.blocks) + 1):
         errors, ratios, head = measure_errors(
-            model, work.texts.calibration.ids, work.recipe.method, work.codings, part, work.progress
+            model,
+            work.texts.calibration.ids,
+            work.recipe.method,
+            work.codings,
+            ledger.part(STATISTICS),
+            work.progress,
         )
         cache.save_head(head)
         cache.save_errors(errors, ratios)
-    part.remove()
+    ledger.drop_part(STATISTICS)
 
 
 def score_sensitivity(work: Work, cache: ScoreCache, ledger: Ledger) -> Scores:
@@ -98,9 +103,9 @@ def score_sensitivity(work: Work, cache: ScoreCache, ledger: Ledger) -> Scores:
     errors, ratios = known
     ids = sensitivity_ids(work)
     model = StreamingModel(work.checkpoint, work.anatomy)
-    part = ledger.part("sensitivity")
     blocks = len(work.anatomy.blocks)
     gradients = by_gradients(work)
+    part = ledger.part(SENSITIVITY)
     with Stage(work, "sensitivity", 2 * blocks + 1 if gradients else blocks + len(ids)):
         if gradients:
             work.progress.note(
@@ -112,7 +117,7 @@ def score_sensitivity(work: Work, cache: ScoreCache, ledger: Ledger) -> Scores:
         content_hash = work.checkpoint.content_hash()
     scores = assemble(work.anatomy, errors, ratios, coefficients, content_hash)
     cache.save(scores)
-    part.remove()
+    ledger.drop_part(SENSITIVITY)
     return scores
 
 

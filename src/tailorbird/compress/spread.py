@@ -69,7 +69,7 @@ def calibration_spread(
         models.append(StreamingModel(result, read_anatomy(result)))
     progress.stage("compare the halves", len(anatomy.blocks) + 1)
     quality = measure_quality(models[0], models[1], held_out, job.work / "streams", progress)
+    job.finish("spread", {"kl": quality.kl_mean})
     for half in halves:
         shutil.rmtree(half)
-    job.finish("spread", {"kl": quality.kl_mean})
     return quality.kl_mean

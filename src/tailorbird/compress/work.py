@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import tailorbird
+from tailorbird.calibrate.documents import Document
 from tailorbird.calibrate.ledger import Ledger
 from tailorbird.calibrate.text import (
     Windows,
@@ -280,6 +281,12 @@ def _held_out_length(work: Work) -> int:
     return min(work.anatomy.context, LONGEST_HELD_OUT_WINDOW)
 
 
+def _read_held_out(work: Work, evaluation: str) -> tuple[list[Document], Windows]:
+    """Documents and windows of held-out text that the user gave."""
+    documents = read_documents(Path(evaluation), work.tokenizer)
+    return documents, held_out_windows(documents, work.tokenizer, _held_out_length(work), HELD_OUT_TOKENS)
+
+
 def _sampled_windows(length: int) -> int:
     """Held-out windows that are sampled where the user gave no text."""
     return max(1, min(32, HELD_OUT_TOKENS // length))
@@ -291,7 +298,10 @@ def _text_shapes(work: Work) -> tuple[tuple[int, int], tuple[int, int]]:
     yet_to_sample = settings.calibration is None and work.checkpoint.directory != locate("demo")
     if yet_to_sample and "texts" not in vars(work):
         length = _held_out_length(work)
-        return (settings.sequences, settings.length), (_sampled_windows(length), length)
+        held_out = _sampled_windows(length), length
+        if settings.evaluation is not None:
+            held_out = _shape(_read_held_out(work, settings.evaluation)[1].ids)
+        return (settings.sequences, settings.length), held_out
     return _shape(work.texts.calibration.ids), _shape(work.texts.held_out.ids)
 
 
@@ -311,8 +321,7 @@ def _generated_texts(work: Work) -> Texts:
         )
     ev = None
     if settings.evaluation is not None:
-        held_out = read_documents(Path(settings.evaluation), tokenizer)
-        ev = held_out_windows(held_out, tokenizer, window, HELD_OUT_TOKENS)
+        held_out, ev = _read_held_out(work, settings.evaluation)
         held_out_texts = tuple(d.text for d in held_out[:64])
     model = load(str(work.checkpoint.directory))
     work.progress.stage("sample text", 2 if ev is None else 1)
@@ -353,7 +362,15 @@ def sensitivity_ids(work: Work) -> torch.Tensor:
 
 
 def _sensitivity_windows(work: Work, length: int) -> int:
-    """How many calibration windows of `length` tokens that is, where there are as many."""
+    """How many calibration windows of `length` tokens that is, where there are as many.
+
+    Gradients take no longer for many places than for few, and say too little of one window.
+    """
+    return max(1, SENSITIVITY_TOKENS // length) if by_gradients(work) else _measured_windows(work, length)
+
+
+def _measured_windows(work: Work, length: int) -> int:
+    """How many windows it is where every place is measured."""
     size = work.checkpoint.parameters / SENSITIVITY_PARAMETERS
     tokens = min(work.sensitivity_tokens, max(FEWER_SENSITIVITY_TOKENS, work.sensitivity_tokens / size))
     return max(1, int(tokens) // length)
@@ -362,7 +379,7 @@ def _sensitivity_windows(work: Work, length: int) -> int:
 def by_gradients(work: Work) -> bool:
     """Whether sensitivity comes from gradients, since measuring it at every place would take too long."""
     (windows, length), _ = _text_shapes(work)
-    tokens = min(windows, _sensitivity_windows(work, length)) * length
+    tokens = min(windows, _measured_windows(work, length)) * length
     return measuring_flops(work.anatomy, tokens) > MOST_MEASURED_FLOPS
 
 

@@ -164,6 +164,11 @@ class _Sizes:
         return FP32 * max(self.vocabulary, LOGIT_VALUES // self.vocabulary * self.vocabulary)
 
 
+def _occupied(directory: Path) -> int:
+    """Disk that the unfinished work of the same output holds, and will use again."""
+    return sum(path.lstat().st_blocks * 512 for path in directory.rglob("*"))
+
+
 def _statistics_peak(block: BlockAnatomy, anatomy: Anatomy, activations: int) -> int:
     """Bytes while one block's Gram matrices are summed, and then used one after the other.
 
@@ -213,7 +218,7 @@ def predict(work: Workload) -> Prediction:
         ),
     )
     if work.gradients:
-        sensitivity = max(4 * s.end + 4 * s.logits, 3 * s.block + s.activations(sens[1]))
+        sensitivity = max(4 * s.end + 4 * s.logits, 3 * s.block + int(2.5 * s.activations(sens[1])))
     else:
         copies = s.batch(sens[0] * (1 + s.places), sens[1])
         sensitivity = max(
@@ -272,7 +277,7 @@ def predict(work: Workload) -> Prediction:
     parent = work.output.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(parent).free + _occupied(work.output.with_name(f"{work.output.name}.partial"))
     worst = max(stages, key=lambda stage: stage.peak_rss_bytes)
     disk = max(stages, key=lambda stage: stage.disk_bytes)
     shortage = advice = None
@@ -290,7 +295,7 @@ def predict(work: Workload) -> Prediction:
         fewer = int(cal[0] * free / disk.disk_bytes * 0.9)
         advice = (
             f"use --sequences {fewer}, or an --output on a larger disk"
-            if fewer > 0
+            if fewer > 0 and disk.name != "sensitivity"
             else "use an --output on a larger disk"
         )
     return Prediction(stages, available, free, shortage, advice)

@@ -49,6 +49,8 @@ ERROR_ROWS = 256
 RATIO_LINEARS = 10
 #: Rows of those linears.
 RATIO_ROWS = 256
+#: A difference of two sums that is smaller than this share of them is their rounding.
+ROUNDED_AWAY = 1e-6
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,8 @@ def measure_errors(
     codings : tuple of Coding
     ledger : Ledger
         Where finished blocks are marked, and the hidden states lie,
-        ``2 * windows * length * hidden_size * 4`` bytes.
+        ``2 * windows * length * hidden_size * 4`` bytes. What is left there afterwards is for the caller to
+        remove, once the outcome is kept.
 
     Returns
     -------
@@ -244,7 +247,6 @@ class _ErrorPass:
         place = anatomy.embedding if anatomy.tied else anatomy.head
         errors[place] = rounding_errors(self.model.end_weight(place), statistics, self.codings)
         self.model.release_ends()
-        self.ledger.drop_streams(set())
         self.progress.advance()
         return errors, {label: geometric_mean(values) for label, values in samples.items()}, statistics
 
@@ -345,9 +347,15 @@ def _judges(window: int, windows: int) -> bool:
 
 
 def without(whole: LinearStatistics, part: LinearStatistics) -> LinearStatistics:
-    """Statistics of the tokens of `whole` that `part` leaves; the Gram matrix of `whole` is overwritten."""
+    """Statistics of the tokens of `whole` that `part` leaves; the Gram matrix of `whole` is overwritten.
+
+    Inputs that only `part` saw are exactly zero in the difference, as if it had been summed for itself.
+    """
     tokens = whole.tokens - part.tokens
     gram = whole.gram.mul_(whole.tokens / tokens).sub_(part.gram, alpha=part.tokens / tokens)
+    unseen = gram.diagonal() <= ROUNDED_AWAY * part.gram.diagonal()
+    gram[unseen, :] = 0
+    gram[:, unseen] = 0
     mean_abs = (whole.mean_abs * whole.tokens - part.mean_abs * part.tokens) / tokens
     return LinearStatistics(gram, None, mean_abs, tokens)
 

@@ -69,7 +69,8 @@ def measure_divergence(
         (place name, weight ``[out_features, in_features]`` float32) -> perturbed weight.
     ledger : Ledger
         Where finished blocks are marked, and the hidden states of all copies lie,
-        ``2 * (1 + len(places)) * windows * length * hidden_size * 4`` bytes.
+        ``2 * (1 + len(places)) * windows * length * hidden_size * 4`` bytes. What is left there afterwards
+        is for the caller to remove, once the outcome is kept.
 
     Returns
     -------
@@ -127,7 +128,6 @@ class _Copies:
             progress.advance()
         stream.close()
         self.model.release_ends()
-        self.ledger.drop_streams(set())
         return {name: max(total, 0.0) / (self.windows * self.length) for name, total in totals.items()}
 
     def _embed(self) -> dict[str, float]:
