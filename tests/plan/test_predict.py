@@ -25,7 +25,7 @@ def foresee(
 ) -> Prediction:
     checkpoint = open_checkpoint(str(directory))
     anatomy = read_anatomy(checkpoint)
-    shape, few = (windows, 64), (min(windows, 33), 64)
+    shape, few = (windows, 64), (min(windows, 8), 64)
     return predict(
         Workload(
             anatomy, checkpoint.weights, shape, shape, few, gradients, needs, CODINGS, output or directory
@@ -65,7 +65,7 @@ def test_more_text_takes_disk_and_time_but_hardly_memory(wide: Path) -> None:
     few, many = foresee(wide, windows=32), foresee(wide, windows=320)
     for a, b in zip(few.stages, many.stages, strict=True):
         assert b.peak_rss_bytes == a.peak_rss_bytes
-        assert b.seconds > a.seconds
+        assert b.seconds > a.seconds or a.name == "sensitivity"
     assert many.stages[0].disk_bytes == 10 * few.stages[0].disk_bytes
 
 

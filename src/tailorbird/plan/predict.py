@@ -295,7 +295,7 @@ def predict(work: Workload) -> Prediction:
         fewer = int(cal[0] * free / disk.disk_bytes * 0.9)
         advice = (
             f"use --sequences {fewer}, or an --output on a larger disk"
-            if fewer > 0 and disk.name != "sensitivity"
+            if fewer > 0 and stages[1].disk_bytes <= free  # which doesn't depend on the sequences
             else "use an --output on a larger disk"
         )
     return Prediction(stages, available, free, shortage, advice)
