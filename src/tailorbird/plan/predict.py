@@ -292,10 +292,10 @@ def predict(work: Workload) -> Prediction:
             f"stage {disk.name} needs {format_size(disk.disk_bytes)} of disk at {parent}, "
             f"{format_size(free)} are free"
         )
-        fewer = int(cal[0] * free / disk.disk_bytes * 0.9)
+        fewer = int((free - source_bytes) / hidden((1, cal[1]), 2 * streams))
         advice = (
             f"use --sequences {fewer}, or an --output on a larger disk"
-            if fewer > 0 and stages[1].disk_bytes <= free  # which doesn't depend on the sequences
+            if fewer > 0 and max(stages[1].disk_bytes, stages[3].disk_bytes) <= free  # whatever the sequences
             else "use an --output on a larger disk"
         )
     return Prediction(stages, available, free, shortage, advice)
