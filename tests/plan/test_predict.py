@@ -27,9 +27,7 @@ def foresee(
     anatomy = read_anatomy(checkpoint)
     shape, few = (windows, 64), (min(windows, 8), 64)
     return predict(
-        Workload(
-            anatomy, checkpoint.weights, shape, shape, few, gradients, needs, CODINGS, output or directory
-        )
+        Workload(anatomy, checkpoint.weights, shape, few, few, gradients, needs, CODINGS, output or directory)
     )
 
 
@@ -65,7 +63,7 @@ def test_more_text_takes_disk_and_time_but_hardly_memory(wide: Path) -> None:
     few, many = foresee(wide, windows=32), foresee(wide, windows=320)
     for a, b in zip(few.stages, many.stages, strict=True):
         assert b.peak_rss_bytes == a.peak_rss_bytes
-        assert b.seconds > a.seconds or a.name == "sensitivity"
+        assert b.seconds > a.seconds or a.name in ("sensitivity", "gate")
     assert many.stages[0].disk_bytes == 10 * few.stages[0].disk_bytes
 
 
