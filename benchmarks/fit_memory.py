@@ -145,7 +145,7 @@ def measure(size: str, rounds: int, console: Console) -> list[dict[str, Any]]:
 
 
 def predict_again(runs: list[dict[str, Any]]) -> None:
-    """Replace the predictions of `runs` by those that the present code makes."""
+    """Replace the predictions of `runs` by those that the present code makes, and say so in each."""
     for size in dict.fromkeys(run["size"] for run in runs):
         with prepared(size) as root:
             stages = {stage["name"]: stage for stage in run_child(root, 0, PREDICT)["stages"]}
@@ -153,6 +153,7 @@ def predict_again(runs: list[dict[str, Any]]) -> None:
             if run["size"] == size:
                 run["predicted_bytes"] = stages[run["stage"]]["peak_rss_bytes"]
                 run["predicted_seconds"] = stages[run["stage"]]["seconds"]
+                run["predicted_again"] = True
 
 
 def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
