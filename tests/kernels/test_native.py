@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -147,3 +148,16 @@ def test_an_absent_library_is_said_once_and_the_reference_serves(
         assert not dispatch.works(path)
     dispatch.works.cache_clear()
     assert len([record for record in caplog.records if "C++ compiler" in record.getMessage()]) == 1
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")
+def test_products_touch_nothing_that_is_not_theirs(tmp_path: Path) -> None:
+    program = tmp_path / "sanitized"
+    flags = ["-O1", "-g", "-std=c++17", "-fopenmp", "-Wno-psabi", "-fsanitize=address,undefined"]
+    flags.append("-fno-sanitize-recover=all")
+    source = Path(__file__).parent / "sanitized.cpp"
+    subprocess.run(["g++", *flags, str(source), "-o", str(program)], check=True)
+    for seed in range(4):
+        done = subprocess.run([program, str(seed), "300"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr[-3000:]
