@@ -280,3 +280,23 @@ def test_an_input_that_only_the_left_out_part_saw_is_exactly_zero_in_the_rest() 
     assert rest.gram[3].count_nonzero() == rest.gram[:, 3].count_nonzero() == 0
     assert (rest.gram.diagonal() >= 0).all()
     torch.testing.assert_close(rest.gram, gram(x[:40]).gram, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_the_ends_are_foreseen_as_they_will_be_rounded(architecture: str, tmp_path: Path) -> None:
+    """An untied embedding is rounded to nearest; a head, tied or not, by the method, for its own inputs."""
+    model = streaming(save_model(tmp_path / "model", architecture))
+    anatomy, ids = model.anatomy, tokens(12, 64)
+    errors, ratios, head = measure_errors(model, ids, Gptq(asymmetric=False), CODINGS, fresh(tmp_path))
+    scores = assemble(anatomy, errors, ratios, dict.fromkeys(errors, 1.0), "hash")
+    own = {place.name for place in scores.places if place.own}
+    assert own == {anatomy.embedding, anatomy.head} & set(errors)
+    foreseen = {p.name: scores.predicted_error(p, CODINGS[0]) for p in scores.places}
+    end = anatomy.embedding if anatomy.tied else anatomy.head
+    weight = model.end_weight(end)
+    rounded = Gptq(asymmetric=False)(weight, head, CODINGS[0]).dequantize()
+    assert foreseen[end] == pytest.approx(output_error(weight, rounded, head.gram), rel=0.35)
+    if not anatomy.tied:
+        weight = model.end_weight(anatomy.embedding)
+        nearest = Rtn()(weight, None, CODINGS[0]).dequantize()
+        assert foreseen[anatomy.embedding] == pytest.approx(output_error(weight, nearest), rel=0.05)

@@ -8,6 +8,7 @@ budget is solved without touching a weight.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from tailorbird.evaluate.streamed import batches, embed_windows
 from tailorbird.formats.packed import Coding, IntegerCoding, stored_bytes
 from tailorbird.hardware.cache import cache_directory
 from tailorbird.linear import LinearMethod
-from tailorbird.linear.error import output_error
+from tailorbird.linear.error import output_error, row_energies
 from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.model.anatomy import Anatomy, BlockAnatomy
 from tailorbird.model.weights import Weights
@@ -42,7 +43,7 @@ from tailorbird.plan.candidates import (
 from tailorbird.plan.sensitivity import Place, measure_divergence
 from tailorbird.progress import Progress, Silent
 
-SCHEMA = 1
+SCHEMA = 2
 #: Rows on which the errors of candidates are measured.
 ERROR_ROWS = 256
 #: Linears on which the method's error is compared with that of rounding to nearest.
@@ -66,9 +67,11 @@ class PlaceScore:
     shape : tuple of int
         ``(out_features, in_features)``.
     errors : dict
-        Label of a coding -> relative output error of rounding to nearest.
+        Label of a coding -> relative output error of rounding to nearest, or of the plan's method if `own`.
     coefficient : float
         Nats per token of KL per unit of relative error.
+    own : bool
+        Whether `errors` are those of the way in which this very place is rounded.
     """
 
     name: str
@@ -77,6 +80,7 @@ class PlaceScore:
     shape: tuple[int, int]
     errors: dict[str, float]
     coefficient: float
+    own: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class Scores:
 
     def predicted_error(self, place: PlaceScore, coding: Coding) -> float:
         """Relative output error expected of the plan's method at `place`."""
-        return place.errors[coding.label] * self.ratios.get(coding.label, 1.0)
+        return place.errors[coding.label] * (1.0 if place.own else self.ratios.get(coding.label, 1.0))
 
 
 def places_of(anatomy: Anatomy) -> list[Place]:
@@ -198,7 +202,8 @@ def measure_errors(
     Returns
     -------
     errors : dict
-        Place -> label of a coding -> relative output error of rounding to nearest.
+        Place -> label of a coding -> relative output error of rounding to nearest; for the head, or the tied
+        pair, that of `method`.
     ratios : dict
         Label of a coding -> error of `method` divided by that of rounding, geometric mean.
     head : LinearStatistics
@@ -242,11 +247,9 @@ class _ErrorPass:
             for label, values in found["samples"].items():
                 samples.setdefault(label, []).extend(values)
             self.progress.advance()
-        statistics = self._head_statistics()
         anatomy = self.model.anatomy
         place = anatomy.embedding if anatomy.tied else anatomy.head
-        errors[place] = rounding_errors(self.model.end_weight(place), statistics, self.codings)
-        self.model.release_ends()
+        errors[place], statistics = self._head(place)
         self.progress.advance()
         return errors, {label: geometric_mean(values) for label, values in samples.items()}, statistics
 
@@ -324,13 +327,33 @@ class _ErrorPass:
                 if own > 0 and base > 0:
                     samples.setdefault(coding.label, []).append(own / base)
 
-    def _head_statistics(self) -> LinearStatistics:
-        head = GramAccumulator(self.model.head_width)
-        stream = self.ledger.open_stream(_boundary(len(self.model.anatomy.blocks)), *self.shape)
+    def _head(self, place: str) -> tuple[dict[str, float], LinearStatistics]:
+        """Errors of the head under the method itself, and the statistics of its input."""
+        model, windows = self.model, len(self.ids)
+        whole, judge = GramAccumulator(model.head_width), GramAccumulator(model.head_width)
+        stream = self.ledger.open_stream(_boundary(len(model.anatomy.blocks)), *self.shape)
         for start, stop in batches(*self.ids.shape):
-            head.add(self.model.head_input(stream.read(start, stop)))
+            x = model.head_input(stream.read(start, stop))
+            whole.add(x)
+            judging = [window - start for window in range(start, stop) if _judges(window, windows)]
+            if judging:
+                judge.add(x[judging])
         stream.close()
-        return head.finish()
+        statistics, judging_statistics = whole.finish(), judge.finish()
+        weight = model.end_weight(place)
+        errors = rounding_errors(weight, statistics, self.codings)
+        sample = sample_rows(weight, ERROR_ROWS)
+        seen = statistics
+        if windows > 1:
+            seen = without(dataclasses.replace(statistics, gram=statistics.gram.clone()), judging_statistics)
+        rounded = self.method.prepare(seen)
+        energy = float(row_energies(sample, judging_statistics.gram).sum())
+        for coding in self.codings:
+            if isinstance(coding, IntegerCoding):
+                approximation = rounded(sample, coding).dequantize()
+                errors[coding.label] = output_error(sample, approximation, judging_statistics.gram, energy)
+        model.release_ends()
+        return errors, statistics
 
 
 def _boundary(index: int) -> str:
@@ -412,6 +435,14 @@ def assemble(
             role = "tied" if anatomy.tied else ("embedding" if place.block < 0 else "head")
             shape = anatomy.end_shape(place.name)
         scores.append(
-            PlaceScore(place.name, role, place.block, shape, errors[place.name], coefficients[place.name])
+            PlaceScore(
+                place.name,
+                role,
+                place.block,
+                shape,
+                errors[place.name],
+                coefficients[place.name],
+                own=place.name not in linears,
+            )
         )
     return Scores(tuple(scores), ratios, content_hash)
