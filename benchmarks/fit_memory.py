@@ -133,12 +133,12 @@ def run_child(root: Path, round_index: int, stage: str) -> dict[str, Any]:
     return found
 
 
-def measure(size: str, rounds: int, console: Console) -> list[dict[str, Any]]:
-    """All stages of one model, `rounds` times."""
+def measure(size: str, rounds: int, stages: list[str], console: Console) -> list[dict[str, Any]]:
+    """Stages of one model, `rounds` times."""
     runs = []
     with prepared(size) as root:
         for round_index in range(rounds):
-            for stage in STAGES:
+            for stage in stages:
                 runs.append({"size": size, "round": round_index, **run_child(root, round_index, stage)})
                 console.print(runs[-1])
     return runs
@@ -162,6 +162,8 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for size in dict.fromkeys(run["size"] for run in runs):
         for stage in STAGES:
             same = [r for r in runs if r["size"] == size and r["stage"] == stage]
+            if not same:
+                continue
             median = {
                 key: statistics.median(r[key] for r in same)
                 for key in (
@@ -195,6 +197,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        default=list(STAGES),
+        choices=STAGES,
+        help="the first of them; each needs those before",
+    )
     parser.add_argument("--name", default="fit_memory", help="name of the result file")
     parser.add_argument(
         "--add", action="store_true", help="add to the result file, and predict again what it holds"
@@ -210,7 +219,7 @@ def main() -> None:
         runs = json.loads((RESULTS / f"{arguments.name}.json").read_text())["runs"]
         predict_again(runs)
     for size in arguments.sizes:  # what is measured is kept, should a later size be cut short
-        runs += measure(size, arguments.rounds, console)
+        runs += measure(size, arguments.rounds, arguments.stages, console)
         keep(arguments.name, runs)
     rows = keep(arguments.name, runs)
     table = Table("model", "stage", "predicted MiB", "measured MiB", "off", "beyond imports MiB", "kept")
