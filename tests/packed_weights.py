@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -21,3 +23,15 @@ def random_packed(coding: IntegerCoding, shape: tuple[int, int], order: bool = F
     values = torch.randint(0, 1 << coding.bits, shape, generator=generator)
     permutation = torch.randperm(columns, generator=generator) if order else None
     return PackedWeight.from_codes(values, scales, zeros, coding, permutation)
+
+
+def laid_out(prepare: Callable[..., Any], packed: PackedWeight) -> Any:
+    """What a fast path's `prepare` makes of the stored tensors."""
+    return prepare(
+        packed.tensors["codes"],
+        packed.tensors["scales"],
+        packed.tensors.get("zeros"),
+        bits=packed.coding.bits,
+        group_size=packed.coding.group_size,
+        in_features=packed.in_features,
+    )

@@ -221,6 +221,7 @@ def _begin(work: Work, output: Path, what: dict[str, Any], resume: bool) -> tupl
     """
     from tailorbird.compress import work as work_module
     from tailorbird.compress.job import Job
+    from tailorbird.compress.stage import continue_stages
     from tailorbird.report.table import stage_rows
 
     work_module.check_unfinished(work, output, what, resume)
@@ -231,7 +232,7 @@ def _begin(work: Work, output: Path, what: dict[str, Any], resume: bool) -> tupl
         )
     work_module.check_resources(prediction)
     job = Job(output, work_module.record_of(work, what), resume)
-    work_module.continue_stages(work, job)
+    continue_stages(work, job)
     return job, prediction
 
 

@@ -39,6 +39,18 @@ def text_file(folder: Path) -> Path:
     return path
 
 
+def quick(text: Path) -> dict[str, Any]:
+    """Settings of a fit that takes a second."""
+    return {
+        "calibration": str(text), "sequences": 8, "length": 32,
+        "measure_speed": False, "measure_spread": False,
+    }  # fmt: skip
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def digests(directory: Path) -> dict[str, str]:
     """Hash of every file whose bytes are promised: weights and configuration."""
     return {
@@ -104,10 +116,7 @@ def test_another_seed_does_not_continue_the_work(tmp_path: Path, monkeypatch: py
 
     model, text = save_model(tmp_path / "model"), text_file(tmp_path)
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pipeline.Pipeline, "_block", stop)
+    monkeypatch.setattr(pipeline.Pipeline, "_block", interrupt)
     arguments = {"calibration": str(text), "sequences": 8, "length": 32, "measure_speed": False}
     with pytest.raises(KeyboardInterrupt):
         tailorbird.fit(str(model), "30%", tmp_path / "out", **arguments)
@@ -162,13 +171,10 @@ def test_missing_hidden_states_are_an_error_not_zeros(
 
     model, text = save_model(tmp_path / "model"), text_file(tmp_path)
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
     arguments: dict[str, Any] = {
         "calibration": str(text), "sequences": 8, "length": 32, "measure_speed": False,
     }  # fmt: skip
-    monkeypatch.setattr(pipeline.Pipeline, "_block", stop)
+    monkeypatch.setattr(pipeline.Pipeline, "_block", interrupt)
     with pytest.raises(KeyboardInterrupt):
         tailorbird.fit(str(model), "30%", tmp_path / "out", **arguments)
     monkeypatch.undo()
@@ -195,19 +201,13 @@ def test_a_run_stopped_between_its_stages_ends_with_the_same_bytes(
     import tailorbird
 
     model, text = save_model(tmp_path / "model"), text_file(tmp_path)
-    arguments: dict[str, Any] = {
-        "calibration": str(text), "sequences": 8, "length": 32,
-        "measure_speed": False, "measure_spread": False,
-    }  # fmt: skip
+    arguments = quick(text)
     monkeypatch.setenv("TAILORBIRD_CACHE", str(tmp_path / "cache-a"))
     tailorbird.fit(str(model), "30%", tmp_path / "whole", **arguments)
     monkeypatch.setenv("TAILORBIRD_CACHE", str(tmp_path / "cache-b"))
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(owner, call, stop)
+        patch.setattr(owner, call, interrupt)
         with pytest.raises(KeyboardInterrupt):
             tailorbird.fit(str(model), "30%", tmp_path / "out", **arguments)
     tailorbird.fit(str(model), "30%", tmp_path / "out", **arguments)
@@ -220,17 +220,11 @@ def test_what_another_job_finished_leaves_nothing_of_this_one_behind(
     import tailorbird
 
     model, text = save_model(tmp_path / "model"), text_file(tmp_path)
-    arguments: dict[str, Any] = {
-        "calibration": str(text), "sequences": 8, "length": 32,
-        "measure_speed": False, "measure_spread": False,
-    }  # fmt: skip
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+    arguments = quick(text)
 
     for place in (ScoreCache, Pipeline):
         with monkeypatch.context() as patch:
-            patch.setattr(place, "save" if place is ScoreCache else "run", stop)
+            patch.setattr(place, "save" if place is ScoreCache else "run", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 tailorbird.fit(str(model), "30%", tmp_path / "first", **arguments)
         assert (tmp_path / "first.partial/.job/sensitivity").exists() == (place is ScoreCache)

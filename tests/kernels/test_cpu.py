@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packed_weights import random_packed
+from packed_weights import laid_out, random_packed
 from tailorbird.formats.packed import GROUP_SIZES, IntegerCoding, PackedWeight
 from tailorbird.kernels import cpu, dispatch
 from tailorbird.kernels.packing import BITS
@@ -31,17 +31,6 @@ CODINGS = [
     for group_size in (0, 96)
     for symmetric in (False, True)
 ]
-
-
-def prepare(path: dispatch.Path, packed: PackedWeight):
-    return path.prepare(
-        packed.tensors["codes"],
-        packed.tensors["scales"],
-        packed.tensors.get("zeros"),
-        bits=packed.coding.bits,
-        group_size=packed.coding.group_size,
-        in_features=packed.in_features,
-    )
 
 
 def fast_path(coding: IntegerCoding, in_features: int) -> dispatch.Path:
@@ -88,7 +77,7 @@ def test_fast_and_exact_agree_within_bfloat16(
     # a mean that isn't zero: an error of an offset adds up over the inputs
     x = (torch.randn(rows, shape[1], generator=generator) + 0.5).to(BF16)
     exact = x.double() @ packed.dequantize(torch.float64).t()
-    result = path.multiply(x, prepare(path, packed))
+    result = path.multiply(x, laid_out(path.prepare, packed))
     assert result.shape == (rows, shape[0])
     assert result.dtype == BF16
     error = (result.double() - exact).abs()
@@ -99,7 +88,7 @@ def test_fast_and_exact_agree_within_bfloat16(
 def test_a_row_gives_the_same_bits_alone_and_in_a_batch(coding: IntegerCoding) -> None:
     packed = random_packed(coding, (80, 344))
     path = fast_path(coding, 344)
-    layout = prepare(path, packed)
+    layout = laid_out(path.prepare, packed)
     x = torch.randn(13, 344).to(BF16)
     together = path.multiply(x, layout)
     for row in range(13):
@@ -110,9 +99,9 @@ def test_a_row_gives_the_same_bits_alone_and_in_a_batch(coding: IntegerCoding) -
 def test_chunks_do_not_show_in_the_layout(coding: IntegerCoding, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = random_packed(coding, (200, 172))
     path = fast_path(coding, 172)
-    whole = prepare(path, packed)
+    whole = laid_out(path.prepare, packed)
     monkeypatch.setattr(cpu, "CHUNK_VALUES", 1)
-    pieces = prepare(path, packed)
+    pieces = laid_out(path.prepare, packed)
     for field in dataclasses.fields(whole):
         left, right = getattr(whole, field.name), getattr(pieces, field.name)
         assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packed_weights import random_packed
+from packed_weights import laid_out, random_packed
 from tailorbird.formats.modules import CompressedLinear
 from tailorbird.formats.packed import IntegerCoding, PackedWeight
 from tailorbird.kernels import dispatch, native
@@ -36,14 +36,7 @@ def threads() -> Iterator[None]:
 
 
 def layout_of(packed: PackedWeight) -> native.Tiles:
-    return native.tiles(
-        packed.tensors["codes"],
-        packed.tensors["scales"],
-        packed.tensors.get("zeros"),
-        bits=packed.coding.bits,
-        group_size=packed.coding.group_size,
-        in_features=packed.in_features,
-    )
+    return laid_out(native.tiles, packed)
 
 
 def activations(rows: int, columns: int) -> torch.Tensor:

@@ -23,7 +23,8 @@ from tailorbird.compress.pipeline import Compression, Pipeline
 from tailorbird.compress.planning import chosen, describe, predicted_losses
 from tailorbird.compress.result import DryRun, FitResult
 from tailorbird.compress.spread import calibration_spread
-from tailorbird.compress.work import Stage, Work, record_of
+from tailorbird.compress.stage import Stage
+from tailorbird.compress.work import Work, record_of
 from tailorbird.errors import ResumeError
 from tailorbird.evaluate.streamed import measure_quality
 from tailorbird.formats.packed import (

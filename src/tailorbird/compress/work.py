@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import functools
 import platform
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -40,8 +38,6 @@ from tailorbird.formats.packed import (
 )
 from tailorbird.hardware.memory import (
     available_bytes,
-    peak_resident_bytes,
-    reset_peak,
     return_freed_memory,
 )
 from tailorbird.model.anatomy import Anatomy, read_anatomy
@@ -64,8 +60,6 @@ SENSITIVITY_PARAMETERS = 200e6
 FEWER_SENSITIVITY_TOKENS = 512
 
 
-#: Under which name a job keeps what its stages took.
-STAGES = "stages"
 #: Operations up to which sensitivity is measured, some four minutes of two CPU cores; beyond, gradients tell.
 MOST_MEASURED_FLOPS = 2e13
 
@@ -484,39 +478,3 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
-
-
-class Stage:
-    """Measures one stage: seconds, and peak resident memory where the system lets it be reset.
-
-    What a job's earlier runs took of a stage is added to.
-    """
-
-    def __init__(self, work: Work, name: str, steps: int) -> None:
-        self.work, self.name = work, name
-        work.progress.stage(name, steps)
-
-    def __enter__(self) -> None:
-        self.whole = not reset_peak()
-        self.began = time.perf_counter()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        seconds = time.perf_counter() - self.began
-        peak = None if self.whole else peak_resident_bytes()
-        for stage in self.work.stages:
-            if stage["name"] == self.name:
-                stage["seconds"] += seconds
-                stage["measured_bytes"] = max(stage["measured_bytes"] or 0, peak or 0) or None
-                break
-        else:
-            self.work.stages.append({"name": self.name, "seconds": seconds, "measured_bytes": peak})
-        if self.work.ledger is not None and kind in (None, KeyboardInterrupt):
-            self.work.ledger.finish(STAGES, self.work.stages)
-
-
-def continue_stages(work: Work, ledger: Ledger) -> None:
-    """Let `work` keep what its stages take in `ledger`, beginning with what is there."""
-    work.ledger = ledger
-    work.stages = ledger.result(STAGES) or []

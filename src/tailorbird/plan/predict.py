@@ -142,7 +142,6 @@ class _Sizes:
         self.linear = FP32 * max(p.in_features * p.out_features for p in anatomy.linears())
         self.widest = max(max(p.in_features, p.out_features) for p in anatomy.linears())
         widths = [{p.shares_input: p.in_features for p in block.linears} for block in anatomy.blocks]
-        self.grams = FP32 * max(sum(w * w for w in inputs.values()) for inputs in widths)
         self.gram = FP32 * max(w * w for inputs in widths for w in inputs.values())
         self.places = sum(len(block.linears) for block in anatomy.blocks) + (1 if anatomy.tied else 2)
         self.vocabulary = anatomy.vocab_size
