@@ -46,7 +46,8 @@ from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.plan.allocate import allocate
 from tailorbird.plan.candidates import PROBE, candidate_codings, rounding_errors, sample_rows, spread
 from tailorbird.plan.fisher import fisher_diagonals, quadratic_divergence
-from tailorbird.plan.scores import Scores, assemble, options, places_of
+from tailorbird.plan.places import uses_of
+from tailorbird.plan.scores import Scores, assemble, options
 from tailorbird.plan.sensitivity import measure_divergence
 
 IMAGE = Path(__file__).parents[1] / "docs" / "images" / "sensitivity.svg"
@@ -66,7 +67,7 @@ MEASURED, FISHER = "measured, 3 bits", "Fisher, 3 bits"
 
 @torch.no_grad()
 def collect_statistics(model: StreamingModel, ids: torch.Tensor) -> dict[str, LinearStatistics | None]:
-    """Place -> statistics of its input; None for an embedding that isn't the head too."""
+    """Use of a weight -> statistics of its input; None for the embedding."""
     anatomy = model.anatomy
     found: dict[str, LinearStatistics | None] = {}
     hidden = [model.embed(ids[start:stop]) for start, stop in batches(*ids.shape)]
@@ -85,7 +86,7 @@ def collect_statistics(model: StreamingModel, ids: torch.Tensor) -> dict[str, Li
     for h in hidden:
         head.add(model.head_input(h))
     found[anatomy.embedding] = None
-    found[anatomy.embedding if anatomy.tied else anatomy.head] = head.finish()
+    found[anatomy.head] = head.finish()
     return found
 
 
@@ -93,7 +94,7 @@ def collect_statistics(model: StreamingModel, ids: torch.Tensor) -> dict[str, Li
 def collect_errors(
     model: StreamingModel, statistics: dict[str, LinearStatistics | None], codings: tuple[Coding, ...]
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """(place -> errors of all codings, place -> errors of the probes, by label)."""
+    """(use -> errors of all codings, use -> errors of the probes, by label)."""
     errors, probe_errors = {}, {}
     for name, weight in weights(model):
         known = statistics[name]
@@ -108,9 +109,9 @@ def collect_errors(
 
 
 def weights(model: StreamingModel) -> Any:
-    """(place, weight) of every place."""
+    """(name, weight) of every use of a weight."""
     anatomy = model.anatomy
-    for end in dict.fromkeys((anatomy.embedding, anatomy.embedding if anatomy.tied else anatomy.head)):
+    for end in (anatomy.embedding, anatomy.head):
         yield end, model.end_weight(end)
     for index, block_anatomy in enumerate(anatomy.blocks):
         block = model.load_block(index)
@@ -124,7 +125,7 @@ def divergence_of_all(
 ) -> float:
     """Mean KL when every place is replaced by `rounded` (name, weight) at once."""
     anatomy = model.anatomy
-    ends = dict.fromkeys((anatomy.embedding, anatomy.embedding if anatomy.tied else anatomy.head))
+    ends = (anatomy.embedding,) if anatomy.tied else (anatomy.embedding, anatomy.head)
     originals = {name: model.end_weight(name) for name in ends}
     changed = {name: rounded(name, weight) for name, weight in originals.items()}
 
@@ -157,14 +158,14 @@ def divergence_of_all(
 def coefficients_of(
     model: StreamingModel, ids: torch.Tensor, probe_errors: dict[str, dict[str, float]]
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """(kind -> place -> coefficient, kind -> seconds of processor time)."""
-    places = places_of(model.anatomy)
+    """(kind -> use -> coefficient, kind -> seconds of processor time)."""
+    uses = uses_of(model.anatomy)
     found: dict[str, dict[str, float]] = {}
     seconds: dict[str, float] = {}
     for probe in PROBES:
         began = time.process_time()
         with fresh_ledger() as ledger:
-            kl = measure_divergence(model, places, ids, lambda _, w, p=probe: round_plainly(w, p), ledger)
+            kl = measure_divergence(model, uses, ids, lambda _, w, p=probe: round_plainly(w, p), ledger)
         seconds[f"measured, {probe.bits} bits"] = time.process_time() - began
         found[f"measured, {probe.bits} bits"] = {
             name: value / probe_errors[name][probe.label] for name, value in kl.items()
@@ -229,7 +230,7 @@ def run(subject: Subject, tokens: int) -> dict[str, Any]:
     for coding in CODINGS:
         with fresh_ledger() as ledger:
             kl = measure_divergence(
-                model, places_of(model.anatomy), test, lambda n, w, c=coding: rounded(n, w, c), ledger
+                model, uses_of(model.anatomy), test, lambda n, w, c=coding: rounded(n, w, c), ledger
             )
         for name, value in kl.items():
             predicted = {kind: c[name] * errors[name][coding.label] for kind, c in coefficients.items()}
@@ -258,7 +259,8 @@ def run(subject: Subject, tokens: int) -> dict[str, Any]:
             }
         )
     plans = []
-    weight_count = sum(w.numel() for _, w in weights(model))
+    tied = model.anatomy.head if model.anatomy.tied else None
+    weight_count = sum(w.numel() for name, w in weights(model) if name != tied)
     allowed = candidate_codings(None, work.float_dtype)
     for bits_per_weight in PLANNED_BITS:
         for kind, values in coefficients.items():
@@ -272,7 +274,7 @@ def run(subject: Subject, tokens: int) -> dict[str, Any]:
             )
     return {
         "model": subject.name,
-        "places": len(places_of(model.anatomy)),
+        "uses": len(uses_of(model.anatomy)),
         "coefficient_tokens": ids.numel(),
         "test_tokens": test.numel(),
         "left_out": len(points) - len(usable),

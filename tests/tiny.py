@@ -102,3 +102,9 @@ def save_model(directory: Path, architecture: str = "llama", **changes: Any) -> 
 def fresh(folder: Path) -> Ledger:
     """A ledger of its own below `folder`."""
     return Ledger(Path(tempfile.mkdtemp(dir=folder)))
+
+
+def untie(model: Any) -> None:
+    """Give the head of a transformers model a weight of its own, equal to the one it may share."""
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())

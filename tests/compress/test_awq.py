@@ -28,7 +28,7 @@ from tailorbird.linear.quantize.awq import Awq, Fold
 from tailorbird.model.weights import Weights
 from tailorbird.model.writing import write_tensors
 from tailorbird.plan.planfile import load_plan
-from tailorbird.plan.scores import ScoreCache
+from tailorbird.plan.score_cache import ScoreCache
 from tailorbird.progress import Silent
 from tiny import save_model
 

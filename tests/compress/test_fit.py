@@ -22,8 +22,8 @@ from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.weights import Weights
 from tailorbird.plan.budget import parse_size
+from tailorbird.plan.places import places_of
 from tailorbird.plan.planfile import load_plan
-from tailorbird.plan.scores import places_of
 from tailorbird.progress import Silent
 from tiny import ARCHITECTURES, save_model
 

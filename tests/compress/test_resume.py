@@ -18,7 +18,7 @@ import pytest
 from tailorbird.compress.pipeline import Pipeline
 from tailorbird.errors import ResumeError
 from tailorbird.model.checkpoint import Checkpoint
-from tailorbird.plan.scores import ScoreCache
+from tailorbird.plan.score_cache import ScoreCache
 from tiny import save_model
 
 PROGRAM = """

@@ -14,7 +14,7 @@ from tailorbird.compress import work as work_module
 from tailorbird.compress.job import Job
 from tailorbird.compress.recipe import parse_recipe
 from tailorbird.compress.spread import calibration_spread
-from tailorbird.plan.scores import ScoreCache
+from tailorbird.plan.score_cache import ScoreCache
 from tailorbird.progress import Silent
 from tiny import save_model
 

@@ -14,9 +14,9 @@ from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.plan.candidates import PROBE_KEY, probe_rounding
 from tailorbird.plan.fisher import fisher_coefficients, fisher_diagonals, quadratic_divergence
-from tailorbird.plan.scores import places_of
+from tailorbird.plan.places import uses_of
 from tailorbird.plan.sensitivity import measure_divergence
-from tiny import fresh, save_model
+from tiny import fresh, save_model, untie
 
 #: untied; tied; tied, its weights stored the other way round; tied and the embedding scaled
 ARCHITECTURES = ("llama", "qwen2", "gpt2", "gemma3_text")
@@ -51,6 +51,7 @@ def whole_model_diagonals(directory: Path, places: Any, ids: torch.Tensor) -> di
     generator = torch.Generator().manual_seed(SEED)
     labels = torch.stack([torch.multinomial(p, 1, generator=generator)[:, 0] for p in drawn_from])
     model.double()
+    untie(model)
     model.get_input_embeddings().padding_idx = None
     parameters = {name: model.get_submodule(name).weight for name in places}
     squares = {name: torch.zeros_like(p) for name, p in parameters.items()}
@@ -69,7 +70,7 @@ def test_diagonal_is_that_of_the_whole_model(architecture: str, tmp_path: Path) 
     ids = tokens(3, 20)
     ids[:, 0] = 257  # the padding token, whose row no training would touch
     found = streamed_diagonals(model, ids, tmp_path)
-    names = [place.name for place in places_of(model.anatomy)]
+    names = [place.name for place in uses_of(model.anatomy)]
     expected = whole_model_diagonals(directory, names, ids)
     assert set(found) == set(names)
     transposed = {linear.name for linear in model.anatomy.linears() if linear.transposed}
@@ -84,7 +85,7 @@ def test_diagonal_is_that_of_the_whole_model(architecture: str, tmp_path: Path) 
 def test_coefficient_is_half_the_quadratic_form_over_the_error(tmp_path: Path) -> None:
     model = streaming(save_model(tmp_path / "model", "qwen2"))
     ids = tokens(2, 16)
-    errors = {place.name: {PROBE_KEY: 0.04} for place in places_of(model.anatomy)}
+    errors = {place.name: {PROBE_KEY: 0.04} for place in uses_of(model.anatomy)}
     silent = model.anatomy.blocks[0].linears[0].name
     errors[silent] = {PROBE_KEY: 0.0}
     coefficients = fisher_coefficients(model, ids, errors, fresh(tmp_path), SEED)
@@ -110,7 +111,7 @@ def test_random_changes_cost_what_the_diagonal_says(tmp_path: Path) -> None:
         changes[name] = torch.randn(weight.shape, generator=generator) * 0.02 * float(weight.std())
         return weight + changes[name]
 
-    measured = measure_divergence(model, places_of(model.anatomy), ids, perturb, fresh(tmp_path))
+    measured = measure_divergence(model, uses_of(model.anatomy), ids, perturb, fresh(tmp_path))
     for name, kl in measured.items():
         predicted = quadratic_divergence(diagonals[name], changes[name])
         assert predicted == pytest.approx(kl, rel=0.5), name

@@ -15,25 +15,19 @@ from tailorbird.calibrate.ledger import Ledger
 from tailorbird.calibrate.statistics import GramAccumulator, LinearStatistics
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.formats.packed import FloatCoding, IntegerCoding, stored_bytes
-from tailorbird.linear.error import output_error
+from tailorbird.linear.error import output_error, row_energies
 from tailorbird.linear.quantize.gptq import Gptq
 from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.plan.candidates import PROBE_KEY, probe_rounding
+from tailorbird.plan.ends import HeadStatistics, end_errors, for_both_uses, without
+from tailorbird.plan.errors import measure_errors
 from tailorbird.plan.fisher import fisher_coefficients
-from tailorbird.plan.scores import (
-    PlaceScore,
-    ScoreCache,
-    Scores,
-    assemble,
-    measure_coefficients,
-    measure_errors,
-    options,
-    places_of,
-    without,
-)
-from tailorbird.plan.sensitivity import measure_divergence
+from tailorbird.plan.places import places_of, uses_of
+from tailorbird.plan.score_cache import ScoreCache
+from tailorbird.plan.scores import PlaceScore, Scores, assemble, options
+from tailorbird.plan.sensitivity import measure_coefficients, measure_divergence
 from tiny import fresh, save_model
 
 CODINGS = (IntegerCoding(2, 32), IntegerCoding(4, 32), IntegerCoding(4, 64), FloatCoding("bfloat16"))
@@ -81,11 +75,16 @@ def test_scores_come_back_from_disk_as_they_were() -> None:
     errors, ratios = {"a": {"int4 g32": 0.1, PROBE_KEY: 1 / 3}}, {"int4 g32": 0.7}
     cache.save_errors(errors, ratios)
     assert cache.load_errors() == (errors, ratios)
-    head = LinearStatistics(torch.randn(8, 8), None, torch.rand(8), tokens=5)
-    cache.save_head(head)
+    whole, judge = (LinearStatistics(torch.randn(8, 8), None, torch.rand(8), tokens=n) for n in (5, 2))
+    cache.save_head(HeadStatistics(whole, None))
+    assert cache.load_head().judge is None
+    cache.save_head(HeadStatistics(whole, judge))
+    cache.save_tied(judge)
     found = cache.load_head()
-    assert torch.equal(found.gram, head.gram)
-    assert torch.equal(found.mean_abs, head.mean_abs)
+    for kept, given in ((found.whole, whole), (found.judge, judge), (cache.load_tied(), judge)):
+        assert torch.equal(kept.gram, given.gram)
+        assert torch.equal(kept.mean_abs, given.mean_abs)
+        assert kept.tokens == given.tokens
 
 
 def test_another_key_is_another_entry() -> None:
@@ -145,23 +144,24 @@ def test_both_passes_score_every_place(architecture: str, tmp_path: Path) -> Non
     anatomy, ids = model.anatomy, tokens(12, 64)
     errors, ratios, head = measure_errors(model, ids, Gptq(), CODINGS, fresh(tmp_path))
     coefficients = measure_coefficients(model, ids[:2], errors, fresh(tmp_path))
+    divergence = measure_divergence(
+        model, uses_of(anatomy), ids[:2], lambda name, weight: probe_rounding(weight), fresh(tmp_path)
+    )
+    for name, kl in divergence.items():
+        assert coefficients[name] * errors[name][PROBE_KEY] == pytest.approx(kl)
+    errors |= end_errors(model, Gptq(), head, coefficients, CODINGS)
     scores = assemble(anatomy, errors, ratios, coefficients, "hash")
     assert [place.name for place in scores.places] == [place.name for place in places_of(anatomy)]
     assert len(scores.places) == len(list(anatomy.linears())) + (1 if anatomy.tied else 2)
     assert scores.places[0].role == ("tied" if anatomy.tied else "embedding")
     shapes = {linear.name: (linear.out_features, linear.in_features) for linear in anatomy.linears()}
     for place in scores.places:
-        assert set(place.errors) == {coding.label for coding in CODINGS} | {PROBE_KEY}
+        assert set(place.errors) >= {coding.label for coding in CODINGS}
         assert place.shape == shapes.get(place.name, (258, 64))
         assert place.coefficient > 0, place.name
     assert set(ratios) == {coding.label for coding in CODINGS[:-1]}
     assert all(0 < ratio < 1.5 for ratio in ratios.values())
-    assert head.gram.shape == (64, 64)
-    divergence = measure_divergence(
-        model, places_of(anatomy), ids[:2], lambda name, weight: probe_rounding(weight), fresh(tmp_path)
-    )
-    for name, kl in divergence.items():
-        assert coefficients[name] * errors[name][PROBE_KEY] == pytest.approx(kl)
+    assert head.whole.gram.shape == (64, 64)
 
 
 def test_errors_are_weighted_by_the_inputs_that_the_source_sees(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_errors_are_weighted_by_the_inputs_that_the_source_sees(tmp_path: Path) 
 
 def test_where_rounding_changes_nothing_the_coefficient_is_zero(tmp_path: Path) -> None:
     model = streaming(save_model(tmp_path / "model", "llama"))
-    errors = {place.name: {PROBE_KEY: 0.0} for place in places_of(model.anatomy)}
+    errors = {use.name: {PROBE_KEY: 0.0} for use in uses_of(model.anatomy)}
     assert set(measure_coefficients(model, tokens(1, 8), errors, fresh(tmp_path)).values()) == {0.0}
 
 
@@ -214,17 +214,17 @@ IDS = tokens(4, 24)
 
 def errors_pass(model: StreamingModel, ledger: Ledger) -> Any:
     errors, ratios, head = measure_errors(model, IDS, Gptq(), CODINGS, ledger)
-    return errors, ratios, head.gram.tolist()
+    return errors, ratios, head.whole.gram.tolist()
 
 
 def divergence_pass(model: StreamingModel, ledger: Ledger) -> Any:
     return measure_divergence(
-        model, places_of(model.anatomy), IDS, lambda _, weight: probe_rounding(weight), ledger
+        model, uses_of(model.anatomy), IDS, lambda _, weight: probe_rounding(weight), ledger
     )
 
 
 def gradient_pass(model: StreamingModel, ledger: Ledger) -> Any:
-    errors = {place.name: {PROBE_KEY: 0.1} for place in places_of(model.anatomy)}
+    errors = {use.name: {PROBE_KEY: 0.1} for use in uses_of(model.anatomy)}
     return fisher_coefficients(model, IDS, errors, ledger)
 
 
@@ -287,16 +287,58 @@ def test_the_ends_are_foreseen_as_they_will_be_rounded(architecture: str, tmp_pa
     """An untied embedding is rounded to nearest; a head, tied or not, by the method, for its own inputs."""
     model = streaming(save_model(tmp_path / "model", architecture))
     anatomy, ids = model.anatomy, tokens(12, 64)
-    errors, ratios, head = measure_errors(model, ids, Gptq(asymmetric=False), CODINGS, fresh(tmp_path))
-    scores = assemble(anatomy, errors, ratios, dict.fromkeys(errors, 1.0), "hash")
+    method = Gptq(asymmetric=False)
+    errors, ratios, head = measure_errors(model, ids, method, CODINGS, fresh(tmp_path))
+    coefficients = dict.fromkeys(errors, 1.0) | {anatomy.embedding: 3.0}
+    errors |= end_errors(model, method, head, coefficients, CODINGS)
+    scores = assemble(anatomy, errors, ratios, coefficients, "hash")
     own = {place.name for place in scores.places if place.own}
-    assert own == {anatomy.embedding, anatomy.head} & set(errors)
-    foreseen = {p.name: scores.predicted_error(p, CODINGS[0]) for p in scores.places}
-    end = anatomy.embedding if anatomy.tied else anatomy.head
-    weight = model.end_weight(end)
-    rounded = Gptq(asymmetric=False)(weight, head, CODINGS[0]).dequantize()
-    assert foreseen[end] == pytest.approx(output_error(weight, rounded, head.gram), rel=0.35)
-    if not anatomy.tied:
+    assert own == {place.name for place in places_of(anatomy)} & {anatomy.embedding, anatomy.head}
+    foreseen = {p.name: p.coefficient * scores.predicted_error(p, CODINGS[0]) for p in scores.places}
+    weight = model.end_weight(anatomy.head)
+    whole = head.whole
+    if anatomy.tied:
+        whole = for_both_uses(anatomy, weight, head.whole, coefficients)
+        rounded = method(weight, whole, CODINGS[0]).dequantize()
+        cost = output_error(weight, rounded, head.whole.gram) + 3 * output_error(weight, rounded)
+        assert foreseen[anatomy.embedding] == pytest.approx(cost, rel=0.35)
+    else:
+        rounded = method(weight, whole, CODINGS[0]).dequantize()
+        assert foreseen[anatomy.head] == pytest.approx(output_error(weight, rounded, whole.gram), rel=0.35)
         weight = model.end_weight(anatomy.embedding)
-        nearest = Rtn()(weight, None, CODINGS[0]).dequantize()
-        assert foreseen[anatomy.embedding] == pytest.approx(output_error(weight, nearest), rel=0.05)
+        exact = 3 * output_error(weight, Rtn()(weight, None, CODINGS[0]).dequantize())
+        assert foreseen[anatomy.embedding] == pytest.approx(exact, rel=0.35)
+
+
+def test_what_a_tied_weight_costs_is_one_quadratic_form(tmp_path: Path) -> None:
+    """``tr(D G D')`` is proportional to the sum of both uses' coefficients times their errors."""
+    model = streaming(save_model(tmp_path / "model", "qwen2"))
+    anatomy, generator = model.anatomy, torch.Generator().manual_seed(0)
+    x = torch.randn(500, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
+    head = LinearStatistics(x.T @ x / 500, None, x.abs().mean(0), 500)
+    coefficients = {anatomy.embedding: 0.3, anatomy.head: 2.1}
+    weight = model.end_weight(anatomy.head)
+    both = for_both_uses(anatomy, weight, head, coefficients)
+    proportions = []
+    for seed in range(3):
+        change = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)) * torch.rand(64)
+        cost = 2.1 * output_error(weight, weight + change, head.gram)
+        cost += 0.3 * output_error(weight, weight + change)
+        proportions.append(cost / float(row_energies(change, both.gram).sum()))
+    assert proportions == pytest.approx([proportions[0]] * 3, rel=1e-4)
+
+
+def test_a_tied_weight_rounded_for_both_uses_costs_less_than_for_one(tmp_path: Path) -> None:
+    model = streaming(save_model(tmp_path / "model", "qwen2"))
+    anatomy, ids, method = model.anatomy, tokens(12, 64), Gptq(asymmetric=False)
+    errors, _, head = measure_errors(model, ids, method, CODINGS, fresh(tmp_path))
+    coefficients = dict.fromkeys(errors, 1.0)
+    weight = model.end_weight(anatomy.head)
+    nothing = LinearStatistics(torch.eye(64), None, head.whole.mean_abs, head.whole.tokens)
+
+    def cost(statistics: LinearStatistics) -> float:
+        rounded = method(weight, statistics, CODINGS[0]).dequantize()
+        return output_error(weight, rounded, head.whole.gram) + output_error(weight, rounded)
+
+    both = cost(for_both_uses(anatomy, weight, head.whole, coefficients))
+    assert both < min(cost(head.whole), cost(nothing))

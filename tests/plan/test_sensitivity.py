@@ -14,9 +14,9 @@ from tailorbird.formats.packed import IntegerCoding
 from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
-from tailorbird.plan.scores import places_of
-from tailorbird.plan.sensitivity import Place, measure_divergence
-from tiny import fresh, save_model
+from tailorbird.plan.places import Place, uses_of
+from tailorbird.plan.sensitivity import measure_divergence
+from tiny import fresh, save_model, untie
 
 #: untied; tied; tied and its weights stored the other way round
 ARCHITECTURES = ("llama", "qwen2", "gpt2")
@@ -40,10 +40,11 @@ def rounded(name: str, weight: torch.Tensor) -> torch.Tensor:
 def brute_force(directory: Path, model: StreamingModel, ids: torch.Tensor) -> dict[str, float]:
     """One whole model per place, with that one weight replaced; all in float64."""
     whole = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).eval()
+    untie(whole)
     source = whole(ids).logits.log_softmax(-1)
     transposed = {linear.name for linear in model.anatomy.linears() if linear.transposed}
     found = {}
-    for place in places_of(model.anatomy):
+    for place in uses_of(model.anatomy):
         parameter = whole.get_submodule(place.name).weight
         original = parameter.clone()
         weight = (original.T if place.name in transposed else original).float().contiguous()
@@ -61,16 +62,16 @@ def test_divergence_of_every_place_is_that_of_the_whole_model(architecture: str,
     directory = save_model(tmp_path / "model", architecture, initializer_range=0.2)
     model, ids, scratch = streaming(directory), tokens(3, 24), tmp_path / "scratch"
     scratch.mkdir()
-    measured = measure_divergence(model, places_of(model.anatomy), ids, rounded, Ledger(scratch))
+    measured = measure_divergence(model, uses_of(model.anatomy), ids, rounded, Ledger(scratch))
     expected = brute_force(directory, model, ids)
-    assert list(measured) == [place.name for place in places_of(model.anatomy)]
+    assert list(measured) == [place.name for place in uses_of(model.anatomy)]
     assert measured == pytest.approx(expected, rel=2e-5)
     assert min(measured.values()) > 1e-5
 
 
 def test_what_is_not_changed_does_not_diverge(tmp_path: Path) -> None:
     model = streaming(save_model(tmp_path / "model", "llama"))
-    places = places_of(model.anatomy)
+    places = uses_of(model.anatomy)
     same = measure_divergence(
         model, places, tokens(2, 16), lambda name, weight: weight.clone(), fresh(tmp_path)
     )
@@ -79,7 +80,7 @@ def test_what_is_not_changed_does_not_diverge(tmp_path: Path) -> None:
 
 def test_a_place_is_measured_alike_alone_and_among_others(tmp_path: Path) -> None:
     model = streaming(save_model(tmp_path / "model", "qwen2"))
-    ids, places = tokens(2, 16), places_of(model.anatomy)
+    ids, places = tokens(2, 16), uses_of(model.anatomy)
     together = measure_divergence(model, places, ids, rounded, fresh(tmp_path))
     for place in (places[0], places[3], places[-1]):
         assert measure_divergence(model, [place], ids, rounded, fresh(tmp_path)) == {
@@ -105,7 +106,7 @@ def test_divergences_far_below_float32s_rounding_are_seen(tmp_path: Path) -> Non
             generator = torch.Generator().manual_seed(len(name))
             return weight + factor * torch.randn(weight.shape, generator=generator)
 
-        return measure_divergence(model, places_of(model.anatomy), ids, perturb, fresh(tmp_path))
+        return measure_divergence(model, uses_of(model.anatomy), ids, perturb, fresh(tmp_path))
 
     large, small = nudged(1e-3), nudged(1e-4)
     assert min(small.values()) < 1e-9

@@ -42,10 +42,8 @@ from tailorbird.model.writing import write_json
 from tailorbird.plan.budget import Budget, format_size
 from tailorbird.plan.planfile import save_plan
 from tailorbird.plan.predict import Prediction
-from tailorbird.plan.scores import (
-    ScoreCache,
-    Scores,
-)
+from tailorbird.plan.score_cache import ScoreCache
+from tailorbird.plan.scores import Scores
 
 #: The spread of calibration is measured where one compression is predicted to take no longer.
 SPREAD_SECONDS = 60
@@ -115,12 +113,12 @@ def make(
 
 def compression_of(work: Work, cache: ScoreCache, codings: dict[str, Coding]) -> Compression:
     """What the pipeline is asked to do."""
-    needs_head = work.anatomy.tied and work.anatomy.embedding in codings
+    tied = work.anatomy.tied and work.anatomy.embedding in codings
     return Compression(
         codings=codings,
         method=work.recipe.method,
         ids=work.texts.calibration.ids,
-        head=cache.load_head() if needs_head else None,
+        tied=cache.load_tied() if tied else None,
         fold=work.recipe.fold,
     )
 

@@ -54,8 +54,8 @@ class Compression:
         Rounds the linears inside the blocks, and the head.
     ids : LongTensor ``[windows, length]`` or None
         Calibration tokens; None only for a method that needs none, without a fold.
-    head : LinearStatistics or None
-        Statistics of the head's input in the source, for a tied pair that is compressed.
+    tied : LinearStatistics or None
+        By which a tied pair is rounded, where it is compressed (`plan.ends`).
     fold : Awq or None
         Moves scales inside the blocks before their linears are rounded.
     """
@@ -63,7 +63,7 @@ class Compression:
     codings: dict[str, Coding]
     method: LinearMethod
     ids: torch.Tensor | None
-    head: LinearStatistics | None
+    tied: LinearStatistics | None
     fold: Awq | None = None
 
 
@@ -150,7 +150,7 @@ class Pipeline:
         if coding is None:
             tensors[f"{name}.weight"] = self.checkpoint.weights.read(f"{name}.weight")
         else:
-            statistics = self.compression.head if self.anatomy.tied else None
+            statistics = self.compression.tied
             method = self.compression.method if statistics is not None else Rtn()
             packed = method(weight, statistics, coding)
             tensors |= {f"{name}.{part}": tensor for part, tensor in packed.tensors.items()}

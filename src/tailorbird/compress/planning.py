@@ -19,17 +19,13 @@ from tailorbird.formats.packed import (
 from tailorbird.plan.allocate import allocate
 from tailorbird.plan.budget import Budget
 from tailorbird.plan.candidates import candidate_codings
+from tailorbird.plan.ends import end_errors, for_both_uses
+from tailorbird.plan.errors import measure_errors
 from tailorbird.plan.fisher import fisher_coefficients
 from tailorbird.plan.planfile import Plan
-from tailorbird.plan.scores import (
-    PlaceScore,
-    ScoreCache,
-    Scores,
-    assemble,
-    measure_coefficients,
-    measure_errors,
-    options,
-)
+from tailorbird.plan.score_cache import ScoreCache
+from tailorbird.plan.scores import PlaceScore, Scores, assemble, options
+from tailorbird.plan.sensitivity import measure_coefficients
 
 #: Parts of a job in which its scoring passes keep what they have done.
 STATISTICS, SENSITIVITY = "statistics", "sensitivity"
@@ -115,6 +111,12 @@ def score_sensitivity(work: Work, cache: ScoreCache, ledger: Ledger) -> Scores:
             coefficients = fisher_coefficients(model, ids, errors, part, work.seed, work.progress)
         else:
             coefficients = measure_coefficients(model, ids, errors, part, work.progress)
+        head = cache.load_head()
+        errors |= end_errors(model, work.recipe.method, head, coefficients, work.codings)
+        if work.anatomy.tied:
+            weight = model.end_weight(work.anatomy.head)
+            cache.save_tied(for_both_uses(work.anatomy, weight, head.whole, coefficients))
+            model.release_ends()
         content_hash = work.checkpoint.content_hash()
     scores = assemble(work.anatomy, errors, ratios, coefficients, content_hash)
     cache.save(scores)

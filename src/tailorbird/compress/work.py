@@ -45,10 +45,8 @@ from tailorbird.model.checkpoint import Checkpoint, demo_text, locate, open_chec
 from tailorbird.model.json_file import read_json
 from tailorbird.plan.budget import Budget, format_size, read_budget
 from tailorbird.plan.candidates import candidate_codings
+from tailorbird.plan.places import places_of
 from tailorbird.plan.predict import Prediction, Workload, measuring_flops, predict
-from tailorbird.plan.scores import (
-    places_of,
-)
 from tailorbird.progress import Progress, Silent
 
 SEQUENCES = 128

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +40,7 @@ def fisher_coefficients(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Nats of KL per unit of relative error for every place, from the Fisher diagonal.
+    """Nats of KL per unit of relative error for every use of a weight, from the Fisher diagonal.
 
     Parameters
     ----------
@@ -49,14 +48,14 @@ def fisher_coefficients(
         The source.
     ids : LongTensor ``[windows, length]``
     errors : dict
-        Place -> errors, with the one of `probe_rounding` under `PROBE_KEY`.
+        Use -> errors, with the one of `probe_rounding` under `PROBE_KEY`.
     ledger, seed, progress
         As `fisher_diagonals`.
 
     Returns
     -------
     dict
-        Place -> coefficient, comparable with that of `scores.measure_coefficients`.
+        Use -> coefficient, comparable with that of `sensitivity.measure_coefficients`.
     """
 
     def coefficient(name: str, weight: Tensor, diagonal: Tensor) -> float:
@@ -87,7 +86,7 @@ def fisher_diagonals(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """What `reduce` makes of the Fisher information's diagonal of every place, last block first.
+    """What `reduce` makes of the Fisher information's diagonal of every use of a weight, last first.
 
     Parameters
     ----------
@@ -95,7 +94,7 @@ def fisher_diagonals(
         The source, dense.
     ids : LongTensor ``[windows, length]``
     reduce : callable
-        Called with (place name, weight, diagonal), each float32 ``[out_features, in_features]``. The
+        Called with (name, weight, diagonal), each float32 ``[out_features, in_features]``. The
         diagonal is the mean over the tokens of `ids`; neither may be kept without a copy.
     ledger : Ledger
         Where finished blocks are marked, and the inputs of all blocks, the last hidden states and two
@@ -106,7 +105,7 @@ def fisher_diagonals(
     Returns
     -------
     dict
-        Place -> what `reduce` returned.
+        Use -> what `reduce` returned.
     """
     return _Backward(model, ids, reduce, ledger, seed).run(progress or Silent())
 
@@ -125,14 +124,12 @@ class _Backward:
         for index in range(-1, blocks):
             self.ledger.step(f"forward-{index + 1:05d}", partial(self._forward, index))
             progress.advance()
-        head = self.ledger.step("head", self._head)
-        labels = torch.tensor(head["labels"])
-        found: dict[str, float] = head["found"]
+        found: dict[str, float] = self.ledger.step("head", self._head)
         for index in reversed(range(blocks)):
-            needed = {f"input-{i}" for i in (*range(index), blocks)} | {f"gradient-{index}"}
+            needed = {f"input-{i}" for i in range(index)} | {f"gradient-{index}"}
             found |= self.ledger.step(f"block-{index:05d}", partial(self._block, index), needed)
             progress.advance()
-        found |= self.ledger.step("embedding", partial(self._embedding, labels))
+        found |= self.ledger.step("embedding", self._embedding)
         self.ledger.drop_streams(set())
         return found
 
@@ -151,35 +148,26 @@ class _Backward:
         left.close()
         return {}
 
-    def _head(self) -> dict[str, Any]:
-        """Draw labels; keep the gradients of their likelihood by the last hidden states; an untied head."""
+    def _head(self) -> dict[str, float]:
+        """Draw labels; keep the gradients of their likelihood by the last hidden states; the head."""
         model, anatomy = self.model, self.model.anatomy
         blocks = len(anatomy.blocks)
         last = self.ledger.open_stream(f"input-{blocks}", *self.shape)
         gradient = self.ledger.new_stream(f"gradient-{blocks}", *self.shape)
         weight = model.end_parameter(anatomy.head)
         generator = torch.Generator().manual_seed(self.seed)
-        labels = torch.empty(self.windows, self.length, dtype=torch.long)
-        squares = None if anatomy.tied else torch.zeros_like(weight)
+        squares = torch.zeros_like(weight)
         for window in range(self.windows):
-            hidden = last.read(window, window + 1)
-            with torch.no_grad():
-                for start, stop in position_chunks(self.length, anatomy.vocab_size):
-                    probability = model.logits(hidden[:, start:stop])[0].softmax(-1)
-                    labels[window, start:stop] = torch.multinomial(probability, 1, generator=generator)[:, 0]
-            by_weight = None if squares is None else torch.zeros_like(squares)
-            gradient.write(window, _likelihood_gradients(model, hidden, labels[window], by_weight))
-            if squares is not None and by_weight is not None:
-                squares.addcmul_(by_weight, by_weight)
+            by_hidden, by_weight = _likelihood_gradients(model, last.read(window, window + 1), generator)
+            gradient.write(window, by_hidden)
+            squares.addcmul_(by_weight, by_weight)
             del by_weight
-        found = {}
-        if squares is not None:
-            diagonal = squares.div_(labels.numel())
-            found[anatomy.head] = self.reduce(anatomy.head, weight.detach(), diagonal)
-        model.release_ends()
         last.close()
         gradient.close()
-        return {"labels": labels.tolist(), "found": found}
+        diagonal = squares.div_(self.windows * self.length)
+        found = self.reduce(anatomy.head, weight.detach(), diagonal)
+        model.release_ends()
+        return {anatomy.head: found}
 
     def _block(self, index: int) -> dict[str, float]:
         """Take the gradients back through one block; its linears."""
@@ -209,47 +197,50 @@ class _Backward:
             found[place.name] = self.reduce(place.name, model.weight_of(block, place), diagonal)
         return found
 
-    def _embedding(self, labels: Tensor) -> dict[str, float]:
-        """The embedding; the gradient of a tied pair is the sum of those of its two uses."""
+    def _embedding(self) -> dict[str, float]:
+        """The embedding, whose use as a tied head is not its own."""
         model, anatomy = self.model, self.model.anatomy
-        last = self.ledger.open_stream(f"input-{len(anatomy.blocks)}", *self.shape)
         gradient = self.ledger.open_stream("gradient-0", *self.shape)
         weight = model.end_weight(anatomy.embedding)
         squares = torch.zeros_like(weight)
         for window in range(self.windows):
-            total = model.embedding_gradient(self.ids[window : window + 1], gradient.read(window, window + 1))
-            if anatomy.tied:
-                _likelihood_gradients(model, last.read(window, window + 1), labels[window], total)
-            squares.addcmul_(total, total)
-            del total
+            by_weight = model.embedding_gradient(
+                self.ids[window : window + 1], gradient.read(window, window + 1)
+            )
+            squares.addcmul_(by_weight, by_weight)
+            del by_weight
+        gradient.close()
         found = self.reduce(anatomy.embedding, weight, squares.div_(self.ids.numel()))
         model.release_ends()
-        last.close()
-        gradient.close()
         return {anatomy.embedding: found}
 
 
 def _likelihood_gradients(
-    model: StreamingModel, hidden: Tensor, labels: Tensor, by_weight: Tensor | None
-) -> Tensor:
-    """Gradient of ``-log p(labels)`` by the last hidden states ``[1, T, hidden]``.
+    model: StreamingModel, hidden: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``-log p`` of labels that are drawn from the model, by what gives their logits.
 
-    That by the head's weight is added to `by_weight` where it is given.
+    Parameters
+    ----------
+    hidden : Tensor ``[1, T, hidden_size]``
+        The last hidden states.
+
+    Returns
+    -------
+    Tensor, Tensor
+        By `hidden` and by the head's weight.
     """
-    anatomy = model.anatomy
-    weight = model.end_parameter(anatomy.head)
-    by_hidden = torch.empty_like(hidden)
-    weight.requires_grad_(by_weight is not None)
-    for start, stop in position_chunks(hidden.shape[1], anatomy.vocab_size):
+    weight = model.end_parameter(model.anatomy.head)
+    by_hidden, by_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+    weight.requires_grad_(True)
+    for start, stop in position_chunks(hidden.shape[1], model.anatomy.vocab_size):
         with torch.enable_grad():
             part = hidden[:, start:stop].detach().requires_grad_(True)
             logits = model.logits(part)[0]
-            loss = torch.nn.functional.cross_entropy(logits, labels[start:stop], reduction="sum")
-        by_hidden[:, start:stop], *others = torch.autograd.grad(
-            loss, (part,) if by_weight is None else (part, weight)
-        )
-        if by_weight is not None:
-            by_weight += others[0]
-        del others  # it has the size of the head
+            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        by_hidden[:, start:stop], added = torch.autograd.grad(loss, (part, weight))
+        by_weight += added
+        del added  # it has the size of the head
     weight.requires_grad_(False)
-    return by_hidden
+    return by_hidden, by_weight

@@ -24,7 +24,9 @@ from tailorbird.hardware.memory import available_bytes, resident_bytes
 from tailorbird.model.anatomy import Anatomy, BlockAnatomy
 from tailorbird.model.weights import Weights
 from tailorbird.plan.budget import format_size
-from tailorbird.plan.scores import ERROR_ROWS, RATIO_ROWS, compared_linears
+from tailorbird.plan.ends import ERROR_ROWS
+from tailorbird.plan.errors import RATIO_ROWS, compared_linears
+from tailorbird.plan.places import uses_of
 
 FP32 = 4
 #: Share of the measured matmul rate that whole stages reach.
@@ -106,12 +108,14 @@ class Prediction:
 
 
 def measuring_flops(anatomy: Anatomy, tokens: int) -> float:
-    """Operations of measuring the sensitivity of every place: on average each copy runs half the blocks."""
+    """Operations of measuring the sensitivity of every use of a weight.
+
+    On average each copy runs half the blocks.
+    """
     linears = list(anatomy.linears())
-    places = len(linears) + (1 if anatomy.tied else 2)
     parameters = sum(p.in_features * p.out_features for p in linears)
     head = 2.0 * anatomy.vocab_size * anatomy.hidden_size
-    return places * (forward_flops(tokens, parameters) / 2 + tokens * head)
+    return len(uses_of(anatomy)) * (forward_flops(tokens, parameters) / 2 + tokens * head)
 
 
 def matmul_rate() -> float:
@@ -143,7 +147,8 @@ class _Sizes:
         self.widest = max(max(p.in_features, p.out_features) for p in anatomy.linears())
         widths = [{p.shares_input: p.in_features for p in block.linears} for block in anatomy.blocks]
         self.gram = FP32 * max(w * w for inputs in widths for w in inputs.values())
-        self.places = sum(len(block.linears) for block in anatomy.blocks) + (1 if anatomy.tied else 2)
+        self.uses = len(uses_of(anatomy))
+        self.head_gram = FP32 * anatomy.hidden_size**2
         self.vocabulary = anatomy.vocab_size
         end = FP32 * anatomy.vocab_size * anatomy.hidden_size
         self.end = end
@@ -219,12 +224,13 @@ def predict(work: Workload) -> Prediction:
     if work.gradients:
         sensitivity = max(4 * s.end + 4 * s.logits, 3 * s.block + int(2.5 * s.activations(sens[1])))
     else:
-        copies = s.batch(sens[0] * (1 + s.places), sens[1])
+        copies = s.batch(sens[0] * (1 + s.uses), sens[1])
         sensitivity = max(
             int(2.6 * s.end),
             2 * s.end + 4 * s.logits,
             s.block + 2 * s.linear + s.activations(copies),
         )
+    sensitivity = max(sensitivity, s.end + 6 * s.head_gram)  # the errors of the head, or the tied pair
     compress = max(
         rounding_end,
         streams * s.block + streams * s.gram + max(s.activations(s.batch(*cal)), 3 * s.gram + 3 * s.linear),
@@ -264,7 +270,7 @@ def predict(work: Workload) -> Prediction:
             "sensitivity",
             base + sensitivity,
             0,
-            hidden(sens, s.blocks + 3 if work.gradients else 2 * (1 + s.places)),
+            hidden(sens, s.blocks + 3 if work.gradients else 2 * (1 + s.uses)),
             times["sensitivity"] / rate,
         ),
         Stage(

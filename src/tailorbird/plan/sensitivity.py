@@ -14,7 +14,6 @@ read once and only one is in memory. A killed pass continues at the first unfini
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -23,24 +22,9 @@ from tailorbird.calibrate.activations import ActivationFile
 from tailorbird.calibrate.ledger import Ledger
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.evaluate.streamed import batches, position_chunks
+from tailorbird.plan.candidates import PROBE_KEY, probe_rounding
+from tailorbird.plan.places import Place, uses_of
 from tailorbird.progress import Progress, Silent
-
-
-@dataclass(frozen=True)
-class Place:
-    """A place as the sensitivity pass sees it.
-
-    Attributes
-    ----------
-    name : str
-        Module path; the embedding's for a tied pair.
-    block : int
-        Index of its block; -1 for the embedding (alone or tied), the number of blocks for the head.
-    """
-
-    name: str
-    block: int
-
 
 #: Logits that move further than this from their mean are cut there, so that float32 holds the exponential.
 LARGEST_EXPONENT = 80.0
@@ -56,17 +40,17 @@ def measure_divergence(
     ledger: Ledger,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Mean KL (nats per token) of the model's output when each place alone is perturbed.
+    """Mean KL (nats per token) of the model's output when each use of a weight alone is perturbed.
 
     Parameters
     ----------
     model : StreamingModel
         The source.
     places : sequence of Place
-        In the order of their blocks.
+        In the order of their blocks; of a tied pair each use stands for itself (`places.uses_of`).
     ids : LongTensor ``[windows, length]``
     perturb : callable
-        (place name, weight ``[out_features, in_features]`` float32) -> perturbed weight.
+        (name, weight ``[out_features, in_features]`` float32) -> perturbed weight.
     ledger : Ledger
         Where finished blocks are marked, and the hidden states of all copies lie,
         ``2 * (1 + len(places)) * windows * length * hidden_size * 4`` bytes. What is left there afterwards
@@ -75,7 +59,7 @@ def measure_divergence(
     Returns
     -------
     dict
-        Place name -> KL(source ‖ perturbed), mean over all positions of `ids`.
+        Name -> KL(source ‖ perturbed), mean over all positions of `ids`.
     """
     return _Copies(model, places, ids, perturb, ledger).measure(progress or Silent())
 
@@ -98,8 +82,8 @@ class _Copies:
         self.model, self.ids, self.perturb, self.ledger = model, ids, perturb, ledger
         self.windows, self.length = ids.shape
         self.places = places
-        blocks, tied = len(model.anatomy.blocks), model.anatomy.tied
-        self.heads = [p.name for p in places if p.block >= blocks or (p.block < 0 and tied)]
+        blocks = len(model.anatomy.blocks)
+        self.heads = [p.name for p in places if p.block >= blocks]
         branching = [p for p in places if p.block < blocks]
         self.copies = {place.name: 1 + index for index, place in enumerate(branching)}
         self.shape = self.windows * (1 + len(branching)), self.length, model.anatomy.hidden_size
@@ -214,3 +198,25 @@ def _divergence(probability: torch.Tensor, moved: torch.Tensor) -> float:
 def _boundary(index: int) -> str:
     """Name of the copies that enter block `index`."""
     return f"copies-{index}"
+
+
+@torch.no_grad()
+def measure_coefficients(
+    model: StreamingModel,
+    ids: torch.Tensor,
+    errors: dict[str, dict[str, float]],
+    ledger: Ledger,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Second pass: nats of KL per unit of relative error, for every use of a weight.
+
+    Each is rounded to `PROBE` alone and the model's KL divided by the error that the first pass found
+    for it.
+    """
+    divergence = measure_divergence(
+        model, uses_of(model.anatomy), ids, lambda name, weight: probe_rounding(weight), ledger, progress
+    )
+    return {
+        name: (kl / errors[name][PROBE_KEY] if errors[name][PROBE_KEY] > 0 else 0.0)
+        for name, kl in divergence.items()
+    }
