@@ -6,8 +6,8 @@ setup(
     ext_modules=[
         Extension(
             "tailorbird.kernels._native",
-            ["src/tailorbird/kernels/cpp/linear.cpp"],
-            depends=["src/tailorbird/kernels/cpp/linear.inc"],
+            ["src/tailorbird/kernels/cpp/library.cpp"],
+            depends=[f"src/tailorbird/kernels/cpp/{name}" for name in ("layout.h", "products.inc")],
             extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-Wno-psabi"],
             extra_link_args=["-fopenmp"],
             language="c++",

@@ -7,45 +7,53 @@
 #include <random>
 #include <vector>
 
-#include "../../src/tailorbird/kernels/cpp/linear.cpp"
+#include "../../src/tailorbird/kernels/cpp/library.cpp"
+
+using namespace tailorbird;
 
 int main(int, char** arguments) {
   std::mt19937 random(std::atoi(arguments[1]));
   const int widths[] = {2, 3, 4, 5, 6, 8};
   for (int round = 0; round < std::atoi(arguments[2]); ++round) {
     const int bits = widths[random() % 6], version = random() % (tailorbird_best_version() + 1);
-    const std::int64_t rows = 1 + random() % 70, steps = 1 + random() % 9, tokens = 1 + random() % 13;
-    const std::int64_t group_steps = 1 + random() % 4, groups = (steps + group_steps - 1) / group_steps;
-    const std::int64_t columns = steps * STEP, tiles = (rows + LANES - 1) / LANES;
+    const std::int64_t rows = 1 + random() % 70, in_features = 1 + random() % 300, tokens = 1 + random() % 29;
+    const std::int64_t steps = (in_features + STEP - 1) / STEP, columns = steps * STEP;
+    const std::int64_t group_steps = 1 + random() % 6, groups = (steps + group_steps - 1) / group_steps;
+    const std::int64_t tiles = (rows + LANES - 1) / LANES, width = (in_features * bits + 7) / 8;
+    std::vector<std::uint8_t> stored(rows * width), zeros(tiles * groups * LANES);
     std::vector<std::uint32_t> codes(tiles * steps * bits * LANES);
-    std::vector<float> scales(tiles * groups * LANES), zeros(scales.size());
-    std::vector<float> x(tokens * columns), y(tokens * rows, NAN);
-    for (auto& word : codes) word = random();
-    for (auto& scale : scales) scale = 0.5f + random() % 100 / 100.0f;
+    std::vector<std::uint16_t> scales(tiles * groups * LANES);
+    std::vector<float> x(tokens * in_features), y(tokens * rows, NAN);
+    for (auto& byte : stored) byte = random();
+    for (auto& scale : scales) scale = 0x3f00 + random() % 100;  // bfloat16 from 0.5 on
     for (auto& zero : zeros) zero = random() % (1 << bits);
     for (auto& value : x) value = random() % 2001 / 1000.0f - 1;
-    tailorbird_linear(codes.data(), scales.data(), zeros.data(), x.data(), y.data(), rows, columns, groups,
-                      group_steps * STEP, tokens, bits, 1 + random() % 3, version);
-    const int lower = bits <= 3 ? 2 : bits <= 4 ? bits : 4;
+    const bool symmetric = random() % 2, int8 = random() % 2;
+    tailorbird_lay_out(stored.data(), rows, in_features, bits, codes.data(), 1 + random() % 3);
+    const Weight weight{codes.data(), scales.data(), symmetric ? nullptr : zeros.data(), rows, in_features, columns,
+                        groups, group_steps * STEP, bits, 0};
+    tailorbird_linear(&weight, x.data(), y.data(), tokens, 0, int8, 1 + random() % 3, version);
     for (std::int64_t token = 0; token < tokens; ++token) {
       for (std::int64_t row = 0; row < rows; ++row) {
         double exact = 0, size = 0;
-        for (std::int64_t column = 0; column < columns; ++column) {
-          const std::int64_t tile = row / LANES, lane = row % LANES, group = column / (group_steps * STEP);
-          const std::uint32_t* step = &codes[(tile * steps + column / STEP) * bits * LANES];
-          auto part = [&](int first, int width) {
-            const int place = column % STEP * width;
-            return step[(first + place / 32) * LANES + lane] >> place % 32 & ((1u << width) - 1);
-          };
-          std::uint32_t code = part(0, lower);
-          if (bits > lower) code |= part(lower, bits - lower) << lower;
-          const std::int64_t at = (tile * groups + group) * LANES + lane;
-          const double term = (double(code) - zeros[at]) * scales[at] * x[token * columns + column];
-          exact += term;
-          size += std::fabs(term);
+        for (std::int64_t column = 0; column < in_features; ++column) {
+          const std::int64_t at = (row / LANES * groups + column / (group_steps * STEP)) * LANES + row % LANES;
+          int code = 0;
+          for (int bit = 0; bit < bits; ++bit) {
+            const std::int64_t place = column * bits + bit;
+            code |= (stored[row * width + place / 8] >> place % 8 & 1) << bit;
+          }
+          const std::uint32_t scale_bits = std::uint32_t(scales[at]) << 16;
+          float scale;
+          std::memcpy(&scale, &scale_bits, 4);
+          const double weighed = (double(code) - (symmetric ? 1 << (bits - 1) : zeros[at])) * scale;
+          exact += weighed * x[token * in_features + column];
+          size += std::fabs(weighed);
         }
-        if (!(std::fabs(y[token * rows + row] - exact) <= 1e-4 * size + 1e-30)) {
-          std::printf("%d bits, version %d: %g is not %g\n", bits, version, y[token * rows + row], exact);
+        // Activations lie within 1; rounded to bytes each moves by half a 127th at most.
+        if (!(std::fabs(y[token * rows + row] - exact) <= (int8 ? 0.5 / 127 + 1e-4 : 1e-4) * size + 1e-30)) {
+          std::printf("%d bits, version %d, int8 %d: %g is not %g\n", bits, version, int8, y[token * rows + row],
+                      exact);
           return 1;
         }
       }

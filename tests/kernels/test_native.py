@@ -1,4 +1,7 @@
-"""The compiled products: exact up to float32's rounding, and the same bits however rows and threads fall."""
+"""The compiled products: exact up to float32's rounding, and the same bits however rows and threads fall.
+
+With activations rounded to bytes only the sums over segments round; within one the products are integers.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from hypothesis import strategies as st
 from packed_weights import laid_out, random_packed
 from tailorbird.formats.modules import CompressedLinear
 from tailorbird.formats.packed import IntegerCoding, PackedWeight
-from tailorbird.kernels import dispatch, native
+from tailorbird.kernels import dispatch, native, reference
 from tailorbird.kernels.packing import BITS
 
 CPU = torch.device("cpu")
@@ -59,44 +62,120 @@ def test_products_are_exact_up_to_rounding(
     packed = random_packed(IntegerCoding(bits, group_size, symmetric), shape)
     x = activations(rows, shape[1])
     weight = packed.dequantize(torch.float64)
-    product = native.linear(x, layout_of(packed), version)
+    product = native.linear(x, layout_of(packed), False, version)
     # Each output is a sum of n products in float32, each of which is rounded, as is every partial sum.
     bound = (shape[1] + 4) * 2.0**-24 * (x.double().abs() @ weight.abs().t())
     assert ((product.double() - x.double() @ weight.t()).abs() <= bound).all()
 
 
 @built
-@given(bits=st.sampled_from(BITS), rows=st.integers(1, 19), version=versions)
+@given(
+    bits=st.sampled_from(BITS),
+    group_size=st.sampled_from([0, 32, 64, 96, 160, 256]),
+    symmetric=st.booleans(),
+    scale_dtype=st.sampled_from(["float16", "bfloat16"]),
+    rows=st.sampled_from([1, 2, 4, 7, 8, 13, 27]),
+    shape=st.tuples(st.sampled_from([1, 15, 16, 17, 130]), st.sampled_from([1, 31, 64, 172, 320, 4097])),
+    version=versions,
+)
+@settings(max_examples=150, deadline=None)
+def test_products_of_bytes_are_those_of_the_reference_up_to_rounding(
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    scale_dtype: str,
+    rows: int,
+    shape: tuple[int, int],
+    version: int,
+) -> None:
+    packed = random_packed(IntegerCoding(bits, group_size, symmetric, scale_dtype), shape)
+    x = activations(rows, shape[1])
+    rounded = reference.to_bytes(x, group_size).double()
+    weight = packed.dequantize(torch.float64)
+    product = native.linear(x, layout_of(packed), True, version)
+    segments = -(-shape[1] // 32) + 4  # at most so many; each one's sum, its scale and their product round
+    bound = segments * 2.0**-23 * (rounded.abs() @ weight.abs().t())
+    assert ((product.double() - rounded @ weight.t()).abs() <= bound).all()
+
+
+@built
+@given(rows=st.integers(1, 30), bits=st.sampled_from(BITS), int8=st.booleans(), version=versions)
 @settings(max_examples=40, deadline=None)
-def test_a_row_has_the_same_bits_alone_and_among_others(bits: int, rows: int, version: int) -> None:
+def test_bfloat16_results_are_those_in_float32_rounded_once(
+    rows: int, bits: int, int8: bool, version: int
+) -> None:
+    layout = layout_of(random_packed(IntegerCoding(bits, 64), (70, 200)))
+    x = activations(rows, 200).bfloat16()
+    wide = native.linear(x.float(), layout, int8, version)
+    assert torch.equal(native.linear(x, layout, int8, version), wide.bfloat16())
+
+
+@built
+@given(bits=st.sampled_from(BITS), rows=st.integers(1, 31), int8=st.booleans(), version=versions)
+@settings(max_examples=60, deadline=None)
+def test_a_row_has_the_same_bits_alone_and_among_others(
+    bits: int, rows: int, int8: bool, version: int
+) -> None:
     layout = layout_of(random_packed(IntegerCoding(bits, 64), (70, 200)))
     x = activations(rows, 200)
-    together = native.linear(x, layout, version)
-    assert all(torch.equal(native.linear(x[i : i + 1], layout, version)[0], together[i]) for i in range(rows))
+    together = native.linear(x, layout, int8, version)
+    alone = [native.linear(x[i : i + 1], layout, int8, version)[0] for i in range(rows)]
+    assert all(torch.equal(one, among) for one, among in zip(alone, together, strict=True))
 
 
 @built
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("bits", BITS)
-def test_the_number_of_threads_changes_no_bit(bits: int, threads: None) -> None:
+def test_the_number_of_threads_changes_no_bit(bits: int, int8: bool, threads: None) -> None:
     layout = layout_of(random_packed(IntegerCoding(bits, 32), (515, 1030)))
-    x = activations(5, 1030)
-    torch.set_num_threads(1)
-    alone = native.linear(x, layout)
-    for count in (2, 3):
-        torch.set_num_threads(count)
-        assert torch.equal(native.linear(x, layout), alone)
+    for rows in (5, 40):
+        x = activations(rows, 1030)
+        torch.set_num_threads(1)
+        alone = native.linear(x, layout, int8)
+        for count in (2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(native.linear(x, layout, int8), alone)
 
 
 @built
-def test_what_is_not_finite_stays_in_its_row() -> None:
+@pytest.mark.parametrize("int8", [False, True])
+def test_what_is_not_finite_stays_in_its_row(int8: bool) -> None:
     packed = random_packed(IntegerCoding(4, 64), (40, 128))
-    x = activations(3, 128)
-    clean = native.linear(x, layout_of(packed))
-    x[1, 5], x[2, 7] = float("nan"), float("inf")
-    product = native.linear(x, layout_of(packed))
+    x = activations(4, 128)
+    clean = native.linear(x, layout_of(packed), int8)
+    x[1, 5], x[2, 7], x[3, 7] = float("nan"), float("inf"), -float("inf")
+    product = native.linear(x, layout_of(packed), int8)
     assert torch.equal(product[0], clean[0])
     assert product[1].isnan().all()
-    assert not product[2].isfinite().any()
+    exact = x[2:] @ packed.dequantize().t()
+    assert torch.equal(product[2:].isnan(), exact.isnan())
+    assert torch.equal(product[2:].nan_to_num(0, 1, -1), exact.nan_to_num(0, 1, -1))
+
+
+@pytest.mark.parametrize("group_size", [0, 40, 64, 256])
+def test_bytes_lie_within_half_a_step_of_the_activations(group_size: int) -> None:
+    x = activations(5, 300) * torch.logspace(-6, 6, 300)
+    x[3] = 0
+    rounded = reference.to_bytes(x, group_size)
+    size = min(group_size or 300, 300)
+    for start in range(0, 300, size):
+        for first in range(start, min(start + size, 300), 128):
+            here = slice(first, min(first + 128, start + size, 300))
+            step = x[:, here].abs().amax(1, keepdim=True) / 127
+            assert ((rounded[:, here] - x[:, here]).abs() <= step * 0.5001).all()
+            assert ((rounded[:, here] / step.clamp(min=1e-30)).abs().amax(1) <= 127.001).all()
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_that_may_round_its_inputs_takes_the_products_of_bytes(dtype: torch.dtype) -> None:
+    packed = random_packed(IntegerCoding(4, 64), (48, 100))
+    module = CompressedLinear.from_packed(packed, rounds=True)
+    assert module.path(1, dtype) == module.path(500, dtype) == "native-int8"
+    assert CompressedLinear.from_packed(packed).path(1, dtype) != "native-int8"
+    x = activations(3, 100).to(dtype)
+    expected = reference.to_bytes(x, 64) @ packed.dequantize().t()
+    torch.testing.assert_close(module(x), expected.to(dtype))
 
 
 @built

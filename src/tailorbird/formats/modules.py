@@ -212,6 +212,8 @@ class CompressedLinear(_PackedModule, nn.Linear):
     device : torch.device or str, optional
         `meta` is possible.
     bias_dtype : torch.dtype
+    rounds : bool
+        Whether inputs may be rounded to bytes, which is faster where a path does so.
 
     Attributes
     ----------
@@ -230,8 +232,10 @@ class CompressedLinear(_PackedModule, nn.Linear):
         has_order: bool = False,
         device: torch.device | str | None = None,
         bias_dtype: torch.dtype = torch.float32,
+        rounds: bool = False,
     ) -> None:
         nn.Module.__init__(self)
+        self.rounds = rounds
         # whose stored tensors these are where tied; not a child, which would be saved a second time
         self.__dict__["_embedding"] = None
         self.in_features = in_features
@@ -246,7 +250,9 @@ class CompressedLinear(_PackedModule, nn.Linear):
         self._fast: _FastWeight | None = None
 
     @classmethod
-    def from_packed(cls, packed: PackedWeight, bias: Tensor | None = None) -> CompressedLinear:
+    def from_packed(
+        cls, packed: PackedWeight, bias: Tensor | None = None, rounds: bool = False
+    ) -> CompressedLinear:
         """A linear that holds the tensors of `packed`, without copying, and `bias` `[out_features]`."""
         if isinstance(packed.coding, FloatCoding):
             raise SettingsError(
@@ -261,6 +267,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
             bias is not None,
             "order" in packed.tensors,
             device="meta",
+            rounds=rounds,
         )
         for name, tensor in packed.tensors.items():
             setattr(module, name, tensor)
@@ -292,7 +299,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
 
     def path(self, rows: int, dtype: torch.dtype) -> str:
         """Name of the path that `rows` rows of activations of `dtype` take here."""
-        return dispatch.choose(self.coding, self.in_features, rows, dtype, self.codes.device)
+        return dispatch.choose(self.coding, self.in_features, rows, dtype, self.codes.device, self.rounds)
 
     def forward(self, input: Tensor) -> Tensor:
         """`input [..., in_features]` to `[..., out_features]`, in the dtype of `input`."""
@@ -306,7 +313,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
         path = None
         if not (input.requires_grad and torch.is_grad_enabled()):
             rows = input.numel() // self.in_features
-            path = dispatch.find(self.coding, self.in_features, rows, input.dtype, codes.device)
+            path = dispatch.find(self.coding, self.in_features, rows, input.dtype, codes.device, self.rounds)
         if path is None:
             return reference.linear(
                 input,

@@ -47,7 +47,7 @@ class Path:
         As shown in reports.
     device : str
         Device type that it runs on.
-    dtype : torch.dtype
+    dtypes : tuple of torch.dtype
         Of the activations.
     max_rows : int
         With more rows than this, dequantizing once and a dense product are faster.
@@ -63,11 +63,13 @@ class Path:
         `[rows, in_features]` to `[rows, out_features]`.
     example : tuple[int, int]
         (bits, group_size) of the small symmetric weight on which it is tried before it is used.
+    rounds : bool
+        Whether it rounds activations to bytes (`reference.to_bytes`): for linears that allow it.
     """
 
     name: str
     device: str
-    dtype: torch.dtype
+    dtypes: tuple[torch.dtype, ...]
     max_rows: int
     runs_here: Callable[[], bool]
     missing: str
@@ -75,6 +77,7 @@ class Path:
     prepare: Callable[..., Any]
     multiply: Callable[[Tensor, Any], Tensor]
     example: tuple[int, int]
+    rounds: bool = False
 
 
 def _whole_steps(coding: GroupedIntegers, in_features: int) -> bool:
@@ -90,9 +93,22 @@ def _fits_signed_bytes(coding: GroupedIntegers, in_features: int) -> bool:
 #: in order of preference
 PATHS = (
     Path(
+        name="native-int8",
+        device="cpu",
+        dtypes=(torch.bfloat16, torch.float32),
+        max_rows=1 << 30,
+        runs_here=native.available,
+        missing="tailorbird was installed without a C++ compiler",
+        serves=_whole_steps,
+        prepare=native.tiles,
+        multiply=functools.partial(native.linear, int8=True),
+        example=(3, 32),
+        rounds=True,
+    ),
+    Path(
         name="aten-int8",
         device="cpu",
-        dtype=torch.bfloat16,
+        dtypes=(torch.bfloat16,),
         max_rows=48,
         runs_here=cpu.has_vector_kernels,
         missing="this processor has neither AVX2 nor AVX-512",
@@ -104,7 +120,7 @@ PATHS = (
     Path(
         name="aten-int4",
         device="cpu",
-        dtype=torch.bfloat16,
+        dtypes=(torch.bfloat16,),
         max_rows=48,
         runs_here=cpu.has_vector_kernels,
         missing="this processor has neither AVX2 nor AVX-512",
@@ -116,7 +132,7 @@ PATHS = (
     Path(
         name="aten-int4x2",
         device="cpu",
-        dtype=torch.bfloat16,
+        dtypes=(torch.bfloat16,),
         max_rows=32,
         runs_here=cpu.has_vector_kernels,
         missing="this processor has neither AVX2 nor AVX-512",
@@ -128,7 +144,7 @@ PATHS = (
     Path(
         name="native-float",
         device="cpu",
-        dtype=torch.float32,
+        dtypes=(torch.float32,),
         max_rows=32,
         runs_here=native.available,
         missing="tailorbird was installed without a C++ compiler",
@@ -152,25 +168,34 @@ def works(path: Path) -> bool:
     codes, scales = pack_codes(values, bits), torch.ones(16, groups, dtype=torch.bfloat16)
     try:
         layout = path.prepare(codes, scales, None, bits=bits, group_size=group_size, in_features=64)
-        product = path.multiply(torch.eye(64, dtype=path.dtype), layout)
+        products = [path.multiply(torch.eye(64, dtype=dtype), layout) for dtype in path.dtypes]
     except (AttributeError, NotImplementedError, RuntimeError) as error:
         logger.warning("fast path %s doesn't run here (%s); using the exact reference", path.name, error)
         return False
     weight = dequantize(codes, scales, None, bits=bits, group_size=group_size, in_features=64)
-    if not torch.equal(product.float(), weight.t()):
+    if not all(torch.equal(product.float(), weight.t()) for product in products):
         logger.warning("fast path %s is wrong on this machine; using the exact reference", path.name)
         return False
     return True
 
 
 def find(
-    coding: GroupedIntegers, in_features: int, rows: int, dtype: torch.dtype, device: torch.device
+    coding: GroupedIntegers,
+    in_features: int,
+    rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    rounds: bool = False,
 ) -> Path | None:
-    """The fast path for `rows` rows of activations of `dtype` on `device`; None: the reference."""
+    """The fast path for `rows` rows of activations of `dtype` on `device`; None: the reference.
+
+    With `rounds` it may be one that rounds the activations to bytes.
+    """
     for path in PATHS:
         if (
             path.device == device.type
-            and path.dtype == dtype
+            and dtype in path.dtypes
+            and (rounds or not path.rounds)
             and 0 < rows <= path.max_rows
             and path.serves(coding, in_features)
             and works(path)
@@ -180,8 +205,13 @@ def find(
 
 
 def choose(
-    coding: GroupedIntegers, in_features: int, rows: int, dtype: torch.dtype, device: torch.device
+    coding: GroupedIntegers,
+    in_features: int,
+    rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    rounds: bool = False,
 ) -> str:
     """Name of the path that `rows` rows of activations take: one of `PATHS`, or `"reference"`."""
-    path = find(coding, in_features, rows, dtype, device)
+    path = find(coding, in_features, rows, dtype, device, rounds)
     return REFERENCE if path is None else path.name

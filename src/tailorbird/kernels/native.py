@@ -1,6 +1,6 @@
-"""The project's own compiled products with packed weights, if they were built: float32 in and out.
+"""The project's own compiled products with packed weights, if they were built.
 
-They run what `cpp/linear.cpp` says, through plain C functions. Without a compiler at the time of
+They run what `cpp/library.cpp` says, through plain C functions. Without a compiler at the time of
 installation they are absent, and `dispatch` does without.
 """
 
@@ -19,14 +19,20 @@ from torch import Tensor
 from tailorbird.kernels.packing import unpack_codes
 from tailorbird.kernels.reference import group_layout
 
-#: Rows of a tile, and columns of a step, of the layout that `cpp/linear.cpp` reads.
+#: Rows of a tile, and columns of a step, of the layout in `cpp/layout.h`.
 LANES, STEP = 16, 32
-#: How many bits of a code lie together, the lowest first.
-PARTS = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (4, 4)}
 #: Products of a code and an activation up to which one thread is faster than waking others.
 ONE_THREAD = 1 << 18
-#: Weights laid out at once.
-CHUNK_VALUES = 1 << 18
+
+
+class _Weight(ctypes.Structure):
+    """`Weight` of `cpp/layout.h`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros")),
+        *((name, ctypes.c_int64) for name in ("rows", "in_features", "columns", "groups", "group_columns")),
+        *((name, ctypes.c_int32) for name in ("bits", "half")),
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,24 +42,29 @@ class Tiles:
     Parameters
     ----------
     codes : Tensor[tiles, steps, bits, LANES], int32
-    scales, zeros : Tensor[tiles, groups, LANES], float32
-    bits, group_columns : int
-        Bits of a code, and columns of a group.
-    out_features, columns : int
-        Real outputs; inputs rounded up to whole steps.
+    scales : Tensor[tiles, groups, LANES], float16 or bfloat16
+    zeros : Tensor[tiles, groups, LANES], uint8, or None
+        None means symmetric.
+    out_features, in_features : int
+    described : _Weight
+        The C structure that describes them.
     """
 
     codes: Tensor
     scales: Tensor
-    zeros: Tensor
-    bits: int
-    group_columns: int
+    zeros: Tensor | None
     out_features: int
-    columns: int
+    in_features: int
+    described: _Weight
+
+    @property
+    def address(self) -> int:
+        """Where the C structure lies that describes the tensors."""
+        return ctypes.addressof(self.described)
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def library() -> Any:
     """The compiled functions, or None where they weren't built or can't be loaded."""
     folder = Path(__file__).parent
     for path in (folder / f"_native{suffix}" for suffix in EXTENSION_SUFFIXES):
@@ -61,11 +72,13 @@ def library() -> ctypes.CDLL | None:
             try:
                 found = ctypes.CDLL(str(path))
                 found.tailorbird_best_version.restype = ctypes.c_int
+                multiply, lay_out = found.tailorbird_linear, found.tailorbird_lay_out
             except (OSError, AttributeError):
                 return None
-            found.tailorbird_linear.restype = None
-            pointers, sizes, numbers = [ctypes.c_void_p] * 5, [ctypes.c_int64] * 5, [ctypes.c_int] * 3
-            found.tailorbird_linear.argtypes = [*pointers, *sizes, *numbers]
+            pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+            multiply.restype = lay_out.restype = None
+            multiply.argtypes = [pointer, pointer, pointer, size, number, number, number, number]
+            lay_out.argtypes = [pointer, size, size, number, pointer, number]
             return found
     return None
 
@@ -77,7 +90,7 @@ def available() -> bool:
 
 @functools.cache
 def best_version() -> int:
-    """Which instructions this processor has: 0 none in particular, 1 AVX2, 2 AVX-512."""
+    """Which instructions this processor has: 0 none in particular, 1 AVX2, 2 AVX-512 with VNNI."""
     found = library()
     return 0 if found is None else int(found.tailorbird_best_version())
 
@@ -97,29 +110,20 @@ def tiles(
     """
     out_features = codes.shape[0]
     groups, size = group_layout(in_features, group_size)
-    columns = -(-in_features // STEP) * STEP
-    count, steps = -(-out_features // LANES), columns // STEP
+    steps, count = -(-in_features // STEP), -(-out_features // LANES)
+    codes = codes.contiguous()
     words = torch.empty(count, steps, bits, LANES, dtype=torch.int32)
-    step = max(1, CHUNK_VALUES // (columns * LANES))
-    for start in range(0, count, step):
-        values = unpack_codes(codes[start * LANES : (start + step) * LANES], bits, in_features)
-        missing = -len(values) % LANES
-        values = torch.nn.functional.pad(values, (0, columns - in_features, 0, missing)).int()
-        values = values.view(-1, LANES, steps, STEP)
-        first, shift = 0, 0
-        for width in PARTS[bits]:
-            part = ((values >> shift) & ((1 << width) - 1)).unflatten(-1, (width, STEP // width))
-            part = part << torch.arange(0, STEP, width, dtype=torch.int32)
-            packed = part.sum(-1, dtype=torch.int32)  # bits don't overlap: their sum is their union
-            words[start : start + step, :, first : first + width] = packed.permute(0, 2, 3, 1)
-            first, shift = first + width, shift + width
-    zero = torch.full((out_features, groups), float(1 << (bits - 1)))
-    if zeros is not None:
-        zero = unpack_codes(zeros, bits, groups).float()
-    return Tiles(
-        words, _by_tile(scales.float()), _by_tile(zero), bits, columns if groups == 1 else size,
-        out_features, columns,
+    library().tailorbird_lay_out(
+        codes.data_ptr(), out_features, in_features, bits, words.data_ptr(), torch.get_num_threads()
+    )
+    by_tile = _by_tile(scales)
+    zero = None if zeros is None else _by_tile(unpack_codes(zeros, bits, groups))
+    described = _Weight(
+        words.data_ptr(), by_tile.data_ptr(), None if zero is None else zero.data_ptr(), out_features,
+        in_features, steps * STEP, groups, steps * STEP if groups == 1 else size, bits,
+        int(scales.dtype == torch.float16),
     )  # fmt: skip
+    return Tiles(words, by_tile, zero, out_features, in_features, described)
 
 
 def _by_tile(values: Tensor) -> Tensor:
@@ -128,30 +132,27 @@ def _by_tile(values: Tensor) -> Tensor:
     return padded.view(-1, LANES, values.shape[1]).transpose(1, 2).contiguous()
 
 
-def linear(x: Tensor, layout: Tiles, version: int | None = None) -> Tensor:
-    """`x [rows, in_features]` float32 times the weight: `[rows, out_features]` float32.
+def linear(x: Tensor, layout: Tiles, int8: bool = False, version: int | None = None) -> Tensor:
+    """`x [rows, in_features]` times the weight: `[rows, out_features]` in the dtype of `x`.
 
     A row has the same bits alone and among others, with any number of threads.
 
     Parameters
     ----------
-    x : Tensor[rows, in_features], float32
+    x : Tensor[rows, in_features], float32 or bfloat16
     layout : Tiles
+    int8 : bool
+        Whether `x` is first rounded to bytes (`reference.to_bytes`), for products of integers.
     version : int, optional
         Instructions to use, up to `best_version()`, which is the default.
     """
-    found: Any = library()
-    if x.shape[1] != layout.columns:
-        x = torch.nn.functional.pad(x, (0, layout.columns - x.shape[1]))
     x = x.contiguous()
     rows = x.shape[0]
-    y = torch.empty(rows, layout.out_features)
-    work = rows * layout.columns * layout.out_features
-    threads = 1 if work <= ONE_THREAD else torch.get_num_threads()
-    tensors = (layout.codes, layout.scales, layout.zeros, x, y)
-    found.tailorbird_linear(
-        *(tensor.data_ptr() for tensor in tensors),
-        layout.out_features, layout.columns, layout.scales.shape[1], layout.group_columns, rows,
-        layout.bits, threads, best_version() if version is None else version,
+    y = torch.empty(rows, layout.out_features, dtype=x.dtype)
+    work = rows * layout.in_features * layout.out_features
+    library().tailorbird_linear(
+        layout.address, x.data_ptr(), y.data_ptr(), rows, x.dtype == torch.bfloat16, int8,
+        1 if work <= ONE_THREAD else torch.get_num_threads(),
+        best_version() if version is None else version,
     )  # fmt: skip
     return y

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from tailorbird.kernels.packing import row_chunks, unpack_codes
 
+#: Activations that share a scale, at most, where they are rounded to bytes.
+SEGMENT = 128
+
 
 def group_layout(in_features: int, group_size: int) -> tuple[int, int]:
     """(groups per row, values per group); the last group may be shorter.
@@ -73,6 +76,38 @@ def dequantize(
         flat = chunk.view(-1, groups * size)[:, :in_features]
         weight[rows] = flat if position is None else flat[:, position]
     return weight
+
+
+def to_bytes(x: Tensor, group_size: int) -> Tensor:
+    """Activations as the products of integers see them: rounded to bytes, the largest of a segment at 127.
+
+    A segment is `SEGMENT` inputs of one group of the weight, the last of a group may be shorter. What isn't
+    finite makes its segment so.
+
+    Parameters
+    ----------
+    x : Tensor[..., in_features], floating point
+    group_size : int
+        Of the weight; 0 is one group per row.
+
+    Returns
+    -------
+    Tensor[..., in_features], float32
+        The bytes times their scales.
+    """
+    _, size = group_layout(x.shape[-1], group_size)
+    pieces = [segment for group in x.float().split(size, dim=-1) for segment in group.split(SEGMENT, dim=-1)]
+    return torch.cat([_as_bytes(piece) for piece in pieces], dim=-1)
+
+
+def _as_bytes(segment: Tensor) -> Tensor:
+    largest = segment.abs().amax(-1, keepdim=True)
+    infinite = largest.isinf()
+    values = torch.where(infinite, segment.isinf() * segment.sign(), segment)
+    scale = torch.where(infinite, 1.0, largest)
+    inverse = torch.where(scale < 1e-30, 0.0, 127 / scale)
+    rounded = torch.where(infinite, values, (values * inverse).round())
+    return rounded * torch.where(infinite, largest, torch.where(inverse == 0, 0.0, scale / 127))
 
 
 def linear(

@@ -24,6 +24,8 @@ from tailorbird.formats.packed import (
 
 #: value of `quant_method`, by which transformers knows whose checkpoint it is
 METHOD = "tailorbird"
+#: value of `activation` of a module whose inputs may be rounded to bytes
+INT8 = "int8"
 #: no model has a dimension, head count or block index beyond this
 _LARGEST = 1 << 31
 _REMEDY = "compress the model again, or update tailorbird"
@@ -41,6 +43,8 @@ class ModuleLayout:
     coding : Coding
     order : bool
         Whether the columns are stored in another order than that of the inputs.
+    rounds : bool
+        Whether inputs may be rounded to bytes where a fast path does so; of a tied pair those of the head.
     """
 
     out_features: int
@@ -48,8 +52,11 @@ class ModuleLayout:
     coding: Coding
     bias: bool = False
     order: bool = False
+    rounds: bool = False
 
     def __post_init__(self) -> None:
+        if self.rounds and isinstance(self.coding, FloatCoding):
+            raise _wrong(f"`activation` {INT8} with float values", "it only where values are integers")
         if self.order and isinstance(self.coding, FloatCoding):
             raise _wrong("`order` true with float values", "order only where values are integers")
 
@@ -127,6 +134,7 @@ class ModelLayout:
                     "bias": module.bias,
                     "coding": coding_to_dict(module.coding),
                     "order": module.order,
+                    **({"activation": INT8} if module.rounds else {}),
                 }
                 for name, module in self.modules.items()
             },
@@ -226,7 +234,9 @@ def _size(value: Any, where: str) -> int:
 
 def _module(value: Any, where: str) -> ModuleLayout:
     data = _mapping(value, where)
-    _check_keys(data, where, required={"out", "in", "coding"}, optional={"bias", "order"})
+    _check_keys(data, where, required={"out", "in", "coding"}, optional={"bias", "order", "activation"})
+    if data.get("activation", INT8) != INT8:
+        raise _wrong(f"`activation` of {where} is {data['activation']!r}", f"`{INT8}`, or no such key")
     try:
         coding = coding_from_dict(data["coding"])
     except CheckpointError as error:
@@ -237,6 +247,7 @@ def _module(value: Any, where: str) -> ModuleLayout:
         coding,
         _flag(data.get("bias", False), f"`bias` of {where}"),
         _flag(data.get("order", False), f"`order` of {where}"),
+        "activation" in data,
     )
 
 

@@ -144,6 +144,7 @@ def _build(old: nn.Module, layout: ModuleLayout, name: str, model: Any) -> nn.Mo
             has_order=layout.order,
             device=weight.device,
             bias_dtype=weight.dtype,
+            rounds=layout.rounds,
         )
         return _ready(new, weight.dtype)
     if tuple(weight.shape) == _stored_shape(layout, isinstance(old, Conv1D)) and layout.bias == (
@@ -228,6 +229,7 @@ def _untie(model: Any, stored_embedding: str, stored_head: str, layout: ModuleLa
         has_order=layout.order,
         device=old.weight.device,
         bias_dtype=old.weight.dtype,
+        rounds=layout.rounds,
     )
     share(table, new)
     _replace(model, head, _ready(new, old.weight.dtype))

@@ -1,0 +1,91 @@
+// How a packed weight lies in memory, and how it gets there from the stored form.
+//
+// A weight is cut into tiles of 16 rows, and a tile into steps of 32 columns. A step holds its codes in parts of 8,
+// 4, 2 or 1 bits, so that none crosses a byte: 5 bits are 4 and 1, for example, the lower ones first. Of a part of p
+// bits a row has p words of 32 bits in each step, and those of the 16 rows lie side by side: a word is a lane of a
+// vector. Word v holds the columns from 32 / p * v on; its byte j has columns j, 4 + j, 8 + j, ... of them, the first in
+// the lowest bits. So the same shift and mask bring four neighbouring columns of all rows into place at once, as the
+// instructions that multiply bytes in fours want them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+namespace tailorbird {
+
+constexpr int LANES = 16, STEP = 32, FOURS = STEP / 4;
+//: Activations that share a scale, at most; a group of the weight is cut where it is longer.
+constexpr std::int64_t LONGEST_SEGMENT = 128;
+
+struct Weight {
+  const std::uint32_t* codes;   // [tiles][steps][bits][LANES]
+  const std::uint16_t* scales;  // [tiles][groups][LANES], float16 or bfloat16
+  const std::uint8_t* zeros;    // [tiles][groups][LANES], or null: 2^(bits - 1) everywhere
+  std::int64_t rows, in_features, columns, groups, group_columns;  // columns: in_features in whole steps
+  std::int32_t bits, half;      // half: whether scales are float16
+};
+
+constexpr int part_count(int bits) { return bits == 3 || bits == 5 || bits == 6 ? 2 : 1; }
+constexpr int part_bits(int bits, int part) {
+  const int lower = part_count(bits) == 1 ? bits : bits == 3 ? 2 : 4;
+  return part == 0 ? lower : bits - lower;
+}
+
+// `width` bits of every byte.
+constexpr std::uint32_t each_byte(int width) { return 0x01010101u * ((1u << width) - 1); }
+
+inline std::uint32_t four_bytes(const void* from) {
+  std::uint32_t word;
+  std::memcpy(&word, from, 4);
+  return word;
+}
+
+inline std::int64_t tile_count(const Weight& w) { return (w.rows + LANES - 1) / LANES; }
+
+// Values that share a scale: how many columns from `column` on, which lies in the group that ends at `group_end`.
+inline std::int64_t segment_end(std::int64_t column, std::int64_t group_end) {
+  return std::min(column + LONGEST_SEGMENT, group_end);
+}
+
+inline std::int64_t segment_count(const Weight& w) {
+  const std::int64_t whole = (std::min(w.group_columns, w.columns) + LONGEST_SEGMENT - 1) / LONGEST_SEGMENT;
+  const std::int64_t last = w.columns - (w.groups - 1) * w.group_columns;
+  return (w.groups - 1) * whole + (last + LONGEST_SEGMENT - 1) / LONGEST_SEGMENT;
+}
+
+// Tiles `first` to `last` of the stored codes: rows of a bit stream each, `in_features` codes of `bits` bits.
+inline void lay_out(const std::uint8_t* stored, std::int64_t rows, std::int64_t in_features, int bits,
+                    std::uint32_t* codes, std::int64_t first, std::int64_t last) {
+  const std::int64_t width = (in_features * bits + 7) / 8, steps = (in_features + STEP - 1) / STEP;
+  const int step_bytes = STEP / 8 * bits;
+  const std::uint32_t mask = (1u << bits) - 1;
+  for (std::int64_t tile = first; tile < last; ++tile) {
+    std::uint32_t* words = codes + tile * steps * bits * LANES;
+    for (std::int64_t step = 0; step < steps; ++step, words += bits * LANES) {
+      std::memset(words, 0, 4 * bits * LANES);
+      const std::int64_t begin = step * step_bytes, here = std::min<std::int64_t>(step_bytes, width - begin);
+      const std::int64_t real = std::min<std::int64_t>(STEP, in_features - step * STEP);
+      for (int lane = 0; lane < LANES && tile * LANES + lane < rows; ++lane) {
+        std::uint8_t stream[STEP + 8] = {}, values[STEP] = {};
+        std::memcpy(stream, stored + (tile * LANES + lane) * width + begin, here);
+        for (std::int64_t i = 0; i < real; ++i) {
+          std::uint16_t both;
+          std::memcpy(&both, stream + i * bits / 8, 2);
+          values[i] = both >> i * bits % 8 & mask;
+        }
+        for (int part = 0, word = 0, shift = 0; part < part_count(bits); ++part) {
+          const int p = part_bits(bits, part), per_word = 8 / p;
+          for (int four = 0; four < FOURS; ++four) {
+            const std::uint32_t bytes = four_bytes(values + 4 * four) >> shift & each_byte(p);
+            words[(word + four / per_word) * LANES + lane] |= bytes << four % per_word * p;
+          }
+          word += p;
+          shift += p;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace tailorbird

@@ -1,0 +1,177 @@
+// Products with packed integer weights, as plain C functions; what they do for one kind of processor is in
+// products.inc, how a weight lies in memory in layout.h.
+//
+// Activations are taken as they are, in float32 arithmetic, or first rounded to bytes, one scale for each segment of at
+// most 128 inputs that share a group of the weight. A result has the same bits whatever the number of tokens or threads.
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "layout.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace tailorbird {
+
+// Tokens that go through a block of tiles together, and bytes of unpacked codes that stay in the second cache.
+constexpr int MOST_TOKENS = 12;
+constexpr std::int64_t PANEL_BYTES = 256 << 10;
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+// Where results go.
+struct Outputs {
+  void* values;  // [tokens][rows]
+  std::int64_t rows;
+  bool bfloat16;  // or float32
+};
+
+// Activations as bytes.
+struct Quantized {
+  const std::int8_t* values;  // [tokens][columns]
+  const float* scales;        // [tokens][segments]
+  const std::int32_t* sums;   // [tokens][segments], minus the sum of the bytes
+  std::int64_t tokens, segments;
+};
+
+}  // namespace tailorbird
+
+#define VERSION portable
+#define TARGET
+#define UNROLL(n)
+#include "products.inc"
+#undef VERSION
+#undef TARGET
+#undef UNROLL
+
+#if defined(__x86_64__)
+#define UNROLL(n) _Pragma("GCC unroll 16")
+#define VERSION avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#define DOT_AVX2
+#include "products.inc"
+#undef VERSION
+#undef TARGET
+#undef DOT_AVX2
+
+#define VERSION avx512
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,prefer-vector-width=512")))
+#define DOT_AVX512
+#include "products.inc"
+#undef VERSION
+#undef TARGET
+#undef DOT_AVX512
+#endif
+
+namespace tailorbird {
+
+template <typename T>
+struct Version {
+  void (*quantize)(const Weight&, const T*, std::int8_t*, float*, std::int32_t*);
+  void (*widen)(const Weight&, const T*, float*);
+  void (*int8_products)(const Weight&, const Quantized&, const Outputs&, std::int64_t, std::int64_t);
+  void (*float_products)(const Weight&, const float*, const Outputs&, std::int64_t, std::int64_t, std::int64_t);
+};
+
+template <typename T>
+Version<T> version_of(int version) {
+#if defined(__x86_64__)
+  if (version == 1) return {avx2::quantize<T>, avx2::widen<T>, avx2::int8_products_of, avx2::float_products_of};
+  if (version == 2) {
+    return {avx512::quantize<T>, avx512::widen<T>, avx512::int8_products_of, avx512::float_products_of};
+  }
+#endif
+  return {portable::quantize<T>, portable::widen<T>, portable::int8_products_of, portable::float_products_of};
+}
+
+// Memory that a thread keeps from call to call.
+struct Workspace {
+  std::vector<std::int8_t> values;
+  std::vector<float> floats;
+  std::vector<std::int32_t> sums;
+};
+
+template <typename T>
+void multiply(const Weight& w, const T* x, const Outputs& y, std::int64_t tokens, bool int8, int threads, int version) {
+  thread_local Workspace space;
+  const Version<T> run = version_of<T>(version);
+  const std::int64_t segments = segment_count(w), tiles = tile_count(w);
+  if (int8) {
+    if (std::int64_t(space.values.size()) < tokens * w.columns) space.values.resize(tokens * w.columns);
+    if (std::int64_t(space.sums.size()) < tokens * segments) space.sums.resize(tokens * segments);
+  }
+  const std::int64_t floats = tokens * (int8 ? segments : w.columns);
+  if (std::int64_t(space.floats.size()) < floats) space.floats.resize(floats);
+  std::int8_t* values = space.values.data();
+  float* wide = space.floats.data();
+  std::int32_t* sums = space.sums.data();
+  auto prepare = [&](std::int64_t t) {
+    if (int8) {
+      run.quantize(w, x + t * w.in_features, values + t * w.columns, wide + t * segments, sums + t * segments);
+    } else {
+      run.widen(w, x + t * w.in_features, wide + t * w.columns);
+    }
+  };
+  if (tokens < 4 * threads || threads == 1) {
+    for (std::int64_t t = 0; t < tokens; ++t) prepare(t);
+  } else {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (std::int64_t t = 0; t < tokens; ++t) prepare(t);
+  }
+  const Quantized q{values, wide, sums, tokens, segments};
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int part = 0; part < threads; ++part) {
+    const std::int64_t first = tiles * part / threads, last = tiles * (part + 1) / threads;
+    if (int8) {
+      run.int8_products(w, q, y, first, last);
+    } else {
+      run.float_products(w, wide, y, tokens, first, last);
+    }
+  }
+}
+
+}  // namespace tailorbird
+
+extern "C" {
+
+// The best version that this processor runs: 0 portable, 1 AVX2, 2 AVX-512 with VNNI.
+int tailorbird_best_version() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
+    return 2;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+  return 0;
+}
+
+// Stored codes [rows][ceil(in_features * bits / 8)] into the layout of layout.h.
+void tailorbird_lay_out(const void* stored, std::int64_t rows, std::int64_t in_features, int bits, void* codes,
+                        int threads) {
+  const std::int64_t tiles = (rows + tailorbird::LANES - 1) / tailorbird::LANES;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int part = 0; part < threads; ++part) {
+    tailorbird::lay_out(static_cast<const std::uint8_t*>(stored), rows, in_features, bits,
+                        static_cast<std::uint32_t*>(codes), tiles * part / threads, tiles * (part + 1) / threads);
+  }
+}
+
+// y[tokens][rows] = x[tokens][in_features] times the weight; both float32, or both bfloat16.
+void tailorbird_linear(const void* weight, const void* x, void* y, std::int64_t tokens, int bfloat16, int int8,
+                       int threads, int version) {
+  const tailorbird::Weight& w = *static_cast<const tailorbird::Weight*>(weight);
+  const tailorbird::Outputs out{y, w.rows, bfloat16 != 0};
+  if (bfloat16) {
+    tailorbird::multiply(w, static_cast<const tailorbird::BFloat16*>(x), out, tokens, int8, threads, version);
+  } else {
+    tailorbird::multiply(w, static_cast<const float*>(x), out, tokens, int8, threads, version);
+  }
+}
+
+}  // extern "C"
