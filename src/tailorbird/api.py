@@ -200,11 +200,16 @@ def compress(
         model, parsed, calibration=calibration, evaluation=evaluation, sequences=sequences,
         length=length, context=None, target=None, seed=seed, progress=progress,
     )  # fmt: skip
-    codings = (
-        planning.codings_of_plan(work, chosen) if chosen is not None else planning.codings_of_recipe(work)
-    )
+    what: dict[str, Any] = {}
+    if chosen is not None:
+        codings = planning.codings_of_plan(work, chosen)
+        work.rounded_inputs = frozenset(p.name for p in chosen.places if p.activation is not None)
+        what["rounded_inputs"] = sorted(work.rounded_inputs)
+    else:
+        codings = planning.codings_of_recipe(work)
     work_module.narrow(work, codings.values())
-    job, prediction = _begin(work, Path(output), {"codings": planning.describe(codings)}, resume)
+    what["codings"] = planning.describe(codings)
+    job, prediction = _begin(work, Path(output), what, resume)
     with job:
         scores, cache = planning.score(work, job)
         result, accepted = fitting.make(

@@ -29,6 +29,7 @@ from tailorbird.model.weights import Weights
 from tailorbird.model.writing import write_tensors
 from tailorbird.plan.planfile import load_plan
 from tailorbird.plan.score_cache import ScoreCache
+from tailorbird.plan.scores import Scores
 from tailorbird.progress import Silent
 from tiny import save_model
 
@@ -44,6 +45,8 @@ FOLDED = {
 }
 #: as many value heads as heads, so that values fold into the output projection
 EQUAL_HEADS = {"num_key_value_heads": 4}
+
+NO_SCORES = Scores((), {}, "")
 
 
 @dataclass
@@ -90,7 +93,8 @@ def make(folder: Path, recipe: Recipe, output: str = "out") -> Made:
     codings = planning.codings_of_recipe(work)
     job = Job(folder / output, {"test": 1})
     try:
-        measured = fit.compress_into(work, job, ScoreCache({}), codings)
+        compression = fit.compression_of(work, NO_SCORES, ScoreCache({}), codings)
+        measured = fit.compress_into(work, job, compression)
     finally:
         job.close()
     return Made(work, job.partial, codings, fit.recorded_rows(job), measured, job.work / "streams")

@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import tailorbird
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.compress.result import FitResult
 from tailorbird.errors import GateRefused
+from tailorbird.formats.modules import CompressedLinear
 from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.weights import Weights
@@ -145,6 +147,29 @@ def test_its_plan_makes_the_same_bytes(fitted: Fitted, tmp_path: Path) -> None:
         plan=fitted.directory / "plan.yaml", calibration=str(fitted.text),
     )  # fmt: skip
     assert digests(Path(result.output)) == digests(fitted.directory)
+
+
+def test_what_the_plan_says_of_inputs_is_what_the_loaded_linears_do(fitted: Fitted, tmp_path: Path) -> None:
+    def rounding(directory: Path) -> set[str]:
+        model = tailorbird.load(directory)
+        return {n for n, m in model.named_modules() if isinstance(m, CompressedLinear) and m.rounds}
+
+    plan = load_plan(fitted.directory / "plan.yaml")
+    source = read_anatomy(open_checkpoint(str(fitted.source)))
+    head = {source.embedding: source.head} if source.tied else {}
+    stated = {head.get(place.name, place.name) for place in plan.places if place.activation == "int8"}
+    assert stated
+    assert rounding(fitted.directory) == stated
+    kept = next(place.name for place in plan.places if place.activation and place.block is not None)
+    edited = yaml.safe_load((fitted.directory / "plan.yaml").read_text())
+    for place in edited["places"]:
+        place["activation"] = "int8" if place["name"] == kept else None
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(edited))
+    measured(
+        tailorbird.compress, str(fitted.source), tmp_path / "out",
+        plan=tmp_path / "plan.yaml", calibration=str(fitted.text),
+    )  # fmt: skip
+    assert rounding(tmp_path / "out") == {kept}
 
 
 def test_another_budget_is_solved_without_reading_the_model_again(fitted: Fitted, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         codings = planning.codings_of_recipe(work)
         job = Job(folder / "out", {"test": 1})
         scores, cache = planning.score(work, job)
-        fit.compress_into(work, job, cache, codings)
+        fit.compress_into(work, job, fit.compression_of(work, scores, cache, codings))
         predicted = sum(p["kl"] for p in planning.predicted_losses(work, scores, codings).values())
     return Made(work, job.partial, codings, fit.recorded_rows(job), predicted, job.work / "streams")
 

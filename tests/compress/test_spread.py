@@ -15,6 +15,7 @@ from tailorbird.compress.job import Job
 from tailorbird.compress.recipe import parse_recipe
 from tailorbird.compress.spread import calibration_spread
 from tailorbird.plan.score_cache import ScoreCache
+from tailorbird.plan.scores import Scores
 from tailorbird.progress import Silent
 from tiny import save_model
 
@@ -30,7 +31,9 @@ def spread(folder: Path, recipe: str, job: Job | None = None, windows: int = 8) 
         str(model), parse_recipe(recipe), calibration=str(folder / "text.jsonl"), evaluation=None,
         sequences=8, length=32, context=None, target=None, seed=0, progress=None,
     )  # fmt: skip
-    compression = fit.compression_of(work, ScoreCache({}), planning.codings_of_recipe(work))
+    compression = fit.compression_of(
+        work, Scores((), {}, ""), ScoreCache({}), planning.codings_of_recipe(work)
+    )
     assert compression.ids is not None
     compression = replace(compression, ids=compression.ids[:windows])
     job = job or Job(folder / f"out-{recipe}-{windows}", {"recipe": recipe})

@@ -20,7 +20,7 @@ from tailorbird.compress.gate import Verdict, examine
 from tailorbird.compress.job import Job
 from tailorbird.compress.manifest import plan_of, report_data
 from tailorbird.compress.pipeline import Compression, Pipeline
-from tailorbird.compress.planning import chosen, describe, predicted_losses
+from tailorbird.compress.planning import chosen, describe, predicted_losses, with_rounded_inputs
 from tailorbird.compress.result import DryRun, FitResult
 from tailorbird.compress.spread import calibration_spread
 from tailorbird.compress.stage import Stage
@@ -95,14 +95,15 @@ def make(
             "the source as it was when its scores were taken",
             f"remove {cache.directory} to measure it again",
         )
-    measured = compress_into(work, job, cache, codings)
+    compression = compression_of(work, scores, cache, codings)
+    measured = compress_into(work, job, compression)
     predicted = predicted_losses(work, scores, codings)
     predicted_kl = sum(p["kl"] for p in predicted.values())
     verdict = check(work, job, codings, predicted_kl, limits)
-    spread = spread_of(work, job, cache, codings, prediction) if measure_spread else None
+    spread = spread_of(work, job, compression, prediction) if measure_spread else None
     result = summarize(work, job, verdict, budget, predicted_kl, prediction)
     folds = read_folds(job.partial, work.anatomy)
-    plan = plan_of(work, scores, codings, budget, predicted, measured, result, folds)
+    plan = plan_of(work, scores, compression, budget, predicted, measured, result, folds)
     save_plan(plan, job.partial / "plan.yaml")
     write_json(
         job.partial / "report.json",
@@ -111,7 +112,7 @@ def make(
     return result, verdict.passed
 
 
-def compression_of(work: Work, cache: ScoreCache, codings: dict[str, Coding]) -> Compression:
+def compression_of(work: Work, scores: Scores, cache: ScoreCache, codings: dict[str, Coding]) -> Compression:
     """What the pipeline is asked to do."""
     tied = work.anatomy.tied and work.anatomy.embedding in codings
     return Compression(
@@ -120,12 +121,11 @@ def compression_of(work: Work, cache: ScoreCache, codings: dict[str, Coding]) ->
         ids=work.texts.calibration.ids,
         tied=cache.load_tied() if tied else None,
         fold=work.recipe.fold,
+        rounded_inputs=with_rounded_inputs(work, scores, codings),
     )
 
 
-def spread_of(
-    work: Work, job: Job, cache: ScoreCache, codings: dict[str, Coding], prediction: Prediction
-) -> float | None:
+def spread_of(work: Work, job: Job, compression: Compression, prediction: Prediction) -> float | None:
     """How far two halves of the calibration text lead apart; None, with a remark, where it takes too long."""
     seconds = next(stage.seconds for stage in prediction.stages if stage.name == "compress")
     if seconds > SPREAD_SECONDS:
@@ -134,17 +134,13 @@ def spread_of(
             f"{2 * seconds / 60:.0f} minutes"
         )
         return None
-    compression = compression_of(work, cache, codings)
     return calibration_spread(
         job, work.checkpoint, work.anatomy, compression, work.texts.held_out.ids, work.progress
     )
 
 
-def compress_into(
-    work: Work, job: Job, cache: ScoreCache, codings: dict[str, Coding]
-) -> dict[str, dict[str, float]]:
+def compress_into(work: Work, job: Job, compression: Compression) -> dict[str, dict[str, float]]:
     """Run the pipeline into `job`; returns the errors measured at each place."""
-    compression = compression_of(work, cache, codings)
     model = StreamingModel(work.checkpoint, work.anatomy)
     with Stage(work, "compress", len(work.anatomy.blocks) + 1):
         measured = Pipeline(job, work.checkpoint, model, compression, work.progress).run()
@@ -230,7 +226,7 @@ def measure_frontier(
             smaller = replace(budget, total_bytes=size + budget.kv_bytes)
             codings = chosen(work, job, scores, smaller, f"frontier-{index}-plan")
             inner = Job(job.work / f"frontier-{index}", record_of(work, {"codings": describe(codings)}))
-            compress_into(work, inner, cache, codings)
+            compress_into(work, inner, compression_of(work, scores, cache, codings))
             work.progress.stage(f"point {index + 1} of {len(FRONTIER)}", len(work.anatomy.blocks) + 1)
             result = open_checkpoint(str(inner.partial))
             quality = measure_quality(

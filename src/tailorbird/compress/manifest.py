@@ -11,15 +11,16 @@ from tailorbird.calibrate.text import (
     Windows,
 )
 from tailorbird.compress.folds import FOLDS_FILE, BlockFolds
+from tailorbird.compress.pipeline import Compression
 from tailorbird.compress.result import FitResult
 from tailorbird.compress.work import Work, machine, record_of
 from tailorbird.evaluate.quality import Quality
 from tailorbird.formats.packed import (
-    Coding,
     FloatCoding,
     coding_to_dict,
     stored_bytes,
 )
+from tailorbird.model.layout import INT8
 from tailorbird.plan.budget import Budget
 from tailorbird.plan.planfile import Plan
 from tailorbird.plan.predict import Prediction
@@ -29,7 +30,7 @@ from tailorbird.plan.scores import PlaceScore, Scores
 def plan_of(
     work: Work,
     scores: Scores,
-    codings: dict[str, Coding],
+    compression: Compression,
     budget: Budget | None,
     predicted: dict[str, dict[str, float]],
     measured: dict[str, dict[str, float]],
@@ -51,7 +52,7 @@ def plan_of(
 
     places = []
     for place in scores.places:
-        coding = codings.get(place.name)
+        coding = compression.codings.get(place.name)
         if coding is None:
             dtype = work.checkpoint.weights.info(f"{place.name}.weight").dtype
             coding = FloatCoding(str(dtype).removeprefix("torch."))
@@ -62,6 +63,7 @@ def plan_of(
                 "block": block_of(work, place),
                 "shape": list(place.shape),
                 "coding": coding_to_dict(coding),
+                "activation": INT8 if place.name in compression.rounded_inputs else None,
                 "bytes": stored_bytes(coding, *place.shape),
                 "predicted": predicted.get(place.name),
                 "measured": measured.get(place.name),

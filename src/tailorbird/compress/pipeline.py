@@ -34,6 +34,7 @@ from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.model.anatomy import Anatomy, BlockAnatomy, LinearPlace
 from tailorbird.model.checkpoint import Checkpoint
 from tailorbird.model.json_file import read_json
+from tailorbird.model.layout import INT8
 from tailorbird.model.outline import Reached
 from tailorbird.model.weights import Weights
 from tailorbird.model.writing import write_json, write_tensors
@@ -58,6 +59,8 @@ class Compression:
         By which a tied pair is rounded, where it is compressed (`plan.ends`).
     fold : Awq or None
         Moves scales inside the blocks before their linears are rounded.
+    rounded_inputs : frozenset of str
+        Places whose inputs may be rounded to bytes by those who run the result.
     """
 
     codings: dict[str, Coding]
@@ -65,6 +68,7 @@ class Compression:
     ids: torch.Tensor | None
     tied: LinearStatistics | None
     fold: Awq | None = None
+    rounded_inputs: frozenset[str] = frozenset()
 
 
 def file_count(anatomy: Anatomy) -> int:
@@ -347,7 +351,9 @@ class Pipeline:
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
         )
         config = read_json(self.checkpoint.directory / "config.json")
-        config["quantization_config"] = quantization_config(self.anatomy, self.compression.codings)
+        config["quantization_config"] = quantization_config(
+            self.anatomy, self.compression.codings, self.compression.rounded_inputs
+        )
         write_json(self.job.partial / "config.json", config)
 
 
@@ -359,7 +365,9 @@ def sharing_input(places: list[LinearPlace]) -> list[list[LinearPlace]]:
     return list(groups.values())
 
 
-def quantization_config(anatomy: Anatomy, codings: dict[str, Coding]) -> dict[str, Any]:
+def quantization_config(
+    anatomy: Anatomy, codings: dict[str, Coding], rounded_inputs: frozenset[str]
+) -> dict[str, Any]:
     """The entry of ``config.json`` by which the result is loaded; see ``docs/formats.md``."""
     modules: dict[str, Any] = {}
     for place in anatomy.linears():
@@ -377,6 +385,8 @@ def quantization_config(anatomy: Anatomy, codings: dict[str, Coding]) -> dict[st
                 "out": out_features, "in": in_features, "bias": False,
                 "coding": coding_to_dict(coding), "order": False,
             }  # fmt: skip
+    for name in modules.keys() & rounded_inputs:
+        modules[name]["activation"] = INT8
     return {
         "quant_method": "tailorbird",
         "schema": 1,

@@ -22,6 +22,7 @@ from tailorbird.plan.candidates import candidate_codings
 from tailorbird.plan.ends import end_errors, for_both_uses
 from tailorbird.plan.errors import measure_errors
 from tailorbird.plan.fisher import fisher_coefficients
+from tailorbird.plan.inputs import input_cost, rounded_inputs
 from tailorbird.plan.planfile import Plan
 from tailorbird.plan.score_cache import ScoreCache
 from tailorbird.plan.scores import PlaceScore, Scores, assemble, options
@@ -112,7 +113,8 @@ def score_sensitivity(work: Work, cache: ScoreCache, ledger: Ledger) -> Scores:
         else:
             coefficients = measure_coefficients(model, ids, errors, part, work.progress)
         head = cache.load_head()
-        errors |= end_errors(model, work.recipe.method, head, coefficients, work.codings)
+        for use, found in end_errors(model, work.recipe.method, head, coefficients, work.codings).items():
+            errors[use] |= found
         if work.anatomy.tied:
             weight = model.end_weight(work.anatomy.head)
             cache.save_tied(for_both_uses(work.anatomy, weight, head.whole, coefficients))
@@ -149,15 +151,32 @@ def together_for(target: str | None, place: PlaceScore) -> str | None:
     return None
 
 
+def with_rounded_inputs(work: Work, scores: Scores, codings: dict[str, Coding]) -> frozenset[str]:
+    """Places whose inputs may be rounded to bytes: those that an edited plan states, else the cheapest."""
+    if work.rounded_inputs is not None:
+        return work.rounded_inputs & codings.keys()
+    predicted = sum(
+        place.coefficient * scores.predicted_error(place, codings[place.name])
+        for place in scores.places
+        if place.name in codings
+    )
+    return rounded_inputs(scores, codings, predicted)
+
+
 def predicted_losses(work: Work, scores: Scores, codings: dict[str, Coding]) -> dict[str, dict[str, float]]:
-    """Place -> predicted relative error and KL under `codings`; places left as stored cost nothing."""
+    """Place -> predicted relative error of its weight, and KL of that and of rounded inputs.
+
+    Places left as stored cost nothing.
+    """
     result = {}
+    costs, rounded = input_cost(scores, codings), with_rounded_inputs(work, scores, codings)
     for place in scores.places:
         coding = codings.get(place.name)
         if coding is None:
             continue
         error = scores.predicted_error(place, coding)
-        result[place.name] = {"error": error, "kl": place.coefficient * error}
+        cost = costs[place.name] if place.name in rounded else 0.0
+        result[place.name] = {"error": error, "kl": place.coefficient * error + cost}
     return result
 
 

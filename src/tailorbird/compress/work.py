@@ -103,6 +103,8 @@ class Work:
         Those whose errors are measured; the planner's candidates.
     sensitivity_tokens : int
         Calibration tokens on which sensitivity is measured.
+    rounded_inputs : frozenset of str or None
+        Places whose inputs may be rounded to bytes, where a plan states them.
     stages : list of dict
         What each stage took so far.
     ledger : Ledger or None
@@ -120,6 +122,7 @@ class Work:
     progress: Progress
     codings: tuple[Coding, ...] = ()
     sensitivity_tokens: int = SENSITIVITY_TOKENS
+    rounded_inputs: frozenset[str] | None = None
     stages: list[dict[str, Any]] = field(default_factory=list)
     ledger: Ledger | None = None
 

@@ -72,7 +72,7 @@ def end_errors(
     Returns
     -------
     dict
-        Use -> label of a coding -> relative output error.
+        Use -> label of a coding -> relative output error, to be merged with what is known of the use.
     """
     anatomy = model.anatomy
     sample = sample_rows(model.end_weight(anatomy.head), ERROR_ROWS).clone()

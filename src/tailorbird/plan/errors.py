@@ -18,11 +18,12 @@ from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.evaluate.streamed import batches, embed_windows
 from tailorbird.formats.packed import Coding, IntegerCoding
 from tailorbird.linear import LinearMethod
-from tailorbird.linear.error import output_error
+from tailorbird.linear.error import output_error, row_energies
 from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.model.anatomy import Anatomy, BlockAnatomy
 from tailorbird.plan.candidates import distinct, geometric_mean, rounding_errors, sample_rows, spread
 from tailorbird.plan.ends import ERROR_ROWS, HeadStatistics, without
+from tailorbird.plan.inputs import InputErrors
 from tailorbird.progress import Progress, Silent
 
 #: Linears on which the method's error is compared with that of rounding to nearest.
@@ -60,6 +61,7 @@ def measure_errors(
     errors : dict
         Use -> label of a coding -> relative output error of rounding to nearest. For the head and a tied
         embedding only that of the probe: `ends.end_errors` measures the rest once coefficients are known.
+        Under `inputs.input_key` the error of rounding the place's inputs to bytes.
     ratios : dict
         Label of a coding -> error of `method` divided by that of rounding, geometric mean.
     head : HeadStatistics
@@ -126,6 +128,7 @@ class _ErrorPass:
             for linear in anatomy.linears
             if linear.name in self.compared and len(self.ids) > 1
         }
+        rounding = {key: InputErrors(width, self.codings) for key, width in widths.items()}
         before = self.ledger.open_stream(_boundary(index), *self.shape)
         after = self.ledger.new_stream(_boundary(index + 1), *self.shape)
         for start, stop in batches(*self.ids.shape):
@@ -133,6 +136,7 @@ class _ErrorPass:
 
             def add(key: str, x: torch.Tensor, judging: list[int] = judging, n: int = stop - start) -> None:
                 grams[key].add(x)
+                rounding[key].add(x)
                 if key in judges and judging:
                     judges[key].add(x.reshape(n, -1, x.shape[-1])[judging])
 
@@ -143,8 +147,10 @@ class _ErrorPass:
             statistics = grams.pop(key).finish()
             fellows = [linear for linear in anatomy.linears if linear.shares_input == key]
             for linear in fellows:
-                weight = model.weight_of(block, linear)
-                errors[linear.name] = rounding_errors(weight, statistics, self.codings, ERROR_ROWS)
+                sample = sample_rows(model.weight_of(block, linear), ERROR_ROWS)
+                errors[linear.name] = rounding_errors(sample, statistics, self.codings, ERROR_ROWS)
+                energy = float(row_energies(sample, statistics.gram).sum())
+                errors[linear.name] |= rounding[key].errors(sample, energy)
             judge = judges.pop(key).finish() if key in judges else None
             if judge is not None:
                 statistics = without(statistics, judge)
@@ -183,16 +189,20 @@ class _ErrorPass:
         """The probe's error at the head, and the statistics of its input."""
         model, windows = self.model, len(self.ids)
         whole, judge = GramAccumulator(model.head_width), GramAccumulator(model.head_width)
+        rounding = InputErrors(model.head_width, self.codings)
         stream = self.ledger.open_stream(_boundary(len(model.anatomy.blocks)), *self.shape)
         for start, stop in batches(*self.ids.shape):
             x = model.head_input(stream.read(start, stop))
             whole.add(x)
+            rounding.add(x)
             judging = [window - start for window in range(start, stop) if _judges(window, windows)]
             if judging:
                 judge.add(x[judging])
         stream.close()
         statistics = HeadStatistics(whole.finish(), judge.finish() if windows > 1 else None)
-        errors = rounding_errors(model.end_weight(model.anatomy.head), statistics.whole, (), ERROR_ROWS)
+        sample = sample_rows(model.end_weight(model.anatomy.head), ERROR_ROWS)
+        errors = rounding_errors(sample, statistics.whole, (), ERROR_ROWS)
+        errors |= rounding.errors(sample, float(row_energies(sample, statistics.whole.gram).sum()))
         model.release_ends()
         return errors, statistics
 

@@ -90,6 +90,8 @@ class Place(_Section):
     bytes : int
         Of the stored tensors. Counted anew from shape and coding; where that shows that the coding was
         edited, what was predicted and measured for the former one is dropped.
+    activation : {"int8", None}
+        Whether the inputs may be rounded to bytes where that is faster.
     predicted, measured : Costs
     """
 
@@ -99,6 +101,7 @@ class Place(_Section):
     shape: Annotated[tuple[Dimension, Dimension], Strict(False)] | None = None
     coding: Annotated[IntegerEntry | FloatEntry, Field(discriminator="kind")]
     bytes: Count | None = None
+    activation: Literal["int8"] | None = None
     predicted: Costs | None = None
     measured: Costs | None = None
 

@@ -17,7 +17,7 @@ from tailorbird.model.writing import write_json, write_tensors
 from tailorbird.plan.ends import HeadStatistics
 from tailorbird.plan.scores import PlaceScore, Scores
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 class ScoreCache:

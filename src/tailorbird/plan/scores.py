@@ -28,7 +28,8 @@ class PlaceScore:
     shape : tuple of int
         ``(out_features, in_features)``.
     errors : dict
-        Label of a coding -> relative output error of rounding to nearest, or of the plan's method if `own`.
+        Label of a coding -> relative output error of rounding to nearest, or of the plan's method if `own`;
+        `inputs.input_key` of a group size -> that of rounding the inputs to bytes.
     coefficient : float
         Nats per token of KL per unit of relative error.
     own : bool
@@ -102,8 +103,8 @@ def assemble(
         cost = sum(coefficients[use] for use in uses)
         shares = {use: coefficients[use] / cost if cost > 0 else 0.5 for use in uses}
         errors[anatomy.embedding] = {
-            label: sum(share * errors[use][label] for use, share in shares.items())
-            for label in errors[anatomy.embedding]
+            label: sum(share * errors[use].get(label, 0.0) for use, share in shares.items())
+            for label in errors[anatomy.head]
         }
         coefficients[anatomy.embedding] = cost
     scores = []

@@ -1,0 +1,98 @@
+"""What it costs to round the inputs of a linear to bytes, and which linears may do so.
+
+Products of integers are the fastest there are on many processors, but they take the activations as bytes
+too (`kernels.reference.to_bytes`). Rounding errors of different inputs are all but independent, so the
+error that reaches the output is the sum of what each input contributes: its mean squared rounding error
+times the squared norm of its column. It is measured beside the Gram matrices, and priced like any other
+error of the place. The cheapest linears come first, as long as all of them together cost little beside
+what the coding of the weights costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tailorbird.formats.packed import Coding, IntegerCoding
+from tailorbird.kernels.reference import to_bytes
+from tailorbird.plan.scores import Scores
+
+#: Tokens on which the rounding of inputs is measured.
+TOKENS = 4096
+#: What rounded inputs may add to the model's KL: a share of what the weights cost, or so many nats per token.
+SHARE, LEAST_KL = 0.1, 5e-4
+
+
+def input_key(group_size: int) -> str:
+    """Where a place's errors hold that of rounding its inputs, when its weight has such groups."""
+    return f"inputs g{group_size}"
+
+
+class InputErrors:
+    """Mean squared errors of rounding the inputs of one linear, or of several that read the same tensor.
+
+    Parameters
+    ----------
+    in_features : int
+    codings : sequence of Coding
+        Inputs share a scale where weights do, so the error depends on the group sizes of these.
+    """
+
+    def __init__(self, in_features: int, codings: Sequence[Coding]) -> None:
+        groups = sorted({coding.group_size for coding in codings if isinstance(coding, IntegerCoding)})
+        self.sums = {group: torch.zeros(in_features, dtype=torch.float64) for group in groups}
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add the inputs ``[..., in_features]`` of some tokens, until there are `TOKENS`."""
+        rows = x.reshape(-1, x.shape[-1])[: max(0, TOKENS - self.tokens)].float()
+        for group, total in self.sums.items():
+            total += (to_bytes(rows, group) - rows).square().sum(0, dtype=torch.float64)
+        self.tokens += len(rows)
+
+    def errors(self, weight: Tensor, energy: float) -> dict[str, float]:
+        """`input_key` of each group size -> relative output error.
+
+        Parameters
+        ----------
+        weight : Tensor, float32 ``[rows, in_features]``
+            Of the linear; a sample of rows will do.
+        energy : float
+            Mean squared output of these rows together, ``tr(W H Wᵀ)``.
+        """
+        norms = weight.square().sum(0, dtype=torch.float64)
+        return {
+            input_key(group): float(total @ norms) / self.tokens / energy if energy > 0 else 0.0
+            for group, total in self.sums.items()
+        }
+
+
+def input_cost(scores: Scores, codings: Mapping[str, Coding]) -> dict[str, float]:
+    """Place -> nats of KL that rounding its inputs to bytes adds, where its weight holds integers."""
+    costs = {}
+    for place in scores.places:
+        coding = codings.get(place.name)
+        if isinstance(coding, IntegerCoding) and input_key(coding.group_size) in place.errors:
+            costs[place.name] = place.coefficient * place.errors[input_key(coding.group_size)]
+    return costs
+
+
+def rounded_inputs(scores: Scores, codings: Mapping[str, Coding], predicted_kl: float) -> frozenset[str]:
+    """Places whose inputs may be rounded to bytes; the rest takes a finer path.
+
+    Parameters
+    ----------
+    codings : mapping
+        Place -> coding of its weight.
+    predicted_kl : float
+        What these are predicted to cost, nats per token.
+    """
+    allowed, chosen = max(SHARE * predicted_kl, LEAST_KL), set()
+    for name, cost in sorted(input_cost(scores, codings).items(), key=lambda item: item[1]):
+        if cost > allowed:
+            break
+        allowed -= cost
+        chosen.add(name)
+    return frozenset(chosen)
