@@ -3,7 +3,8 @@
 For each model: round-to-nearest and second-order rounding at 2, 3, 4 and 8 bits, uniform over all
 linears (groups of 32, 64 and 128; embedding and head at 16 bits, and at the same bits), and for the
 bytes that each of these takes, the mix that `fit` plans for that many bytes. A mix wins its case when
-its KL is below that of the best uniform setting that takes no more bytes.
+its KL is below that of the best uniform setting that takes no more bytes. Weights alone are compared: no linear
+rounds its inputs.
 
     python benchmarks/fit_quality.py [--quick] [--only MODEL ...]
     python benchmarks/fit_quality.py --quick --uniform --name methods --bits 3 \\
@@ -88,7 +89,7 @@ def run(call: Any, subject: Subject, out: Path, **settings: Any) -> dict[str, An
     try:
         result = call(
             subject.model, output=out, calibration=subject.calibration, evaluation=subject.held_out,
-            sequences=SEQUENCES, measure_speed=False, measure_spread=False, **settings,
+            sequences=SEQUENCES, measure_speed=False, measure_spread=False, activations="exact", **settings,
         )  # fmt: skip
     except GateRefused as refusal:
         result = refusal.result

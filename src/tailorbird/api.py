@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailorbird.errors import SettingsError
+from tailorbird.errors import SettingsError, nearest
 from tailorbird.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def fit(
     resume: bool = False,
     measure_speed: bool = True,
     measure_spread: bool = True,
+    activations: str = "auto",
     seed: int = 0,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -111,6 +112,8 @@ def fit(
     measure_spread : bool
         Compress with either half of the calibration text too, where that takes a minute or less each, and
         report how far the two lead apart.
+    activations : {"auto", "exact"}
+        Whether linears may round their inputs to bytes where that costs little and is faster.
 
     Returns
     -------
@@ -140,10 +143,12 @@ def fit(
         model, make_recipe(method), calibration=calibration, evaluation=evaluation, sequences=sequences,
         length=length, context=context, target=target, seed=seed, progress=progress,
     )  # fmt: skip
+    what: dict[str, Any] = _choose_activations(work, activations)
     budget = work_module.budget_of(work, memory, context, concurrency)
     if dry_run:
         return fitting.dry_run(work, budget, work_module.foresee(work, target_path))
-    job, prediction = _begin(work, target_path, {"budget": asdict(budget), "frontier": frontier}, resume)
+    what |= {"budget": asdict(budget), "frontier": frontier}
+    job, prediction = _begin(work, target_path, what, resume)
     with job:
         scores, cache = planning.score(work, job)
         codings = planning.chosen(work, job, scores, budget)
@@ -170,6 +175,7 @@ def compress(
     resume: bool = False,
     measure_speed: bool = True,
     measure_spread: bool = True,
+    activations: str = "auto",
     seed: int = 0,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -200,13 +206,12 @@ def compress(
         model, parsed, calibration=calibration, evaluation=evaluation, sequences=sequences,
         length=length, context=None, target=None, seed=seed, progress=progress,
     )  # fmt: skip
-    what: dict[str, Any] = {}
     if chosen is not None:
         codings = planning.codings_of_plan(work, chosen)
         work.rounded_inputs = frozenset(p.name for p in chosen.places if p.activation is not None)
-        what["rounded_inputs"] = sorted(work.rounded_inputs)
     else:
         codings = planning.codings_of_recipe(work)
+    what = _choose_activations(work, activations)
     work_module.narrow(work, codings.values())
     what["codings"] = planning.describe(codings)
     job, prediction = _begin(work, Path(output), what, resume)
@@ -217,6 +222,18 @@ def compress(
             limits, prediction, command_line(), None, measure_spread,
         )  # fmt: skip
         return _hand_over(work, job, result, accepted, measure_speed)
+
+
+def _choose_activations(work: Work, activations: str) -> dict[str, Any]:
+    """Let `work` know of inputs that are rounded; what the job's record says of them."""
+    if activations not in ("auto", "exact"):
+        raise SettingsError(
+            f"activations `{activations}`", "auto or exact", nearest(activations, ("auto", "exact"))
+        )
+    if activations == "exact":
+        work.rounded_inputs = frozenset()
+    stated = work.rounded_inputs
+    return {"rounded_inputs": None if stated is None else sorted(stated)}
 
 
 def _begin(work: Work, output: Path, what: dict[str, Any], resume: bool) -> tuple[Job, Prediction]:
@@ -346,7 +363,6 @@ def export(
 
 def methods(family: str | None = None) -> list[MethodRow]:
     """Every method there is, with its paper."""
-    from tailorbird.errors import nearest
     from tailorbird.linear import FOLDS, LINEAR_METHODS
 
     rows = [

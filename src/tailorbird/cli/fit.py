@@ -79,6 +79,7 @@ def fit(
     frontier: Annotated[
         bool, typer.Option("--frontier", help="Also predict and measure quality at six budgets.")
     ] = False,
+    activations: options.Activations = "auto",
     resume: options.Resume = False,
     json: options.Json = False,
     seed: options.Seed = 0,
@@ -104,6 +105,7 @@ def fit(
             target=target,
             dry_run=dry_run,
             frontier=frontier,
+            activations=activations,
             resume=resume,
             seed=seed,
             device=device,

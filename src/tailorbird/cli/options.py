@@ -58,6 +58,15 @@ MaxPerplexityIncrease = Annotated[
         help="Refuse the result when perplexity grows by more than this, in percent.",
     ),
 ]
+Activations = Annotated[
+    str,
+    typer.Option(
+        "--activations",
+        metavar="auto|exact",
+        help="auto lets linears round their inputs to bytes, for speed, where that costs little; "
+        "exact lets none.",
+    ),
+]
 Resume = Annotated[
     bool,
     typer.Option(
