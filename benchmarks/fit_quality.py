@@ -3,8 +3,8 @@
 For each model: round-to-nearest and second-order rounding at 2, 3, 4 and 8 bits, uniform over all
 linears (groups of 32, 64 and 128; embedding and head at 16 bits, and at the same bits), and for the
 bytes that each of these takes, the mix that `fit` plans for that many bytes. A mix wins its case when
-its KL is below that of the best uniform setting that takes no more bytes. Weights alone are compared: no linear
-rounds its inputs.
+its KL is below that of the best uniform setting that takes no more bytes. Weights alone are compared: no
+linear rounds its inputs.
 
     python benchmarks/fit_quality.py [--quick] [--only MODEL ...]
     python benchmarks/fit_quality.py --quick --uniform --name methods --bits 3 \\

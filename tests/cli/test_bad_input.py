@@ -454,6 +454,7 @@ SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "method": ((*FIT, "--method", "gpqt"), ("gpqt", "did you mean `gptq`")),
     "fold": ((*FIT, "--method", "awk+gptq"), ("awk", "`awq`")),
     "target": ((*FIT, "--target", "guff"), ("guff", "did you mean `gguf`")),
+    "activations": ((*FIT, "--activations", "exakt"), ("exakt", "did you mean `exact`")),
     "method of a recipe": ((*COMPRESS, "--recipe", "rtm:bits=4"), ("rtm", "did you mean `rtn`")),
     "setting of a recipe": (
         (*COMPRESS, "--recipe", "gptq:bits=4,dampening=0.1"),

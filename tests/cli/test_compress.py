@@ -13,7 +13,7 @@ def test_every_flag_reaches_the_call(command: Any, api: Any) -> None:
     done = command(
         *("compress", "m", "-o", "o", "--plan", "plan.yaml", "--calibration", "c", "--evaluation", "e"),
         *("--sequences", "4", "--length", "64", "--max-kl", "1", "--max-perplexity-increase", "5"),
-        *("--resume", "--seed", "3"),
+        *("--activations", "exact", "--resume", "--seed", "3"),
     )
     assert done.status == 0
     arguments = dict(api.arguments)
@@ -28,6 +28,7 @@ def test_every_flag_reaches_the_call(command: Any, api: Any) -> None:
         "sequences": 4,
         "length": 64,
         "max_kl": 1.0,
+        "activations": "exact",
         "max_perplexity_increase": 5.0,
         "resume": True,
         "seed": 3,

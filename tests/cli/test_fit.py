@@ -23,6 +23,7 @@ FLAGS = {
     "--max-kl": ("max_kl", "0.5", 0.5),
     "--max-perplexity-increase": ("max_perplexity_increase", "2.5", 2.5),
     "--target": ("target", "gguf", "gguf"),
+    "--activations": ("activations", "exact", "exact"),
     "--seed": ("seed", "7", 7),
 }
 
