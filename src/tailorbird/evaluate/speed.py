@@ -30,7 +30,7 @@ from tailorbird.hardware.memory import peak_resident_bytes, reset_peak
 from tailorbird.hardware.probe import probe
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.load import load
-from tailorbird.run.generate import Decoding, context_length
+from tailorbird.run.generate import context_length, decode
 
 PROMPT_TOKENS = 64
 NEW_TOKENS = 32
@@ -259,13 +259,13 @@ class _Subject:
 
     def warm(self) -> None:
         """Read the prompt and a token once, so that kernels are built and layouts made."""
-        decoding = Decoding(self.model)
+        decoding = decode(self.model)
         decoding.read(self.prompt)
         decoding.read(self.prompt[:, :1])
 
     def run(self) -> None:
         """One measured round."""
-        decoding = Decoding(self.model)
+        decoding = decode(self.model)
         start = time.perf_counter()
         logits = decoding.read(self.prompt)
         read = time.perf_counter()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tailorbird.errors import CheckpointError, SettingsError
 from tailorbird.formats.packed import FloatCoding, IntegerCoding, PackedWeight, check_order, tensor_layout
-from tailorbird.kernels import dispatch, reference
+from tailorbird.kernels import dispatch, native, reference
 
 _STORED = ("codes", "scales", "zeros", "order")
 _IN_PLACE = {"__setitem__"} | {
@@ -333,6 +333,16 @@ class CompressedLinear(_PackedModule, nn.Linear):
             output = output + self.bias.to(output.dtype)
         return output.reshape(*input.shape[:-1], self.out_features)
 
+    def native_layout(self) -> native.Tiles:
+        """The weight as the project's own products read it, made once; its coding must suit them."""
+        stored: dict[str, Any] = self._buffers if self._embedding is None else self._embedding._buffers
+        fast = self._fast
+        if fast is None or not isinstance(fast.layout, native.Tiles) or not fast.current(stored):
+            self._fast = None  # frees the old one first
+            fast = _FastWeight(next(p for p in dispatch.PATHS if p.prepare is native.tiles), self)
+            self._fast = fast
+        return fast.layout
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
@@ -359,8 +369,10 @@ class _FastWeight:
 
     def serves(self, path: dispatch.Path, stored: dict[str, Tensor | None]) -> bool:
         """Whether the layout is that of `path` and of these tensors, unchanged since."""
-        if self.path is not path:
-            return False
+        return self.path.prepare is path.prepare and self.current(stored)
+
+    def current(self, stored: dict[str, Tensor | None]) -> bool:
+        """Whether the layout is that of these tensors, unchanged since."""
         for name, source, version in self.sources:
             tensor = stored[name]
             if tensor is None or source() is not tensor or _version(tensor) != version:

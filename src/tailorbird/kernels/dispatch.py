@@ -80,11 +80,6 @@ class Path:
     rounds: bool = False
 
 
-def _whole_steps(coding: GroupedIntegers, in_features: int) -> bool:
-    groups, size = group_layout(in_features, coding.group_size)
-    return groups == 1 or size % native.STEP == 0
-
-
 def _fits_signed_bytes(coding: GroupedIntegers, in_features: int) -> bool:
     one_group = group_layout(in_features, coding.group_size)[0] == 1
     return one_group and (coding.bits in (5, 6) or (coding.bits == 8 and coding.symmetric))
@@ -99,7 +94,7 @@ PATHS = (
         max_rows=1 << 30,
         runs_here=native.available,
         missing="tailorbird was installed without a C++ compiler",
-        serves=_whole_steps,
+        serves=native.serves,
         prepare=native.tiles,
         multiply=functools.partial(native.linear, int8=True),
         example=(3, 32),
@@ -148,7 +143,7 @@ PATHS = (
         max_rows=32,
         runs_here=native.available,
         missing="tailorbird was installed without a C++ compiler",
-        serves=_whole_steps,
+        serves=native.serves,
         prepare=native.tiles,
         multiply=native.linear,
         example=(3, 32),

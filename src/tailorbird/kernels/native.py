@@ -25,7 +25,7 @@ LANES, STEP = 16, 32
 ONE_THREAD = 1 << 18
 
 
-class _Weight(ctypes.Structure):
+class WeightStructure(ctypes.Structure):
     """`Weight` of `cpp/layout.h`."""
 
     _fields_ = [
@@ -46,7 +46,7 @@ class Tiles:
     zeros : Tensor[tiles, groups, LANES], uint8, or None
         None means symmetric.
     out_features, in_features : int
-    described : _Weight
+    described : WeightStructure
         The C structure that describes them.
     """
 
@@ -55,7 +55,7 @@ class Tiles:
     zeros: Tensor | None
     out_features: int
     in_features: int
-    described: _Weight
+    described: WeightStructure
 
     @property
     def address(self) -> int:
@@ -79,6 +79,10 @@ def library() -> Any:
             multiply.restype = lay_out.restype = None
             multiply.argtypes = [pointer, pointer, pointer, size, number, number, number, number]
             lay_out.argtypes = [pointer, size, size, number, pointer, number]
+            run_blocks, run_head = found.tailorbird_run_blocks, found.tailorbird_run_head
+            run_blocks.restype = run_head.restype = None
+            run_blocks.argtypes = [pointer, size, size, pointer, pointer, number, number]
+            run_head.argtypes = [pointer, pointer, pointer, size, size, pointer, number, number]
             return found
     return None
 
@@ -93,6 +97,12 @@ def best_version() -> int:
     """Which instructions this processor has: 0 none in particular, 1 AVX2, 2 AVX-512 with VNNI."""
     found = library()
     return 0 if found is None else int(found.tailorbird_best_version())
+
+
+def serves(coding: Any, in_features: int) -> bool:
+    """Whether weights of such a coding can be laid out: one group a row, or groups of whole steps."""
+    groups, size = group_layout(in_features, coding.group_size)
+    return groups == 1 or size % STEP == 0
 
 
 def tiles(
@@ -118,7 +128,7 @@ def tiles(
     )
     by_tile = _by_tile(scales)
     zero = None if zeros is None else _by_tile(unpack_codes(zeros, bits, groups))
-    described = _Weight(
+    described = WeightStructure(
         words.data_ptr(), by_tile.data_ptr(), None if zero is None else zero.data_ptr(), out_features,
         in_features, steps * STEP, groups, steps * STEP if groups == 1 else size, bits,
         int(scales.dtype == torch.float16),

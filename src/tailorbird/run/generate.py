@@ -12,13 +12,14 @@ import math
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from tailorbird.errors import CheckpointError, SettingsError
 from tailorbird.progress import Progress, Silent
+from tailorbird.run.fused import FusedModel, Pages, obstacle
 
 #: What a decoder writes for bytes that are no UTF-8, such as the first half of a character.
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -110,7 +111,7 @@ def generate(
                 on_text(piece)
 
     start = time.perf_counter()
-    decoding = Decoding(model)
+    decoding = decode(model)
     fed = torch.tensor([ids])
     for step in range(max_tokens):
         token = int(choose(decoding.read(fed), temperature, draws[:, step]))
@@ -188,7 +189,7 @@ def sample_text(
         else:
             ids[rows, 0] = begin
         progress.advance()
-        decoding = Decoding(model)
+        decoding = decode(model)
         for position in range(1, length):
             logits = decoding.read(ids[rows, position - 1 : position])
             logits.masked_fill_(~allowed, -math.inf)
@@ -197,16 +198,9 @@ def sample_text(
     return ids
 
 
-class Decoding:
+class Decoding(Protocol):
     """A model part-way through some sequences: what it has read so far is kept as keys and values."""
 
-    def __init__(self, model: Any) -> None:
-        from transformers import DynamicCache
-
-        self.model = model
-        self.cache = DynamicCache(config=model.config)
-
-    @torch.no_grad()
     def read(self, ids: Tensor) -> Tensor:
         """Read more tokens of each sequence.
 
@@ -220,6 +214,46 @@ class Decoding:
         float32 Tensor ``[sequences, vocab]``
             Logits of the next token, on the CPU.
         """
+
+
+def decode(model: Any) -> Decoding:
+    """A fresh decoding: compiled blocks where a compressed model allows it, else its modules."""
+    return FusedDecoding(FusedModel(model)) if obstacle(model) is None else ModuleDecoding(model)
+
+
+class FusedDecoding:
+    """Decoding through compiled blocks."""
+
+    def __init__(self, model: FusedModel) -> None:
+        self.model = model
+        self.pages: Pages | None = None
+        self.length = 0
+
+    def read(self, ids: Tensor) -> Tensor:
+        """See `Decoding`."""
+        sequences, tokens = ids.shape
+        if self.pages is None:
+            self.pages = Pages(self.model, sequences)
+        self.pages.reach(self.length + tokens)
+        positions = torch.arange(self.length, self.length + tokens, dtype=torch.int32).repeat(sequences)
+        of_sequence = torch.arange(sequences, dtype=torch.int32).repeat_interleave(tokens)
+        wanted = torch.arange(1, sequences + 1) * tokens - 1
+        self.length += tokens
+        return self.model.step(ids.reshape(-1), positions, of_sequence, self.pages, wanted)
+
+
+class ModuleDecoding:
+    """Decoding through the model's own modules."""
+
+    def __init__(self, model: Any) -> None:
+        from transformers import DynamicCache
+
+        self.model = model
+        self.cache = DynamicCache(config=model.config)
+
+    @torch.no_grad()
+    def read(self, ids: Tensor) -> Tensor:
+        """See `Decoding`."""
         output = self.model(
             input_ids=ids.to(self.model.device),
             past_key_values=self.cache,

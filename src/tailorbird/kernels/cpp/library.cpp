@@ -4,11 +4,13 @@
 // Activations are taken as they are, in float32 arithmetic, or first rounded to bytes, one scale for each segment of at
 // most 128 inputs that share a group of the weight. A result has the same bits whatever the number of tokens or threads.
 
+#include <omp.h>
+
 #include <cmath>
 #include <limits>
 #include <vector>
 
-#include "layout.h"
+#include "block.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -26,9 +28,10 @@ struct BFloat16 {
 
 // Where results go.
 struct Outputs {
-  void* values;  // [tokens][rows]
-  std::int64_t rows;
-  bool bfloat16;  // or float32
+  void* values;  // [tokens][stride]
+  std::int64_t rows, stride;
+  bool bfloat16;      // or float32
+  const float* bias;  // or null
 };
 
 // Activations as bytes.
@@ -39,12 +42,47 @@ struct Quantized {
   std::int64_t tokens, segments;
 };
 
+// What one thread keeps for the blocks that it runs, from call to call.
+struct BlockSpace {
+  std::vector<float> wide, projected, inner, added;
+  std::vector<std::int8_t> values[3];
+  std::vector<float> scales[3];
+  std::vector<std::int32_t> sums[3];
+};
+
+template <typename T>
+T* room(std::vector<T>& in, std::int64_t count) {
+  if (std::int64_t(in.size()) < count) in.resize(count);
+  return in.data();
+}
+
+// Room for linears that read the same activations: `count` of them.
+void room_for(const Linear* linears, int count, std::int64_t tokens, BlockSpace& space, std::int64_t& columns,
+              std::int64_t& rows) {
+  std::int64_t together = 0;
+  for (int i = 0; i < count; ++i) {
+    const Weight& w = linears[i].weight;
+    columns = std::max(columns, w.columns);
+    together += w.rows;
+    if (!linears[i].int8 || linears[i].dense != nullptr) continue;
+    room(space.values[i], tokens * w.columns);
+    room(space.scales[i], tokens * segment_count(w));
+    room(space.sums[i], tokens * segment_count(w));
+  }
+  rows = std::max(rows, together);
+}
+
+void wait() {
+#pragma omp barrier
+}
+
 }  // namespace tailorbird
 
 #define VERSION portable
 #define TARGET
 #define UNROLL(n)
 #include "products.inc"
+#include "block.inc"
 #undef VERSION
 #undef TARGET
 #undef UNROLL
@@ -55,6 +93,7 @@ struct Quantized {
 #define TARGET __attribute__((target("avx2,fma")))
 #define DOT_AVX2
 #include "products.inc"
+#include "block.inc"
 #undef VERSION
 #undef TARGET
 #undef DOT_AVX2
@@ -63,6 +102,7 @@ struct Quantized {
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,prefer-vector-width=512")))
 #define DOT_AVX512
 #include "products.inc"
+#include "block.inc"
 #undef VERSION
 #undef TARGET
 #undef DOT_AVX512
@@ -75,7 +115,8 @@ struct Version {
   void (*quantize)(const Weight&, const T*, std::int8_t*, float*, std::int32_t*);
   void (*widen)(const Weight&, const T*, float*);
   void (*int8_products)(const Weight&, const Quantized&, const Outputs&, std::int64_t, std::int64_t);
-  void (*float_products)(const Weight&, const float*, const Outputs&, std::int64_t, std::int64_t, std::int64_t);
+  void (*float_products)(const Weight&, const float*, std::int64_t, const Outputs&, std::int64_t, std::int64_t,
+                         std::int64_t);
 };
 
 template <typename T>
@@ -130,7 +171,7 @@ void multiply(const Weight& w, const T* x, const Outputs& y, std::int64_t tokens
     if (int8) {
       run.int8_products(w, q, y, first, last);
     } else {
-      run.float_products(w, wide, y, tokens, first, last);
+      run.float_products(w, wide, w.columns, y, tokens, first, last);
     }
   }
 }
@@ -166,12 +207,36 @@ void tailorbird_lay_out(const void* stored, std::int64_t rows, std::int64_t in_f
 void tailorbird_linear(const void* weight, const void* x, void* y, std::int64_t tokens, int bfloat16, int int8,
                        int threads, int version) {
   const tailorbird::Weight& w = *static_cast<const tailorbird::Weight*>(weight);
-  const tailorbird::Outputs out{y, w.rows, bfloat16 != 0};
+  const tailorbird::Outputs out{y, w.rows, w.rows, bfloat16 != 0, nullptr};
   if (bfloat16) {
     tailorbird::multiply(w, static_cast<const tailorbird::BFloat16*>(x), out, tokens, int8, threads, version);
   } else {
     tailorbird::multiply(w, static_cast<const float*>(x), out, tokens, int8, threads, version);
   }
+}
+
+// Blocks `first` to `last` over hidden[tokens][width], float32, in place.
+void tailorbird_run_blocks(const void* blocks, std::int64_t first, std::int64_t last, const void* batch,
+                           float* hidden, int threads, int version) {
+  using namespace tailorbird;
+  auto run = portable::run_blocks;
+#if defined(__x86_64__)
+  if (version == 1) run = avx2::run_blocks;
+  if (version == 2) run = avx512::run_blocks;
+#endif
+  run(static_cast<const Block*>(blocks), first, last, *static_cast<const Batch*>(batch), hidden, threads);
+}
+
+// logits[tokens][head.weight.rows] of hidden[tokens][width], which left the last block.
+void tailorbird_run_head(const void* norm, const void* head, const float* hidden, std::int64_t tokens,
+                         std::int64_t width, float* logits, int threads, int version) {
+  using namespace tailorbird;
+  auto run = portable::run_head;
+#if defined(__x86_64__)
+  if (version == 1) run = avx2::run_head;
+  if (version == 2) run = avx512::run_head;
+#endif
+  run(*static_cast<const Norm*>(norm), *static_cast<const Linear*>(head), hidden, tokens, width, logits, threads);
 }
 
 }  // extern "C"

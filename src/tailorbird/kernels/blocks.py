@@ -1,0 +1,135 @@
+"""Whole decoder blocks over packed tokens, compiled: what `cpp/block.h` describes, for Python to fill in.
+
+Structures hold addresses; whoever fills them keeps the tensors. Tokens of all sequences stand one after
+the other, and keys and values lie in pages of `PAGE` tokens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tailorbird.kernels.native import WeightStructure, best_version, library
+
+#: Tokens whose keys and values share a page.
+PAGE = 32
+#: Head sizes are multiples of this.
+HEAD_MULTIPLE = 16
+NORM_KINDS = {"none": 0, "root_mean_square": 1, "layer": 2}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
+
+_pointer, _float, _int, _size = ctypes.c_void_p, ctypes.c_float, ctypes.c_int32, ctypes.c_int64
+
+
+class NormStructure(ctypes.Structure):
+    """`Norm`: float32 weight and bias ``[width]``, or null."""
+
+    _fields_ = [("weight", _pointer), ("bias", _pointer), ("epsilon", _float), ("kind", _int)]
+
+
+class LinearStructure(ctypes.Structure):
+    """`Linear`: a packed weight, or a dense one ``[out_features, in_features]``; a float32 bias or null."""
+
+    _fields_ = [
+        ("weight", WeightStructure), ("dense", _pointer), ("bias", _pointer), ("dense_float32", _int),
+        ("int8", _int),
+    ]  # fmt: skip
+
+
+class HeadsStructure(ctypes.Structure):
+    """`Heads`: where a head lies among what the projections give for a token."""
+
+    _fields_ = [("first", _size), ("stride", _size)]
+
+
+class BlockStructure(ctypes.Structure):
+    """`Block`."""
+
+    _fields_ = [
+        *((name, NormStructure) for name in ("before_attention", "after_attention", "before_mlp")),
+        *((name, NormStructure) for name in ("after_mlp", "query", "key")),
+        ("attention_in", LinearStructure * 3), ("attention_out", LinearStructure),
+        ("mlp_in", LinearStructure * 2), ("mlp_out", LinearStructure),
+        *((name, HeadsStructure) for name in ("queries", "keys", "values")),
+        *((name, _int) for name in ("heads", "kv_heads", "head_dim", "rotary_dim", "attention_linears")),
+        *((name, _int) for name in ("mlp_linears", "gated", "parallel", "parallel_norm", "window")),
+        ("activation", _int),
+        ("scale", _float), ("softcap", _float),
+        *((name, _pointer) for name in ("cosine", "sine", "key_pages", "value_pages")),
+    ]  # fmt: skip
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = [
+        *((name, _pointer) for name in ("positions", "sequences", "pages", "ancestors", "tree_start")),
+        *((name, _size) for name in ("tokens", "most_pages", "width")), ("cache_float32", _int),
+    ]  # fmt: skip
+
+
+def run_blocks(
+    blocks: ctypes.Array[BlockStructure],
+    hidden: Tensor,
+    positions: Tensor,
+    sequences: Tensor,
+    pages: Tensor,
+    cache_dtype: torch.dtype,
+    first: int = 0,
+    last: int | None = None,
+    ancestors: Tensor | None = None,
+    tree_start: Tensor | None = None,
+    version: int | None = None,
+) -> None:
+    """Run some blocks over packed tokens; their keys and values go into the pages.
+
+    A token's results have the same bits whatever runs beside it.
+
+    Parameters
+    ----------
+    blocks : array of BlockStructure
+        All blocks of the model.
+    hidden : Tensor[tokens, width], float32
+        What enters block `first`; what leaves block ``last - 1`` afterwards.
+    positions, sequences : Tensor[tokens], int32
+        Where a token stands, and in which sequence; tokens of a sequence are neighbours, in order.
+    pages : Tensor[sequences, most_pages], int32
+        The page of each `PAGE` tokens of a sequence.
+    cache_dtype : torch.dtype
+        Of keys and values: bfloat16 or float32.
+    first, last : int
+        Blocks to run, all by default.
+    ancestors, tree_start : Tensor[tokens], int64 and int32, optional
+        For trees of tokens: of the keys at ``tree_start[i] + j`` token `i` sees those whose bit `j` is set.
+    version : int, optional
+        Instructions to use, up to `best_version()`, which is the default.
+    """
+    described = _Batch(
+        positions.data_ptr(), sequences.data_ptr(), pages.data_ptr(),
+        None if ancestors is None else ancestors.data_ptr(),
+        None if tree_start is None else tree_start.data_ptr(),
+        *hidden.shape[:1], pages.shape[1], hidden.shape[1], int(cache_dtype == torch.float32),
+    )  # fmt: skip
+    library().tailorbird_run_blocks(
+        blocks, first, len(blocks) if last is None else last, ctypes.byref(described), hidden.data_ptr(),
+        torch.get_num_threads(), best_version() if version is None else version,
+    )  # fmt: skip
+
+
+def run_head(
+    norm: NormStructure, head: LinearStructure, hidden: Tensor, version: int | None = None
+) -> Tensor:
+    """Logits ``[tokens, vocab_size]`` float32 of ``hidden [tokens, width]`` that left the last block."""
+    logits = torch.empty(len(hidden), head.weight.rows)
+    library().tailorbird_run_head(
+        ctypes.byref(norm), ctypes.byref(head), hidden.data_ptr(), *hidden.shape, logits.data_ptr(),
+        torch.get_num_threads(), best_version() if version is None else version,
+    )  # fmt: skip
+    return logits
+
+
+def fill_pages(blocks: Sequence[BlockStructure], keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Let block `i` keep its keys in ``keys[i]`` and its values in ``values[i]``."""
+    for block, key, value in zip(blocks, keys, values, strict=True):
+        block.key_pages, block.value_pages = key.data_ptr(), value.data_ptr()

@@ -1,0 +1,208 @@
+"""Compiled blocks agree with transformers' modules, whatever the batch, and step aside where they can't."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compressed import save_compressed
+from tailorbird.formats.packed import IntegerCoding
+from tailorbird.kernels import native
+from tailorbird.model.layout import ModelLayout
+from tailorbird.model.load import load
+from tailorbird.run.fused import FusedModel, Pages, Unsuited, obstacle
+from tailorbird.run.generate import FusedDecoding, ModuleDecoding, decode
+from tiny import ARCHITECTURES, make_model
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
+
+#: whose blocks aren't among those that are compiled
+LEFT = {"gemma3_text", "falcon", "olmo2"}
+LENGTH = 70
+
+
+def compressed(
+    directory: Path,
+    architecture: str,
+    bits: int = 4,
+    rounds: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """A small model with packed linears."""
+
+    def layout(stated: ModelLayout) -> ModelLayout:
+        modules = {name: replace(module, rounds=rounds) for name, module in stated.modules.items()}
+        return replace(stated, modules=modules)
+
+    save_compressed(directory, make_model(architecture).to(dtype), IntegerCoding(bits, 32), layout=layout)
+    return load(str(directory))
+
+
+def tokens(sequences: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (sequences, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+def by_modules(model: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits.float()
+
+
+def in_pieces(model: Any, ids: Tensor, cuts: list[int]) -> Tensor:
+    """Logits of all tokens, read in pieces that end at `cuts`."""
+    fused = FusedModel(model)
+    sequences, length = ids.shape
+    pages = Pages(fused, sequences)
+    found = []
+    for start, stop in zip([0, *cuts], [*cuts, length], strict=True):
+        pages.reach(stop)
+        count = stop - start
+        positions = torch.arange(start, stop, dtype=torch.int32).repeat(sequences)
+        owners = torch.arange(sequences, dtype=torch.int32).repeat_interleave(count)
+        part = fused.step(
+            ids[:, start:stop].reshape(-1), positions, owners, pages, torch.arange(sequences * count)
+        )
+        found.append(part.view(sequences, count, -1))
+    return torch.cat(found, dim=1)
+
+
+@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - LEFT))
+def test_logits_are_those_of_the_modules(architecture: str, tmp_path: Path) -> None:
+    model = compressed(tmp_path / "m", architecture)
+    ids = tokens(3)
+    logits = in_pieces(model, ids, [33, 34, 64])
+    torch.testing.assert_close(logits, by_modules(model, ids), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 8])
+def test_every_width_agrees(bits: int, tmp_path: Path) -> None:
+    model = compressed(tmp_path / "m", "llama", bits)
+    ids = tokens(2)
+    torch.testing.assert_close(in_pieces(model, ids, [40]), by_modules(model, ids), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "phi3"])
+def test_rounded_inputs_agree_up_to_their_rounding(architecture: str, tmp_path: Path) -> None:
+    """A value between two bytes may fall to either side: the last float32 bit before it decides."""
+    model = compressed(tmp_path / "m", architecture, rounds=True)
+    ids = tokens(2)
+    logits, expected = in_pieces(model, ids, [50]), by_modules(model, ids)
+    assert float((logits - expected).norm() / expected.norm()) < 5e-3
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_a_token_has_the_same_bits_whatever_runs_beside_it(rounds: bool, tmp_path: Path) -> None:
+    model = compressed(tmp_path / "m", "qwen2", rounds=rounds)
+    ids = tokens(9)
+    together = in_pieces(model, ids, [40])
+    assert torch.equal(in_pieces(model, ids, [3, 35, 36, 64]), together)
+    assert torch.equal(in_pieces(model, ids[4:5], [17]), together[4:5])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(in_pieces(model, ids, [40]), together)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_unlike_lengths_run_in_one_batch(tmp_path: Path) -> None:
+    model = compressed(tmp_path / "m", "llama")
+    fused = FusedModel(model)
+    ids, lengths = tokens(3), [5, 40, 33]
+    pages = Pages(fused, 3)
+    pages.reach(LENGTH)
+    flat = torch.cat([ids[i, :n] for i, n in enumerate(lengths)])
+    positions = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths])
+    owners = torch.tensor([i for i, n in enumerate(lengths) for _ in range(n)], dtype=torch.int32)
+    ends = torch.tensor(lengths).cumsum(0) - 1
+    logits = fused.step(flat, positions, owners, pages, ends)
+    for i, n in enumerate(lengths):
+        torch.testing.assert_close(
+            logits[i], by_modules(model, ids[i : i + 1, :n])[0, -1], atol=2e-5, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("version", range(native.best_version() + 1))
+def test_every_version_of_the_blocks_agrees(
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = compressed(tmp_path / "m", "gemma2", 3)
+    expected = by_modules(model, tokens(2))
+    monkeypatch.setattr("tailorbird.kernels.blocks.best_version", lambda: version)
+    torch.testing.assert_close(in_pieces(model, tokens(2), [33]), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_bfloat16_models_agree_within_what_bfloat16_rounds(tmp_path: Path) -> None:
+    model = compressed(tmp_path / "m", "llama", dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    expected = by_modules(model, tokens(2))
+    logits = in_pieces(model, tokens(2), [33])
+    assert float((logits - expected).norm() / expected.norm()) < 2e-2
+
+
+def test_decoding_takes_the_blocks_and_agrees(tmp_path: Path) -> None:
+    model = compressed(tmp_path / "m", "mistral")
+    fused, modules = decode(model), ModuleDecoding(model)
+    assert isinstance(fused, FusedDecoding)
+    ids = tokens(2)
+    for start, stop in ((0, 30), (30, 31), (31, 60)):
+        part = ids[:, start:stop]
+        torch.testing.assert_close(fused.read(part), modules.read(part), atol=2e-5, rtol=1e-4)
+
+
+def wrap(model: Any) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+    model.model.layers[0].mlp.up_proj = Wrapped(model.model.layers[0].mlp.up_proj).eval()
+
+
+def replace_forward(model: Any) -> None:
+    attention = model.model.layers[1].self_attn
+    attention.forward = attention.forward
+
+
+def narrow_angles(model: Any) -> None:
+    model.model.rotary_emb.rope_type = "dynamic"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        wrap,
+        replace_forward,
+        narrow_angles,
+        lambda model: model.train(),
+        lambda model: model.model.norm.register_forward_hook(lambda *_: None),
+        lambda model: model.model.layers[0].register_forward_pre_hook(lambda *_: None),
+        lambda model: setattr(model.model.layers[0], "input_layernorm", nn.Identity().eval()),
+        lambda model: setattr(model.model.layers[0].self_attn, "q_proj", nn.Identity().eval()),
+    ],
+)
+def test_a_model_that_was_touched_runs_through_its_modules(
+    change: Callable[[Any], Any], tmp_path: Path
+) -> None:
+    model = compressed(tmp_path / "m", "llama")
+    assert obstacle(model) is None
+    change(model)
+    assert obstacle(model)
+    assert isinstance(decode(model), ModuleDecoding)
+    with pytest.raises(Unsuited):
+        FusedModel(model)
+
+
+@pytest.mark.parametrize("architecture", sorted(LEFT))
+def test_other_architectures_run_through_their_modules(architecture: str, tmp_path: Path) -> None:
+    assert "no fused block" in str(obstacle(compressed(tmp_path / "m", architecture)))
+
+
+def test_a_dense_model_runs_through_its_modules() -> None:
+    assert obstacle(make_model("llama")) == "no linear is compressed"
