@@ -30,6 +30,7 @@ from tailorbird.hardware.memory import peak_resident_bytes, reset_peak
 from tailorbird.hardware.probe import probe
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.load import load
+from tailorbird.run.fused import obstacle
 from tailorbird.run.generate import context_length, decode
 
 PROMPT_TOKENS = 64
@@ -225,16 +226,23 @@ def step_bytes(model: nn.Module) -> int:
 
 
 def linear_paths(model: Any, rows: int) -> dict[str, int]:
-    """``"<coding> · <path>"`` -> number of linears, for `rows` rows of activations in the model's dtype."""
+    """``"<coding> · <path>"`` -> number of linears, for `rows` rows of activations in the model's dtype.
+
+    Inside compiled blocks a path is called fused.
+    """
     from transformers.pytorch_utils import Conv1D
 
     found: Counter[str] = Counter()
+    fused = obstacle(model) is None
     for module in model.modules():
         if isinstance(module, CompressedLinear):
-            found[f"{module.coding.label} · {module.path(rows, model.dtype)}"] += 1
+            path = (
+                f"fused {'int8' if module.rounds else 'float'}" if fused else module.path(rows, model.dtype)
+            )
+            found[f"{module.coding.label} · {path}"] += 1
         elif isinstance(module, nn.Linear | Conv1D):
             dtype = module.weight.dtype
-            found[f"{_SHORT.get(dtype, str(dtype))} · dense"] += 1
+            found[f"{_SHORT.get(dtype, str(dtype))} · {'fused dense' if fused else 'dense'}"] += 1
     return dict(sorted(found.items()))
 
 

@@ -26,6 +26,10 @@ struct BFloat16 {
   std::uint16_t bits;
 };
 
+// Bytes from one token's activations to the next: a line more than there are, so that those of neighbouring tokens
+// don't compete for the same places of the cache.
+inline std::int64_t byte_stride(std::int64_t columns) { return columns + 64; }
+
 // Where results go.
 struct Outputs {
   void* values;  // [tokens][stride]
@@ -36,7 +40,7 @@ struct Outputs {
 
 // Activations as bytes.
 struct Quantized {
-  const std::int8_t* values;  // [tokens][columns]
+  const std::int8_t* values;  // [tokens][byte_stride(columns)]
   const float* scales;        // [tokens][segments]
   const std::int32_t* sums;   // [tokens][segments], minus the sum of the bytes
   std::int64_t tokens, segments;
@@ -65,7 +69,7 @@ void room_for(const Linear* linears, int count, std::int64_t tokens, BlockSpace&
     columns = std::max(columns, w.columns);
     together += w.rows;
     if (!linears[i].int8 || linears[i].dense != nullptr) continue;
-    room(space.values[i], tokens * w.columns);
+    room(space.values[i], tokens * byte_stride(w.columns));
     room(space.scales[i], tokens * segment_count(w));
     room(space.sums[i], tokens * segment_count(w));
   }
@@ -143,8 +147,8 @@ void multiply(const Weight& w, const T* x, const Outputs& y, std::int64_t tokens
   const Version<T> run = version_of<T>(version);
   const std::int64_t segments = segment_count(w), tiles = tile_count(w);
   if (int8) {
-    if (std::int64_t(space.values.size()) < tokens * w.columns) space.values.resize(tokens * w.columns);
-    if (std::int64_t(space.sums.size()) < tokens * segments) space.sums.resize(tokens * segments);
+    room(space.values, tokens * byte_stride(w.columns));
+    room(space.sums, tokens * segments);
   }
   const std::int64_t floats = tokens * (int8 ? segments : w.columns);
   if (std::int64_t(space.floats.size()) < floats) space.floats.resize(floats);
@@ -153,7 +157,7 @@ void multiply(const Weight& w, const T* x, const Outputs& y, std::int64_t tokens
   std::int32_t* sums = space.sums.data();
   auto prepare = [&](std::int64_t t) {
     if (int8) {
-      run.quantize(w, x + t * w.in_features, values + t * w.columns, wide + t * segments, sums + t * segments);
+      run.quantize(w, x + t * w.in_features, values + t * byte_stride(w.columns), wide + t * segments, sums + t * segments);
     } else {
       run.widen(w, x + t * w.in_features, wide + t * w.columns);
     }

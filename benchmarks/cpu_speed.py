@@ -1,0 +1,261 @@
+"""Speed on the CPU: the compiled products of single linears, and whole models over compiled blocks.
+
+Linears: every width at several numbers of tokens, beside PyTorch's dynamic int8 product and its bf16
+product at the same shape, in turns. The weights in use rotate over more memory than the caches hold.
+Bytes are those of the packed weight with its scales and zero points; their rate is compared with the
+machine's read bandwidth, measured in the same run.
+
+Models: random-weight Llamas, decoded at batch 1 and 8 and fed a prompt of 512 tokens, beside the bf16
+source through transformers, in turns. Logits are formed for the last position only.
+
+    python benchmarks/cpu_speed.py [--linears] [--models 110M 0.5B] [--bits 4 8] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from machine import add_quiet_option, require_quiet, write_result
+from packed_models import round_plainly
+from random_models import write_random_llama
+from tailorbird.formats.packed import IntegerCoding, PackedWeight
+from tailorbird.kernels import native
+from tailorbird.model.checkpoint import open_checkpoint
+from tailorbird.model.load import load
+from tailorbird.run.generate import Decoding, decode
+
+#: name -> (blocks, width, feed-forward width, heads, key heads); vocabulary of 32,000
+SIZES = {"110M": (12, 768, 2048, 12, 4), "0.5B": (24, 1024, 4096, 16, 8)}
+WIDTHS = (2, 3, 4, 5, 6, 8)
+TOKENS = (1, 8, 32, 256, 1024)
+SHAPE = 4096, 4096
+GROUP = 64
+ROTATED_BYTES = 128 << 20
+PROMPT, NEW, BATCH, BATCH_NEW = 512, 64, 8, 32
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of summing 1 GiB with all threads; the best of seven."""
+    values = torch.ones(1 << 28)
+    best = min(_seconds(values.sum) for _ in range(7))
+    return values.nbytes / best
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+class Rotating:
+    """Copies of one linear that take turns."""
+
+    def __init__(self, copies: list[Any], call: Callable[[Any, Any], Any]) -> None:
+        self.copies, self.call, self.turn = copies, call, 0
+
+    def run(self, x: Any) -> float:
+        """Seconds of one product."""
+        copy = self.copies[self.turn % len(self.copies)]
+        self.turn += 1
+        return _seconds(lambda: self.call(copy, x))
+
+
+def packed_linear(bits: int) -> tuple[Rotating, int]:
+    """Our product at `SHAPE`, and the bytes of its weight."""
+    rows, columns = SHAPE
+    generator = torch.Generator().manual_seed(bits)
+    coding = IntegerCoding(bits, GROUP)
+    groups = columns // GROUP
+    codes = torch.randint(0, 1 << bits, SHAPE, generator=generator)
+    zeros = torch.randint(0, 1 << bits, (rows, groups), generator=generator)
+    scales = torch.rand(rows, groups, generator=generator).bfloat16()
+    packed = PackedWeight.from_codes(codes, scales, zeros, coding, None)
+    parts = packed.tensors
+    size = sum(tensor.nbytes for tensor in parts.values())
+    layouts = [
+        native.tiles(
+            parts["codes"], parts["scales"], parts["zeros"], bits=bits, group_size=GROUP, in_features=columns
+        )
+        for _ in range(max(2, ROTATED_BYTES // size))
+    ]
+    return Rotating(layouts, lambda layout, x: native.linear(x, layout, int8=True)), size
+
+
+def torch_linears() -> dict[str, tuple[Rotating, int]]:
+    """PyTorch's products at `SHAPE`: bf16, and int8 with dynamic activations."""
+    rows, columns = SHAPE
+    dense = [torch.randn(SHAPE).bfloat16() for _ in range(max(2, ROTATED_BYTES // (2 * rows * columns)))]
+    found = {
+        "bf16": (
+            Rotating(dense, lambda w, x: torch.nn.functional.linear(x.bfloat16(), w)),
+            2 * rows * columns,
+        )
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = [
+            torch.ao.quantization.quantize_dynamic(
+                torch.nn.Sequential(torch.nn.Linear(columns, rows, bias=False)),
+                {torch.nn.Linear},
+                torch.qint8,
+            )
+            for _ in range(max(2, ROTATED_BYTES // (rows * columns)))
+        ]
+    found["int8 dynamic"] = Rotating(quantized, lambda module, x: module(x)), rows * columns
+    return found
+
+
+@torch.no_grad()
+def measure_linears(rounds: int, bandwidth: float, console: Console) -> list[dict[str, Any]]:
+    """Every product at every number of tokens, in turns."""
+    subjects = {f"{bits} bits": packed_linear(bits) for bits in WIDTHS} | torch_linears()
+    rows = []
+    for tokens in TOKENS:
+        x = torch.randn(tokens, SHAPE[1])
+        times: dict[str, list[float]] = {name: [] for name in subjects}
+        repeats = 16 if tokens <= 8 else 4 if tokens <= 32 else 1
+        for number in range(rounds + 1):
+            for name, (subject, _) in subjects.items():
+                seconds = statistics.median(subject.run(x) for _ in range(repeats))
+                if number:  # the first round warms up
+                    times[name].append(seconds)
+        for name, (_, size) in subjects.items():
+            seconds = statistics.median(times[name])
+            rows.append(
+                {
+                    "linear": name, "tokens": tokens, "seconds": seconds, "bytes": size,
+                    "bandwidth_share": size / seconds / bandwidth,
+                    "operations_per_s": 2 * tokens * SHAPE[0] * SHAPE[1] / seconds,
+                }
+            )  # fmt: skip
+    table = Table("linear", *(f"{tokens} tokens" for tokens in TOKENS), title=f"{SHAPE[0]} x {SHAPE[1]}")
+    for name in subjects:
+        cells = []
+        for row in (r for r in rows if r["linear"] == name):
+            share = f"{row['bandwidth_share']:.0%} of bandwidth"
+            cells.append(share if row["tokens"] <= 8 else f"{row['operations_per_s'] / 1e9:.0f} GOP/s")
+        table.add_row(name, *cells)
+    console.print(table)
+    return rows
+
+
+class Subject:
+    """A loaded model and how long its rounds took."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.name, self.bytes = name, open_checkpoint(str(path)).weights.total_bytes
+        began = time.perf_counter()
+        self.model = load(str(path))
+        self.read(decode(self.model), 1, 1)
+        self.load_seconds = time.perf_counter() - began
+        self.rates: dict[str, list[float]] = {"prefill": [], "decode": [], "batch": []}
+
+    def read(self, decoding: Decoding, batch: int, tokens: int) -> torch.Tensor:
+        """Read random tokens."""
+        vocabulary = self.model.config.vocab_size
+        return decoding.read(torch.randint(0, vocabulary, (batch, tokens)))
+
+    def round(self, keep: bool) -> None:
+        """A prompt, tokens after it, and tokens of a batch."""
+        decoding = decode(self.model)
+        prompt = _seconds(lambda: self.read(decoding, 1, PROMPT))
+        single = decode(self.model)
+        self.read(single, 1, NEW)
+        one = _seconds(lambda: [self.read(single, 1, 1) for _ in range(NEW)])
+        several = decode(self.model)
+        self.read(several, BATCH, NEW)
+        many = _seconds(lambda: [self.read(several, BATCH, 1) for _ in range(BATCH_NEW)])
+        if keep:
+            self.rates["prefill"].append(PROMPT / prompt)
+            self.rates["decode"].append(NEW / one)
+            self.rates["batch"].append(BATCH * BATCH_NEW / many)
+
+
+def measure_models(
+    sizes: list[str], widths: list[int], rounds: int, bandwidth: float, console: Console
+) -> list[dict[str, Any]]:
+    """Every size and width beside its bf16 source."""
+    rows = []
+    for size in sizes:
+        blocks, hidden, intermediate, heads, kv_heads = SIZES[size]
+        with tempfile.TemporaryDirectory(prefix="cpu-speed-") as folder:
+            source = write_random_llama(
+                Path(folder) / "source", blocks=blocks, hidden=hidden, intermediate=intermediate, heads=heads,
+                kv_heads=kv_heads, context=2048,
+            )  # fmt: skip
+            paths = {"bf16": source} | {
+                f"{bits} bits": round_plainly(source, Path(folder) / str(bits), bits, GROUP)
+                for bits in widths
+            }
+            subjects = [Subject(name, path) for name, path in paths.items()]
+            for number in range(rounds + 1):
+                for subject in subjects:
+                    subject.round(keep=number > 0)
+        read_bytes = sum(
+            blocks * n * (2 + 2 * kv_heads / heads) * n for n in [hidden]
+        ) + blocks * 3 * hidden * intermediate + 32_000 * hidden  # fmt: skip
+        for subject in subjects:
+            medians = {name: statistics.median(rates) for name, rates in subject.rates.items()}
+            bits = 16 if subject.name == "bf16" else int(subject.name.split()[0]) + (16 + 8) / GROUP
+            rows.append(
+                {
+                    "model": size, "subject": subject.name, "bytes": subject.bytes,
+                    "load_seconds": subject.load_seconds,
+                    **{f"{name}_tokens_per_s": rate for name, rate in medians.items()},
+                    "bandwidth_share": read_bytes * bits / 8 * medians["decode"] / bandwidth,
+                    "rounds": subject.rates,
+                }
+            )  # fmt: skip
+    table = Table("model", "weights", "prefill 512", "decode", "batch 8", "x bf16", "of bandwidth", "load s")
+    for row in rows:
+        base = next(r for r in rows if r["model"] == row["model"] and r["subject"] == "bf16")
+        ratios = " / ".join(
+            f"{row[key] / base[key]:.2f}"
+            for key in ("prefill_tokens_per_s", "decode_tokens_per_s", "batch_tokens_per_s")
+        )
+        table.add_row(
+            row["model"], row["subject"], f"{row['prefill_tokens_per_s']:.0f}",
+            f"{row['decode_tokens_per_s']:.0f}", f"{row['batch_tokens_per_s']:.0f}", ratios,
+            f"{row['bandwidth_share']:.0%}", f"{row['load_seconds']:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--linears", action="store_true", help="the single linears only")
+    parser.add_argument("--models", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--bits", nargs="+", type=int, default=[4, 8])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--name", default="cpu_speed", help="name of the result file")
+    add_quiet_option(parser)
+    arguments = parser.parse_args()
+    busy = require_quiet(arguments.even_if_busy)
+    console = Console()
+    bandwidth = read_bandwidth()
+    console.print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s, {torch.get_num_threads()} threads")
+    found: dict[str, Any] = {
+        "read_bandwidth": bandwidth,
+        "linears": measure_linears(arguments.rounds, bandwidth, console),
+    }
+    if not arguments.linears:
+        found["models"] = measure_models(
+            arguments.models, arguments.bits, arguments.rounds, bandwidth, console
+        )
+    write_result(arguments.name, {"others_cores": busy, **found})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Compressed models to time: random weights rounded to nearest, with one coding throughout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tailorbird.calibrate.stream import StreamingModel
+from tailorbird.compress.job import Job
+from tailorbird.compress.pipeline import Compression, Pipeline
+from tailorbird.formats.packed import IntegerCoding
+from tailorbird.linear.quantize.rtn import Rtn
+from tailorbird.model.anatomy import read_anatomy
+from tailorbird.model.checkpoint import open_checkpoint
+from tailorbird.progress import Silent
+
+
+def round_plainly(source: Path, output: Path, bits: int, group_size: int, int8: bool = True) -> Path:
+    """Write `source` with every linear rounded to nearest, the embedding too; returns `output`.
+
+    Parameters
+    ----------
+    bits, group_size : int
+    int8 : bool
+        Whether inputs may be rounded to bytes.
+    """
+    checkpoint = open_checkpoint(str(source))
+    anatomy = read_anatomy(checkpoint)
+    coding = IntegerCoding(bits, group_size)
+    places = {linear.name for linear in anatomy.linears()} | {anatomy.head}
+    if anatomy.tied:
+        places = places - {anatomy.head} | {anatomy.embedding}
+    compression = Compression(
+        codings=dict.fromkeys(places, coding),
+        method=Rtn(clip_search=False),
+        ids=None,
+        tied=None,
+        rounded_inputs=frozenset(places if int8 else ()),
+    )
+    with Job(output, {"bits": bits, "group": group_size}) as job:
+        model = StreamingModel(checkpoint, anatomy)
+        Pipeline(job, checkpoint, model, compression, Silent()).run()
+        checkpoint.copy_companions(job.partial)
+        return job.publish()
