@@ -333,14 +333,14 @@ class CompressedLinear(_PackedModule, nn.Linear):
             output = output + self.bias.to(output.dtype)
         return output.reshape(*input.shape[:-1], self.out_features)
 
-    def native_layout(self) -> native.Tiles:
-        """The weight as the project's own products read it, made once; its coding must suit them."""
+    def native_layout(self, arena: native.Arena) -> native.Tiles:
+        """The weight as the compiled products read it, made once, in `arena`; its coding must suit them."""
         stored: dict[str, Any] = self._buffers if self._embedding is None else self._embedding._buffers
         fast = self._fast
         if fast is None or not isinstance(fast.layout, native.Tiles) or not fast.current(stored):
             self._fast = None  # frees the old one first
-            fast = _FastWeight(next(p for p in dispatch.PATHS if p.prepare is native.tiles), self)
-            self._fast = fast
+            path = next(p for p in dispatch.PATHS if p.prepare is native.tiles)
+            self._fast = fast = _FastWeight(path, self, arena=arena)
         return fast.layout
 
     def extra_repr(self) -> str:
@@ -353,7 +353,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
 class _FastWeight:
     """A fast path's layout, and which stored tensors in which state it was made from."""
 
-    def __init__(self, path: dispatch.Path, module: CompressedLinear) -> None:
+    def __init__(self, path: dispatch.Path, module: CompressedLinear, **settings: Any) -> None:
         self.path = path
         self.sources = [
             (name, weakref.ref(tensor), _version(tensor)) for name, tensor in module._stored().items()
@@ -365,6 +365,7 @@ class _FastWeight:
             bits=module.coding.bits,
             group_size=module.coding.group_size,
             in_features=module.in_features,
+            **settings,
         )
 
     def serves(self, path: dispatch.Path, stored: dict[str, Tensor | None]) -> bool:

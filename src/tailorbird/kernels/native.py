@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
+import mmap
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -23,6 +25,8 @@ from tailorbird.kernels.reference import group_layout
 LANES, STEP = 16, 32
 #: Products of a code and an activation up to which one thread is faster than waking others.
 ONE_THREAD = 1 << 18
+#: Layouts that stay share pieces of memory of this size, in large pages where the system has them.
+ARENA_BYTES = 16 << 20
 
 
 class WeightStructure(ctypes.Structure):
@@ -87,6 +91,36 @@ def library() -> Any:
     return None
 
 
+class Arena:
+    """Memory for layouts that are used together and for long; reading large pages is faster."""
+
+    def __init__(self) -> None:
+        self._piece = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def empty(self, *shape: int) -> Tensor:
+        """An int32 tensor that isn't filled."""
+        size = 4 * math.prod(shape)
+        if size > ARENA_BYTES // 4:
+            return _in_large_pages(size)[:size].view(torch.int32).view(shape)
+        if self._used + size > len(self._piece):
+            self._piece, self._used = _in_large_pages(ARENA_BYTES), 0
+        start, self._used = self._used, self._used + -(-size // 64) * 64
+        return self._piece[start : start + size].view(torch.int32).view(shape)
+
+
+def _in_large_pages(size: int) -> Tensor:
+    """Bytes that begin where a large page does; the system is free to ignore the advice."""
+    page = 2 << 20
+    whole = torch.empty(size + page, dtype=torch.uint8)
+    start = -whole.data_ptr() % page
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(whole.data_ptr() + start), ctypes.c_size_t(size), ctypes.c_int(mmap.MADV_HUGEPAGE)
+        )
+    return whole[start : start + size]
+
+
 def available() -> bool:
     """Whether the native products were built."""
     return library() is not None
@@ -113,16 +147,18 @@ def tiles(
     bits: int,
     group_size: int,
     in_features: int,
+    arena: Arena | None = None,
 ) -> Tiles:
-    """Lay a stored weight out for `linear`; arguments as in `reference.dequantize`.
+    """Lay a stored weight out for `linear`; other arguments as in `reference.dequantize`.
 
-    Groups are one per row, or hold a multiple of `STEP` columns.
+    Groups are one per row, or hold a multiple of `STEP` columns. With `arena` the codes lie there.
     """
     out_features = codes.shape[0]
     groups, size = group_layout(in_features, group_size)
     steps, count = -(-in_features // STEP), -(-out_features // LANES)
     codes = codes.contiguous()
-    words = torch.empty(count, steps, bits, LANES, dtype=torch.int32)
+    shape = count, steps, bits, LANES
+    words = torch.empty(shape, dtype=torch.int32) if arena is None else arena.empty(*shape)
     library().tailorbird_lay_out(
         codes.data_ptr(), out_features, in_features, bits, words.data_ptr(), torch.get_num_threads()
     )

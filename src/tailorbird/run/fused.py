@@ -115,7 +115,9 @@ class FusedModel:
         self.width = model.config.get_text_config().hidden_size
         self.cache_dtype = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
         self._kept: list[Any] = []
+        self._arena = native.Arena()
         self._angles: tuple[Tensor, Tensor] | None = None
+        self._used: tuple[Pages, torch.Size] | None = None
         layers = [self.parts.read_layer(layer, index) for index, layer in enumerate(self.parts.layers)]
         self.page_shapes = [(layer.kv_heads, layer.head_dim) for layer in layers]
         self.blocks = (BlockStructure * len(layers))(*(self._block(layer) for layer in layers))
@@ -148,7 +150,9 @@ class FusedModel:
         -------
         Tensor[n, vocab_size], float32
         """
-        cache.use(self.blocks)
+        if self._used != (cache, cache.tables.shape):
+            cache.use(self.blocks)
+            self._used = cache, cache.tables.shape
         hidden = torch.empty(len(ids), self.width)
         for start in range(0, len(ids), MOST_TOKENS):
             here = slice(start, start + MOST_TOKENS)
@@ -220,7 +224,7 @@ class FusedModel:
     def _linear(self, module: Any) -> LinearStructure:
         bias = None if module.bias is None else self._keep(module.bias.detach().float().contiguous())
         if isinstance(module, CompressedLinear):
-            layout = module.native_layout()
+            layout = module.native_layout(self._arena)
             self._kept.append(layout)
             return LinearStructure(layout.described, None, bias, 0, int(module.rounds))
         weight = module.weight.detach()

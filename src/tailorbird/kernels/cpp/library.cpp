@@ -38,11 +38,18 @@ struct Outputs {
   const float* bias;  // or null
 };
 
+template <typename T>
+T* room(std::vector<T>& in, std::int64_t count) {
+  if (std::int64_t(in.size()) < count) in.resize(count);
+  return in.data();
+}
+
 // Activations as bytes.
 struct Quantized {
-  const std::int8_t* values;  // [tokens][byte_stride(columns)]
-  const float* scales;        // [tokens][segments]
-  const std::int32_t* sums;   // [tokens][segments], minus the sum of the bytes
+  const std::int8_t* values;    // [tokens][byte_stride(columns)]
+  const std::uint8_t* shifted;  // the same plus 128; null for a few tokens
+  const float* scales;          // [tokens][segments]
+  const std::int32_t* sums;     // [tokens][segments], minus the sum of the bytes
   std::int64_t tokens, segments;
 };
 
@@ -50,15 +57,10 @@ struct Quantized {
 struct BlockSpace {
   std::vector<float> wide, projected, inner, added;
   std::vector<std::int8_t> values[3];
+  std::vector<std::uint8_t> shifted[3];
   std::vector<float> scales[3];
   std::vector<std::int32_t> sums[3];
 };
-
-template <typename T>
-T* room(std::vector<T>& in, std::int64_t count) {
-  if (std::int64_t(in.size()) < count) in.resize(count);
-  return in.data();
-}
 
 // Room for linears that read the same activations: `count` of them.
 void room_for(const Linear* linears, int count, std::int64_t tokens, BlockSpace& space, std::int64_t& columns,
@@ -70,6 +72,7 @@ void room_for(const Linear* linears, int count, std::int64_t tokens, BlockSpace&
     together += w.rows;
     if (!linears[i].int8 || linears[i].dense != nullptr) continue;
     room(space.values[i], tokens * byte_stride(w.columns));
+    if (tokens >= MOST_TOKENS) room(space.shifted[i], tokens * byte_stride(w.columns));
     room(space.scales[i], tokens * segment_count(w));
     room(space.sums[i], tokens * segment_count(w));
   }
@@ -116,7 +119,7 @@ namespace tailorbird {
 
 template <typename T>
 struct Version {
-  void (*quantize)(const Weight&, const T*, std::int8_t*, float*, std::int32_t*);
+  void (*quantize)(const Weight&, const T*, std::int8_t*, std::uint8_t*, float*, std::int32_t*);
   void (*widen)(const Weight&, const T*, float*);
   void (*int8_products)(const Weight&, const Quantized&, const Outputs&, std::int64_t, std::int64_t);
   void (*float_products)(const Weight&, const float*, std::int64_t, const Outputs&, std::int64_t, std::int64_t,
@@ -137,6 +140,7 @@ Version<T> version_of(int version) {
 // Memory that a thread keeps from call to call.
 struct Workspace {
   std::vector<std::int8_t> values;
+  std::vector<std::uint8_t> shifted;
   std::vector<float> floats;
   std::vector<std::int32_t> sums;
 };
@@ -153,11 +157,14 @@ void multiply(const Weight& w, const T* x, const Outputs& y, std::int64_t tokens
   const std::int64_t floats = tokens * (int8 ? segments : w.columns);
   if (std::int64_t(space.floats.size()) < floats) space.floats.resize(floats);
   std::int8_t* values = space.values.data();
+  const std::int64_t stride = byte_stride(w.columns);
+  std::uint8_t* shifted = int8 && tokens >= MOST_TOKENS ? room(space.shifted, tokens * stride) : nullptr;
   float* wide = space.floats.data();
   std::int32_t* sums = space.sums.data();
   auto prepare = [&](std::int64_t t) {
     if (int8) {
-      run.quantize(w, x + t * w.in_features, values + t * byte_stride(w.columns), wide + t * segments, sums + t * segments);
+      run.quantize(w, x + t * w.in_features, values + t * stride, shifted ? shifted + t * stride : nullptr,
+                   wide + t * segments, sums + t * segments);
     } else {
       run.widen(w, x + t * w.in_features, wide + t * w.columns);
     }
@@ -168,7 +175,7 @@ void multiply(const Weight& w, const T* x, const Outputs& y, std::int64_t tokens
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (std::int64_t t = 0; t < tokens; ++t) prepare(t);
   }
-  const Quantized q{values, wide, sums, tokens, segments};
+  const Quantized q{values, shifted, wide, sums, tokens, segments};
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int part = 0; part < threads; ++part) {
     const std::int64_t first = tiles * part / threads, last = tiles * (part + 1) / threads;
