@@ -54,31 +54,46 @@ inline std::int64_t segment_count(const Weight& w) {
   return (w.groups - 1) * whole + (last + LONGEST_SEGMENT - 1) / LONGEST_SEGMENT;
 }
 
+// Eight codes of `bits` bits each, a byte for each: the lowest come first.
+struct Spread {
+  static std::uint64_t eight(std::uint64_t stream, int bits) {
+    std::uint64_t bytes = 0;
+    for (int i = 0; i < 8; ++i) bytes |= (stream >> i * bits & ((1u << bits) - 1)) << 8 * i;
+    return bytes;
+  }
+};
+
 // Tiles `first` to `last` of the stored codes: rows of a bit stream each, `in_features` codes of `bits` bits.
-inline void lay_out(const std::uint8_t* stored, std::int64_t rows, std::int64_t in_features, int bits,
-                    std::uint32_t* codes, std::int64_t first, std::int64_t last) {
+template <typename How>
+inline __attribute__((always_inline)) void lay_out_with(const std::uint8_t* stored, std::int64_t rows,
+                                                        std::int64_t in_features, int bits, std::uint32_t* codes,
+                                                        std::int64_t first, std::int64_t last) {
   const std::int64_t width = (in_features * bits + 7) / 8, steps = (in_features + STEP - 1) / STEP;
   const int step_bytes = STEP / 8 * bits;
-  const std::uint32_t mask = (1u << bits) - 1;
   for (std::int64_t tile = first; tile < last; ++tile) {
     std::uint32_t* words = codes + tile * steps * bits * LANES;
     for (std::int64_t step = 0; step < steps; ++step, words += bits * LANES) {
-      std::memset(words, 0, 4 * bits * LANES);
-      const std::int64_t begin = step * step_bytes, here = std::min<std::int64_t>(step_bytes, width - begin);
-      const std::int64_t real = std::min<std::int64_t>(STEP, in_features - step * STEP);
-      for (int lane = 0; lane < LANES && tile * LANES + lane < rows; ++lane) {
-        std::uint8_t stream[STEP + 8] = {}, values[STEP] = {};
-        std::memcpy(stream, stored + (tile * LANES + lane) * width + begin, here);
-        for (std::int64_t i = 0; i < real; ++i) {
-          std::uint16_t both;
-          std::memcpy(&both, stream + i * bits / 8, 2);
-          values[i] = both >> i * bits % 8 & mask;
+      const std::int64_t begin = step * step_bytes;
+      for (int lane = 0; lane < LANES; ++lane) {
+        const std::int64_t row = tile * LANES + lane;
+        std::uint8_t stream[STEP + 8] = {};  // zeros in place of rows and columns that aren't there
+        if (row < rows) {
+          std::memcpy(stream, stored + row * width + begin, std::min<std::int64_t>(step_bytes, width - begin));
+        }
+        std::uint32_t fours[FOURS];
+        for (int eight = 0; eight < STEP / 8; ++eight) {
+          std::uint64_t eight_codes;
+          std::memcpy(&eight_codes, stream + eight * bits, 8);
+          const std::uint64_t bytes = How::eight(eight_codes, bits);
+          fours[2 * eight] = std::uint32_t(bytes);
+          fours[2 * eight + 1] = std::uint32_t(bytes >> 32);
         }
         for (int part = 0, word = 0, shift = 0; part < part_count(bits); ++part) {
           const int p = part_bits(bits, part), per_word = 8 / p;
-          for (int four = 0; four < FOURS; ++four) {
-            const std::uint32_t bytes = four_bytes(values + 4 * four) >> shift & each_byte(p);
-            words[(word + four / per_word) * LANES + lane] |= bytes << four % per_word * p;
+          for (int v = 0; v < p; ++v) {
+            std::uint32_t together = 0;
+            for (int q = 0; q < per_word; ++q) together |= (fours[v * per_word + q] >> shift & each_byte(p)) << q * p;
+            words[(word + v) * LANES + lane] = together;
           }
           word += p;
           shift += p;
@@ -86,6 +101,38 @@ inline void lay_out(const std::uint8_t* stored, std::int64_t rows, std::int64_t 
       }
     }
   }
+}
+
+#if defined(__x86_64__)
+struct Deposit {
+  __attribute__((target("bmi2"))) static std::uint64_t eight(std::uint64_t stream, int bits) {
+    return __builtin_ia32_pdep_di(stream, 0x0101010101010101u * ((1u << bits) - 1));
+  }
+};
+
+__attribute__((target("bmi2"))) inline void lay_out_by_deposit(const std::uint8_t* stored, std::int64_t rows,
+                                                               std::int64_t in_features, int bits,
+                                                               std::uint32_t* codes, std::int64_t first,
+                                                               std::int64_t last) {
+  switch (bits) {  // known numbers of bits let the compiler unroll
+    case 2: return lay_out_with<Deposit>(stored, rows, in_features, 2, codes, first, last);
+    case 3: return lay_out_with<Deposit>(stored, rows, in_features, 3, codes, first, last);
+    case 4: return lay_out_with<Deposit>(stored, rows, in_features, 4, codes, first, last);
+    case 5: return lay_out_with<Deposit>(stored, rows, in_features, 5, codes, first, last);
+    case 6: return lay_out_with<Deposit>(stored, rows, in_features, 6, codes, first, last);
+    case 8: return lay_out_with<Deposit>(stored, rows, in_features, 8, codes, first, last);
+  }
+}
+#endif
+
+inline void lay_out(const std::uint8_t* stored, std::int64_t rows, std::int64_t in_features, int bits,
+                    std::uint32_t* codes, std::int64_t first, std::int64_t last) {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("bmi2")) {
+    return lay_out_by_deposit(stored, rows, in_features, bits, codes, first, last);
+  }
+#endif
+  lay_out_with<Spread>(stored, rows, in_features, bits, codes, first, last);
 }
 
 }  // namespace tailorbird
