@@ -2,12 +2,14 @@
 
 from setuptools import Extension, setup
 
+SOURCES = "src/tailorbird/kernels/cpp/"
+
 setup(
     ext_modules=[
         Extension(
             "tailorbird.kernels._native",
-            ["src/tailorbird/kernels/cpp/library.cpp"],
-            depends=[f"src/tailorbird/kernels/cpp/{name}" for name in ("layout.h", "block.h", "products.inc", "block.inc")],
+            [SOURCES + "library.cpp"],
+            depends=[SOURCES + name for name in ("layout.h", "block.h", "products.inc", "block.inc")],
             extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-Wno-psabi"],
             extra_link_args=["-fopenmp"],
             language="c++",

@@ -21,6 +21,8 @@ from tailorbird.plan.scores import Scores
 
 #: Tokens on which the rounding of inputs is measured.
 TOKENS = 4096
+#: Activations that are rounded at once.
+CHUNK_VALUES = 1 << 17
 #: What rounded inputs may add to the model's KL: a share of what the weights cost, or so many nats per token.
 SHARE, LEAST_KL = 0.1, 5e-4
 
@@ -47,9 +49,10 @@ class InputErrors:
 
     def add(self, x: Tensor) -> None:
         """Add the inputs ``[..., in_features]`` of some tokens, until there are `TOKENS`."""
-        rows = x.reshape(-1, x.shape[-1])[: max(0, TOKENS - self.tokens)].float()
-        for group, total in self.sums.items():
-            total += (to_bytes(rows, group) - rows).square().sum(0, dtype=torch.float64)
+        rows = x.reshape(-1, x.shape[-1])[: max(0, TOKENS - self.tokens)]
+        for part in rows.split(max(1, CHUNK_VALUES // rows.shape[1])):
+            for group, total in self.sums.items():
+                total += (to_bytes(part, group) - part.float()).square().sum(0, dtype=torch.float64)
         self.tokens += len(rows)
 
     def errors(self, weight: Tensor, energy: float) -> dict[str, float]:
