@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compressed import save_compressed
+from tailorbird.formats.modules import CompressedLinear
 from tailorbird.formats.packed import IntegerCoding
 from tailorbird.kernels import native
 from tailorbird.model.layout import ModelLayout
@@ -33,6 +34,7 @@ def compressed(
     bits: int = 4,
     rounds: bool = False,
     dtype: torch.dtype = torch.float32,
+    **config: Any,
 ) -> Any:
     """A small model with packed linears."""
 
@@ -40,7 +42,8 @@ def compressed(
         modules = {name: replace(module, rounds=rounds) for name, module in stated.modules.items()}
         return replace(stated, modules=modules)
 
-    save_compressed(directory, make_model(architecture).to(dtype), IntegerCoding(bits, 32), layout=layout)
+    model = make_model(architecture, **config).to(dtype)
+    save_compressed(directory, model, IntegerCoding(bits, 32), layout=layout)
     return load(str(directory))
 
 
@@ -154,6 +157,17 @@ def test_decoding_takes_the_blocks_and_agrees(tmp_path: Path) -> None:
     for start, stop in ((0, 30), (30, 31), (31, 60)):
         part = ids[:, start:stop]
         torch.testing.assert_close(fused.read(part), modules.read(part), atol=2e-5, rtol=1e-4)
+
+
+def test_what_is_stored_can_still_be_read(tmp_path: Path) -> None:
+    """Layouts push the stored codes out of memory, not out of existence; what was written to stays."""
+    model = compressed(tmp_path / "m", "llama", hidden_size=256, intermediate_size=512)
+    linears = [module for module in model.modules() if isinstance(module, CompressedLinear)]
+    linears[0].codes[0, 0] ^= 1
+    before = [linear.codes.clone() for linear in linears]
+    decode(model).read(tokens(1))
+    for linear, codes in zip(linears, before, strict=True):
+        assert torch.equal(linear.codes, codes)
 
 
 def wrap(model: Any) -> None:

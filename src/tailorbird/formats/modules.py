@@ -341,6 +341,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
             self._fast = None  # frees the old one first
             path = next(p for p in dispatch.PATHS if p.prepare is native.tiles)
             self._fast = fast = _FastWeight(path, self, arena=arena)
+            arena.let_go(self.codes)  # the layout is read from now on
         return fast.layout
 
     def extra_repr(self) -> str:

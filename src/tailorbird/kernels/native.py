@@ -97,6 +97,7 @@ class Arena:
     def __init__(self) -> None:
         self._piece = torch.empty(0, dtype=torch.uint8)
         self._used = 0
+        self._files = _mapped_files()
 
     def empty(self, *shape: int) -> Tensor:
         """An int32 tensor that isn't filled."""
@@ -107,6 +108,32 @@ class Arena:
             self._piece, self._used = _in_large_pages(ARENA_BYTES), 0
         start, self._used = self._used, self._used + -(-size // 64) * 64
         return self._piece[start : start + size].view(torch.int32).view(shape)
+
+    def let_go(self, tensor: Tensor) -> None:
+        """Take the pages of a tensor that mirror a file, and were never written to, out of memory.
+
+        The system keeps them in its cache, and they come back when they are read. Other tensors stay.
+        """
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        inside = any(first <= start and end <= last for first, last in self._files)
+        if not inside or tensor.is_inference() or tensor._version:
+            return
+        page = mmap.PAGESIZE
+        start, end = -(-start // page) * page, end // page * page
+        if end > start:
+            ctypes.CDLL(None).madvise(
+                ctypes.c_void_p(start), ctypes.c_size_t(end - start), ctypes.c_int(mmap.MADV_DONTNEED)
+            )
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """Addresses at which this process mirrors safetensors files; none where the system doesn't tell."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    ranges = (line.split(maxsplit=1)[0].split("-") for line in lines if line.endswith(".safetensors"))
+    return [(int(first, 16), int(last, 16)) for first, last in ranges]
 
 
 def _in_large_pages(size: int) -> Tensor:
