@@ -233,3 +233,26 @@ def test_products_touch_nothing_that_is_not_theirs(tmp_path: Path) -> None:
     for seed in range(4):
         done = subprocess.run([program, str(seed), "300"], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+@built
+@pytest.mark.parametrize("rounds", [False, True])
+def test_torch_compile_takes_a_linear_that_has_run_into_its_graph(rounds: bool) -> None:
+    packed = random_packed(IntegerCoding(4, 64), (48, 128))
+    module = CompressedLinear.from_packed(packed, bias=torch.arange(48.0), rounds=rounds)
+    x = activations(6, 128).view(2, 3, 128)
+    with torch.no_grad():
+        eager = module(x)
+        compiled = torch.compile(module, backend="eager", fullgraph=True)(x)
+    assert torch.equal(compiled, eager)
+
+
+@built
+def test_the_operator_says_its_shape() -> None:
+    layout = layout_of(random_packed(IntegerCoding(3, 32, symmetric=False), (40, 100)))
+    arguments = (layout.codes, layout.scales, layout.zeros, 40, 100, 32, True)
+    torch.library.opcheck(
+        torch.ops.tailorbird.packed_linear.default,
+        (activations(5, 100), *arguments),
+        test_utils=("test_schema", "test_faketensor"),
+    )

@@ -312,6 +312,11 @@ class CompressedLinear(_PackedModule, nn.Linear):
             input = input.index_select(-1, order)
         path = None
         if not (input.requires_grad and torch.is_grad_enabled()):
+            if torch.compiler.is_compiling() and self._fast is not None:
+                layout = self._fast.layout
+                if isinstance(layout, native.Tiles) and (self.rounds or input.dtype == torch.float32):
+                    output = native.traced_linear(input, layout, self.rounds)
+                    return output if self.bias is None else output + self.bias.to(output.dtype)
             rows = input.numel() // self.in_features
             path = dispatch.find(self.coding, self.in_features, rows, input.dtype, codes.device, self.rounds)
         if path is None:

@@ -219,13 +219,66 @@ def linear(x: Tensor, layout: Tiles, int8: bool = False, version: int | None = N
     version : int, optional
         Instructions to use, up to `best_version()`, which is the default.
     """
+    return _multiply(x, layout.described, int8, best_version() if version is None else version)
+
+
+def traced_linear(x: Tensor, layout: Tiles, int8: bool) -> Tensor:
+    """`linear` as an operator that `torch.compile` takes into its graph; `x` may have more dimensions."""
+    described = layout.described
+    return torch.ops.tailorbird.packed_linear(
+        x, layout.codes, layout.scales, layout.zeros, layout.out_features, layout.in_features,
+        described.group_columns, int8,
+    )  # fmt: skip
+
+
+def _multiply(x: Tensor, described: WeightStructure, int8: bool, version: int) -> Tensor:
     x = x.contiguous()
     rows = x.shape[0]
-    y = torch.empty(rows, layout.out_features, dtype=x.dtype)
-    work = rows * layout.in_features * layout.out_features
+    y = torch.empty(rows, described.rows, dtype=x.dtype)
+    work = rows * described.in_features * described.rows
     library().tailorbird_linear(
-        layout.address, x.data_ptr(), y.data_ptr(), rows, x.dtype == torch.bfloat16, int8,
-        1 if work <= ONE_THREAD else torch.get_num_threads(),
-        best_version() if version is None else version,
+        ctypes.addressof(described), x.data_ptr(), y.data_ptr(), rows, x.dtype == torch.bfloat16, int8,
+        1 if work <= ONE_THREAD else torch.get_num_threads(), version,
     )  # fmt: skip
     return y
+
+
+torch.library.define(
+    "tailorbird::packed_linear",
+    "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, SymInt out_features, SymInt in_features, "
+    "SymInt group_columns, bool int8) -> Tensor",
+)
+
+
+@torch.library.impl("tailorbird::packed_linear", "cpu")
+def _packed_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    out_features: int,
+    in_features: int,
+    group_columns: int,
+    int8: bool,
+) -> Tensor:
+    steps, bits = codes.shape[1:3]
+    described = WeightStructure(
+        codes.data_ptr(), scales.data_ptr(), None if zeros is None else zeros.data_ptr(), out_features,
+        in_features, steps * STEP, scales.shape[1], group_columns, bits, int(scales.dtype == torch.float16),
+    )  # fmt: skip
+    y = _multiply(x.reshape(-1, in_features), described, int8, best_version())
+    return y.view(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("tailorbird::packed_linear")
+def _packed_linear_shape(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    out_features: int,
+    in_features: int,
+    group_columns: int,
+    int8: bool,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
