@@ -9,6 +9,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ if not torch.cuda.is_available():
 from packed_weights import laid_out, random_packed
 from tailorbird.errors import ResourceError, SettingsError
 from tailorbird.formats.packed import IntegerCoding, PackedWeight
-from tailorbird.kernels import triton_linear, triton_runtime
+from tailorbird.kernels import triton_adapters, triton_attention, triton_linear, triton_runtime
 from tailorbird.kernels.packing import BITS, pack_codes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,8 +31,8 @@ ON_GPU = DEVICE.type == "cuda"
 #: Relative error of rounding to a dtype; the interpreter cuts bfloat16 off instead.
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0 ** (-8 if ON_GPU else -7)}
 DTYPES = list(ROUNDING)
-#: The interpreter multiplies tiles with NumPy, whose order of summing depends on the tile's shape. Tiles of
-#: up to so many rows have the same.
+#: The interpreter multiplies tiles with NumPy, whose order of summing depends on the tile's shape. With up to
+#: so many rows it is the same.
 MOST_ROWS = 65 if ON_GPU else 16
 
 with_triton = pytest.mark.skipif(not triton_runtime.installed(), reason="the package triton isn't installed")
@@ -134,6 +135,260 @@ def test_other_activations_are_refused() -> None:
     for x in (torch.zeros(2, 63, device=DEVICE), torch.zeros(2, 64, device=DEVICE, dtype=torch.float64)):
         with pytest.raises(ValueError, match=r"expected float16, bfloat16 or float32 \[rows, 64\]"):
             triton_linear.linear(x, layout)
+
+
+#: sequences of the attention tests: tokens of each, none and one among them, and across several splits
+LENGTHS = [1100, 1, 0, 513, 70]
+
+
+def cache_of(kv_heads: int, head_dim: int, page: int, dtype: torch.dtype, int8: bool) -> tuple:
+    """A cache of shuffled pages for `LENGTHS`, its table, and its keys and values as they count."""
+    most = -(-max(LENGTHS) // page)
+    pages = len(LENGTHS) * most
+    generator = torch.Generator().manual_seed(page)
+    tables = torch.randperm(pages, generator=generator).view(len(LENGTHS), most).int().to(DEVICE)
+    keys, values = (random(n, pages, page, kv_heads, head_dim, dtype=dtype) for n in (1, 2))
+    if not int8:
+        return triton_attention.Cache(keys, values), tables, keys.double(), values.double()
+    (keys, key_scales), (values, value_scales) = map(triton_attention.to_int8, (keys, values))
+    cache = triton_attention.Cache(keys, values, key_scales, value_scales)
+    return cache, tables, keys * key_scales.double()[..., None], values * value_scales.double()[..., None]
+
+
+@with_triton
+@given(
+    kv_heads=st.sampled_from([1, 2]),
+    group=st.sampled_from([1, 3, 4]),
+    head_dim=st.sampled_from([16, 64, 80]),
+    page=st.sampled_from([16, 24, 256]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    int8=st.booleans(),
+    window=st.sampled_from([None, 1, 100, 600]),
+    soft_cap=st.sampled_from([None, 5.0]),
+)
+@settings(max_examples=20, deadline=None)
+def test_attention_is_softmax_over_the_tokens_in_sight(
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    page: int,
+    dtype: torch.dtype,
+    int8: bool,
+    window: int | None,
+    soft_cap: float | None,
+) -> None:
+    cache, tables, keys, values = cache_of(kv_heads, head_dim, page, dtype, int8)
+    queries = random(3, len(LENGTHS), kv_heads * group, head_dim, dtype=dtype)
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=DEVICE)
+    found = triton_attention.decode(queries, cache, tables, lengths, window=window, soft_cap=soft_cap)
+    assert found.dtype == dtype
+    for sequence, length in enumerate(LENGTHS):
+        seen = slice(0 if window is None else max(0, length - window), length)
+        pages = tables[sequence].long()
+        k, v = (part[pages].flatten(0, 1)[seen].repeat_interleave(group, 1) for part in (keys, values))
+        query = queries[sequence].double() * head_dim**-0.5
+        scores = torch.einsum("hd,nhd->hn", query, k)
+        sizes = torch.einsum("hd,nhd->hn", query.abs(), k.abs())
+        if soft_cap is not None:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        weights = scores.softmax(-1)
+        exact = torch.einsum("hn,nhd->hd", weights, v)
+        # Scores are float32; weights are rounded to `dtype` where the largest is 1; then the result is.
+        of_scores = (head_dim + 16) * 2.0**-23 * max(sizes.max().item() if length else 0.0, soft_cap or 0.0)
+        of_weights = ROUNDING[dtype] + 2 * of_scores + (length + 4) * 2.0**-24
+        bound = of_weights * torch.einsum("hn,nhd->hd", weights, v.abs())
+        if dtype == torch.float16:
+            bound += 2.0**-25 * (127 if int8 else 1) * v.abs().sum(0)
+        bound += ROUNDING[dtype] * (exact.abs() + bound)
+        assert ((found[sequence].double() - exact).abs() <= bound).all()
+
+
+@with_triton
+@pytest.mark.parametrize("window", [None, 300])
+def test_attention_of_a_sequence_has_the_same_bits_alone_and_among_others(window: int | None) -> None:
+    cache, tables, _, _ = cache_of(2, 64, 16, torch.bfloat16, False)
+    queries = random(3, len(LENGTHS), 4, 64, dtype=torch.bfloat16)
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=DEVICE)
+    together = triton_attention.decode(queries, cache, tables, lengths, window=window)
+    for n, length in enumerate(LENGTHS):
+        own = tables[n : n + 1, : max(1, -(-length // 16))].contiguous()
+        alone = triton_attention.decode(queries[n : n + 1], cache, own, lengths[n : n + 1], window=window)
+        assert torch.equal(alone[0], together[n])
+
+
+@given(columns=st.integers(1, 40), seed=st.integers(0, 9), size=st.sampled_from([0.0, 1e-20, 1.0, 1e4]))
+def test_vectors_in_int8_are_off_by_half_a_step_at_most(columns: int, seed: int, size: float) -> None:
+    vectors = random(seed, 3, columns) * size
+    stored, scales = triton_attention.to_int8(vectors)
+    error = (stored * scales.double()[:, None] - vectors.double()).abs()
+    assert (error <= 0.5001 * scales.double()[:, None]).all()
+
+
+@with_triton
+def test_attention_refuses_what_does_not_fit() -> None:
+    cache, tables, _, _ = cache_of(2, 16, 16, torch.float16, False)
+    queries = random(3, len(LENGTHS), 4, 16, dtype=torch.float16)
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=DEVICE)
+    decode = triton_attention.decode
+    with pytest.raises(ValueError, match="expected float16 or bfloat16"):
+        decode(queries.float(), cache, tables, lengths)
+    with pytest.raises(ValueError, match=r"expected both torch\.bfloat16 without scales, or int8"):
+        decode(queries.bfloat16(), cache, tables, lengths)
+    with pytest.raises(ValueError, match="heads a multiple of kv_heads"):
+        decode(queries[:, :3], cache, tables, lengths)
+    with pytest.raises(ValueError, match="expected int32"):
+        decode(queries, cache, tables.long(), lengths)
+    with pytest.raises(ValueError, match="window 0"):
+        decode(queries, cache, tables, lengths, window=0)
+
+
+def adapters_of(ranks: list[int], inputs: int, outputs: int, dtype: torch.dtype) -> list[tuple]:
+    return [
+        (
+            random(n, rank, inputs, dtype=dtype) / inputs**0.5,
+            random(n + 50, outputs, rank, dtype=dtype) / rank**0.5,
+            0.5 + n,
+        )
+        for n, rank in enumerate(ranks)
+    ]
+
+
+@with_triton
+@given(
+    ranks=st.lists(st.sampled_from([1, 8, 16, 33, 70]), min_size=1, max_size=4),
+    rows=st.sampled_from([1, 3, 17, 40]),
+    shape=st.tuples(st.sampled_from([1, 65, 130]), st.sampled_from([1, 200, 1100])),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25, deadline=None)
+def test_every_row_gets_its_own_adapter(
+    ranks: list[int], rows: int, shape: tuple[int, int], dtype: torch.dtype, seed: int
+) -> None:
+    outputs, inputs = shape
+    single = adapters_of(ranks, inputs, outputs, dtype)
+    generator = torch.Generator().manual_seed(seed)
+    of_row = torch.randint(-1, len(ranks), (rows,), generator=generator).to(DEVICE)
+    x, y = random(seed, rows, inputs, dtype=dtype), random(seed + 1, rows, outputs, dtype=dtype)
+    before = y.clone()
+    tiles = triton_adapters.tile_rows(of_row, len(ranks))
+    assert triton_adapters.add(y, x, triton_adapters.stack(single), tiles) is y
+    for row, adapter in enumerate(of_row.tolist()):
+        if adapter < 0:
+            assert torch.equal(y[row], before[row])
+            continue
+        down, up, scale = single[adapter]
+        exact = before[row].double() + scale * (up.double() @ (down.double() @ x[row].double()))
+        sizes = up.double().abs() @ (down.double().abs() @ x[row].double().abs())
+        bound = (inputs + 150) * 2.0**-24 * (scale * sizes + before[row].double().abs())
+        bound += ROUNDING[dtype] * (exact.abs() + bound) + 2.0**-24  # of float16's smallest numbers
+        assert ((y[row].double() - exact).abs() <= bound).all()
+
+
+@with_triton
+@given(rows=st.integers(2, 40), dtype=st.sampled_from(DTYPES))
+@settings(max_examples=8, deadline=None)
+def test_an_adapted_row_has_the_same_bits_alone_and_among_others(rows: int, dtype: torch.dtype) -> None:
+    adapters = triton_adapters.stack(adapters_of([8, 33], 1100, 70, dtype))
+    numbers = torch.arange(rows, device=DEVICE)
+    of_row = numbers % 3 - 1
+    x = random(rows, rows, 1100, dtype=dtype)
+    tiles = triton_adapters.tile_rows(of_row, 2)
+    together = triton_adapters.add(x.new_zeros(rows, 70), x, adapters, tiles)
+    for row in range(0, rows, 5):
+        # In the interpreter a row keeps its place in the tile: NumPy's order of summing depends on it too.
+        only = torch.where(tiles.rows == row, tiles.rows, -1)
+        alone = [triton_adapters.Tiles(only, tiles.adapters)]
+        if ON_GPU:
+            alone.append(triton_adapters.tile_rows(torch.where(numbers == row, of_row, -1), 2))
+        for own in alone:
+            found = triton_adapters.add(torch.zeros_like(together), x, adapters, own)
+            assert torch.equal(found[row], together[row])
+
+
+@given(adapters=st.integers(1, 6), rows=st.integers(1, 100), seed=st.integers(0, 99))
+def test_tiles_hold_every_adapted_row_once(adapters: int, rows: int, seed: int) -> None:
+    of_row = torch.randint(-1, adapters, (rows,), generator=torch.Generator().manual_seed(seed))
+    tiles = triton_adapters.tile_rows(of_row, adapters)
+    assert sorted(tiles.rows[tiles.rows >= 0].tolist()) == (of_row >= 0).nonzero().flatten().tolist()
+    for numbers, adapter in zip(tiles.rows, tiles.adapters, strict=True):
+        assert (of_row[numbers[numbers >= 0].long()] == adapter).all()
+
+
+def test_adapters_that_do_not_fit_each_other_are_refused() -> None:
+    (down, up, scale), (narrow, _, _) = adapters_of([4, 4], 20, 10, torch.float32)
+    with pytest.raises(ValueError, match="adapter 1 has matrices"):
+        triton_adapters.stack([(down, up, scale), (narrow[:, :19], up, scale)])
+    with pytest.raises(ValueError, match="at least one"):
+        triton_adapters.stack([])
+
+
+#: Compiles every kernel for an H100, which needs no GPU; arguments not named are pointers to bfloat16.
+COMPILED = """
+import sys
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tailorbird.kernels import triton_adapters, triton_attention, triton_linear
+
+I, F = "i32", "*fp32"
+PRODUCT = {"low": "*i32", "zeros": "*u8", "sums": F, "rows": I, "outputs": I, "inputs": I, "words": I,
+           "groups": I, "group_chunks": I, "length": I}
+ATTENTION = {"key_scales": F, "value_scales": F, "tables": "*i32", "lengths": "*i32", "sums": F, "norms": F,
+             "norms_size": I, "kv_heads": I, "most_pages": I, "splits": I, "factor": "fp32", "window": I,
+             "soft_cap": "fp32"}
+TILES = {"tile_rows": "*i32", "tile_adapters": "*i32", "middle": F, "ranks": I, "tiles": I}
+
+
+def product(low, high, words, rows):
+    step = 1024 // low
+    constants = dict(LOW=low, HIGH=high, HAS_ZEROS=bool(high), STEP=step, CHUNK=32, RUN=2, OUT=64, ROWS=rows,
+                     OPERAND=tl.bfloat16)
+    return triton_linear._sum_part, {**PRODUCT, "high": words}, constants
+
+
+def attention(stored, scaled):
+    constants = dict(CAPPED=scaled, HAS_SCALES=scaled, PAGE=16, SPLIT=512, STEP=64, HEAD=80, WIDE=128,
+                     GROUP=4, HEADS=16, OPERAND=tl.bfloat16)
+    return triton_attention._sum_split, {**ATTENTION, "keys": stored, "values": stored}, constants
+
+
+JOB = [
+    product(2, 1, "*i16", 32),
+    product(4, 0, "*i32", 16),
+    (triton_linear._add_parts, {"sums": F, "count": I, "parts": I}, {"BLOCK": 1024}),
+    attention("*bf16", False),
+    attention("*i8", True),
+    (triton_attention._join_splits,
+     {"sums": F, "norms": F, "lengths": "*i32", "norms_size": I, "splits": I, "window": I},
+     {"SPLIT": 512, "HEAD": 80, "WIDE": 128}),
+    (triton_adapters._go_down, {**TILES, "inputs": I},
+     {"TILE": 16, "RANK": 64, "PART": 1024, "STEP": 64, "OPERAND": tl.bfloat16}),
+    (triton_adapters._go_up, {**TILES, "scales": F, "outputs": I, "parts": I},
+     {"TILE": 16, "RANK": 16, "OUT": 64}),
+]
+for kernel, types, constants in JOB:
+    # Integers that are 1 at a launch are constants to the compiler; both ways must work.
+    for ones in (set(), {name for name, kind in types.items() if kind == I}):
+        fixed = {**constants, **dict.fromkeys(ones, 1)}
+        signature = {
+            name: "constexpr" if name in fixed else types.get(name, "*bf16") for name in kernel.arg_names
+        }
+        source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in fixed.items()})
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_stages": 2})
+        assert made.metadata.shared <= 99 * 1024, (kernel, made.metadata.shared)
+        print(made.metadata.name)
+"""
+
+
+@with_triton
+def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    found = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment)
+    assert found.returncode == 0, found.stderr
+    assert len(found.stdout.split()) == 16
 
 
 def test_without_triton_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,254 @@
+"""Attention of one new token per sequence over keys and values in pages, on the GPU.
+
+Grouped heads share one reading of their keys and values. The keys of a sequence are split at fixed
+multiples of `SPLIT` tokens, one program each (flash decoding), and the splits of a sequence are joined first
+to last: what a sequence gets depends on its own tokens only, never on the batch.
+
+Keys and values are float16 or bfloat16, or int8 with one scale per token and head. Scores, their softmax and
+all sums are float32; the weights of the values are rounded to the queries' dtype before that product.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tailorbird.kernels.triton_runtime import jit, operand, require, tl, triton
+
+#: tokens of one program, and those that it looks at in one step
+SPLIT, STEP = 512, 64
+
+
+@dataclass(frozen=True, eq=False)
+class Cache:
+    """Keys and values of one layer in pages.
+
+    Parameters
+    ----------
+    keys, values : Tensor[pages, page_tokens, kv_heads, head_dim], float16, bfloat16 or int8
+    key_scales, value_scales : Tensor[pages, page_tokens, kv_heads], floating point, or None
+        What int8 is multiplied by; None for floats.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+
+
+def to_int8(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys or values as int8 with a scale per vector; the largest of a vector is at 127.
+
+    Parameters
+    ----------
+    vectors : Tensor[..., head_dim], floating point
+
+    Returns
+    -------
+    tuple[Tensor[..., head_dim], Tensor[...]]
+        int8, and float32 scales.
+    """
+    scales = vectors.float().abs().amax(-1) / 127
+    inverse = torch.where(scales > 0, 1 / scales, 0.0)
+    return (vectors.float() * inverse.unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8), scales
+
+
+def decode(
+    queries: Tensor,
+    cache: Cache,
+    tables: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
+    """Attention of the last token of each sequence over all its tokens, its own included.
+
+    Parameters
+    ----------
+    queries : Tensor[sequences, heads, head_dim], float16 or bfloat16
+        `heads` is a multiple of the cache's `kv_heads`; neighbours share a head of keys.
+    cache : Cache
+        Floats have the dtype of the queries.
+    tables : Tensor[sequences, most_pages], int32
+        The page of each `page_tokens` tokens of a sequence; entries after its last page are never read.
+    lengths : Tensor[sequences], int32
+        Tokens of each sequence; a sequence without tokens gives zeros.
+    scale : float, optional
+        Of the scores; by default `head_dim ** -0.5`.
+    window : int, optional
+        Last tokens that are seen, the own included.
+    soft_cap : float, optional
+        Scaled scores `s` become `soft_cap * tanh(s / soft_cap)`.
+
+    Returns
+    -------
+    Tensor[sequences, heads, head_dim], dtype of `queries`
+
+    Raises
+    ------
+    ResourceError
+        Without Triton, or where not all tensors are on one CUDA device.
+    ValueError
+        For shapes and dtypes that don't fit, or a `window` or `soft_cap` that isn't positive.
+    """
+    require(queries, tables, lengths, *_tensors(cache))
+    _check(queries, cache, tables, lengths, window, soft_cap)
+    sequences, heads, head_dim = queries.shape
+    page_tokens, kv_heads = cache.keys.shape[1:3]
+    result = torch.empty_like(queries, memory_format=torch.contiguous_format)
+    splits = -(-tables.shape[1] * page_tokens // SPLIT)
+    if sequences == 0 or heads == 0 or splits == 0:
+        return result.zero_()
+    group = heads // kv_heads
+    device, float32 = queries.device, torch.float32
+    sums = torch.empty(sequences, heads, splits, head_dim, dtype=float32, device=device)
+    norms = torch.empty(2, sequences, heads, splits, dtype=float32, device=device)
+    wide, has_scales = triton.next_power_of_2(head_dim), cache.key_scales is not None
+    factor = head_dim**-0.5 if scale is None else scale
+    _sum_split[(splits, kv_heads, sequences)](
+        queries.contiguous(), cache.keys, cache.values,
+        cache.key_scales if has_scales else cache.keys, cache.value_scales if has_scales else cache.values,
+        tables, lengths, sums, norms, sequences * heads * splits,
+        kv_heads, tables.shape[1], splits, factor, 0 if window is None else window, soft_cap or 1.0,
+        soft_cap is not None, has_scales, page_tokens, SPLIT, STEP, head_dim, wide, group,
+        max(16, triton.next_power_of_2(group)), operand(queries.dtype), num_warps=4, num_stages=2,
+    )  # fmt: skip
+    _join_splits[(heads, sequences)](
+        sums, norms, lengths, result, sequences * heads * splits, splits,
+        0 if window is None else window, SPLIT, head_dim, wide, num_warps=2,
+    )  # fmt: skip
+    return result
+
+
+def _tensors(cache: Cache) -> list[Tensor]:
+    parts = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
+    return [part for part in parts if part is not None]
+
+
+def _check(
+    queries: Tensor,
+    cache: Cache,
+    tables: Tensor,
+    lengths: Tensor,
+    window: int | None,
+    soft_cap: float | None,
+) -> None:
+    """Raise `ValueError` where the arguments of `decode` don't fit each other."""
+    keys, values = cache.keys, cache.values
+    if queries.dtype not in (torch.float16, torch.bfloat16) or queries.dim() != 3:
+        raise ValueError(
+            f"queries {queries.dtype} {list(queries.shape)}; expected float16 or bfloat16 "
+            "[sequences, heads, head_dim]"
+        )
+    sequences, heads, head_dim = queries.shape
+    if keys.dim() != 4 or values.shape != keys.shape or keys.shape[3] != head_dim or heads % keys.shape[2]:
+        raise ValueError(
+            f"keys {list(keys.shape)} and values {list(values.shape)} for queries {list(queries.shape)}; "
+            "expected both [pages, page_tokens, kv_heads, head_dim], heads a multiple of kv_heads"
+        )
+    scales = [part for part in (cache.key_scales, cache.value_scales) if part is not None]
+    if keys.dtype == torch.int8:
+        fits = len(scales) == 2 and all(part.shape == keys.shape[:3] for part in scales)
+    else:
+        fits = not scales and keys.dtype == queries.dtype
+    if not fits or values.dtype != keys.dtype:
+        raise ValueError(
+            f"keys {keys.dtype}, values {values.dtype}, scales {[list(part.shape) for part in scales]}; "
+            f"expected both {queries.dtype} without scales, or int8 with two [pages, page_tokens, kv_heads]"
+        )
+    whole = tables.dim() == 2 and len(tables) == sequences and lengths.shape == (sequences,)
+    if not whole or {tables.dtype, lengths.dtype} != {torch.int32}:
+        raise ValueError(
+            f"tables {tables.dtype} {list(tables.shape)} and lengths {lengths.dtype} {list(lengths.shape)}; "
+            f"expected int32 [{sequences}, most_pages] and int32 [{sequences}]"
+        )
+    if not all(part.is_contiguous() for part in (*_tensors(cache), tables, lengths)):
+        raise ValueError("keys, values, scales, tables and lengths must be contiguous")
+    if (window is not None and window < 1) or (
+        soft_cap is not None and not (soft_cap > 0 and math.isfinite(soft_cap))
+    ):
+        raise ValueError(f"window {window}, soft_cap {soft_cap}; expected positive numbers")
+
+
+@jit
+def _sum_split(
+    queries, keys, values, key_scales, value_scales, tables, lengths, sums, norms, norms_size,
+    kv_heads, most_pages, splits, factor, window, soft_cap,
+    CAPPED: tl.constexpr, HAS_SCALES: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr,
+    STEP: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr,
+    HEADS: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """One split of one sequence for the `GROUP` heads that share keys: the weighted sum of the values, the
+    largest score and the sum of the weights. Writes nothing for a split out of sight."""
+    split, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(lengths + sequence)
+    seen_from = tl.where(window > 0, tl.maximum(length - window, 0), 0)
+    first = tl.maximum(split * SPLIT, seen_from // STEP * STEP)
+    last = tl.minimum((split + 1) * SPLIT, length)
+    if first < last:
+        h, d, t = tl.arange(0, HEADS), tl.arange(0, WIDE), tl.arange(0, STEP)
+        heads = kv_heads * GROUP
+        head = sequence * heads + kv_head * GROUP + h
+        own = (h < GROUP)[:, None] & (d < HEAD)[None, :]
+        query = tl.load(queries + head.to(tl.int64)[:, None] * HEAD + d[None, :], mask=own, other=0.0)
+        largest = tl.full([HEADS], float("-inf"), tl.float32)
+        weights = tl.zeros([HEADS], tl.float32)
+        total = tl.zeros([HEADS, WIDE], tl.float32)
+        for start in range(first, last, STEP):
+            token = start + t
+            there = token < last
+            page = tl.load(tables + sequence.to(tl.int64) * most_pages + token // PAGE, mask=there, other=0)
+            vector = (page.to(tl.int64) * PAGE + token % PAGE) * kv_heads + kv_head
+            at, loaded = vector[:, None] * HEAD + d[None, :], there[:, None] & (d < HEAD)[None, :]
+            key = tl.load(keys + at, mask=loaded, other=0)
+            score = tl.dot(query.to(OPERAND), tl.trans(key.to(OPERAND)))
+            if HAS_SCALES:
+                score *= tl.load(key_scales + vector, mask=there, other=0.0).to(tl.float32)[None, :]
+            score *= factor
+            if CAPPED:
+                score = soft_cap * (1.0 - 2.0 / (tl.exp(2.0 / soft_cap * score) + 1.0))
+            score = tl.where((there & (token >= seen_from))[None, :], score, float("-inf"))
+            # Every step that is visited holds a token in sight: the maximum is finite.
+            highest = tl.maximum(largest, tl.max(score, 1))
+            shrink, weight = tl.exp(largest - highest), tl.exp(score - highest[:, None])
+            weights = weights * shrink + tl.sum(weight, 1)
+            value = tl.load(values + at, mask=loaded, other=0)
+            if HAS_SCALES:
+                weight *= tl.load(value_scales + vector, mask=there, other=0.0).to(tl.float32)[None, :]
+            part = tl.dot(weight.to(query.dtype).to(OPERAND), value.to(OPERAND))
+            total = total * shrink[:, None] + part
+            largest = highest
+        at = head * splits + split
+        tl.store(sums + at.to(tl.int64)[:, None] * HEAD + d[None, :], total, mask=own)
+        tl.store(norms + at, largest, mask=h < GROUP)
+        tl.store(norms + norms_size + at, weights, mask=h < GROUP)
+
+
+@jit
+def _join_splits(
+    sums, norms, lengths, result, norms_size, splits, window,
+    SPLIT: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Joins the splits in sight of one head of one sequence, first to last."""
+    head = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    length = tl.load(lengths + tl.program_id(1))
+    seen_from = tl.where(window > 0, tl.maximum(length - window, 0), 0)
+    d = tl.arange(0, WIDE)
+    largest, weights = float("-inf"), 0.0
+    total = tl.zeros([WIDE], tl.float32)
+    for split in range(seen_from // SPLIT, tl.cdiv(length, SPLIT)):
+        at = head * splits + split
+        found = tl.load(norms + at)
+        part = tl.load(sums + at.to(tl.int64) * HEAD + d, mask=d < HEAD, other=0.0)
+        highest = tl.maximum(largest, found)
+        shrink, grow = tl.exp(largest - highest), tl.exp(found - highest)
+        total = total * shrink + part * grow
+        weights = weights * shrink + tl.load(norms + norms_size + at) * grow
+        largest = highest
+    total /= tl.where(weights > 0, weights, 1.0)
+    tl.store(result + head.to(tl.int64) * HEAD + d, total.to(result.dtype.element_ty), mask=d < HEAD)
