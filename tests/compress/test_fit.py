@@ -18,7 +18,7 @@ import yaml
 import tailorbird
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.compress.result import FitResult
-from tailorbird.errors import GateRefused
+from tailorbird.errors import GateRefused, SettingsError
 from tailorbird.formats.modules import CompressedLinear
 from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
@@ -170,6 +170,30 @@ def test_what_the_plan_says_of_inputs_is_what_the_loaded_linears_do(fitted: Fitt
         plan=tmp_path / "plan.yaml", calibration=str(fitted.text),
     )  # fmt: skip
     assert rounding(tmp_path / "out") == {kept}
+
+
+def test_a_plan_that_rounds_the_inputs_of_floats_is_refused(fitted: Fitted, tmp_path: Path) -> None:
+    edited = yaml.safe_load((fitted.directory / "plan.yaml").read_text())
+    place = next(place for place in edited["places"] if place["activation"])
+    place["coding"] = {"kind": "float", "dtype": "float16"}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(edited))
+    with pytest.raises(SettingsError, match=place["name"]):
+        tailorbird.compress(
+            str(fitted.source), tmp_path / "out", plan=tmp_path / "plan.yaml", calibration=str(fitted.text)
+        )
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_activation_where_none_can_be_rounded_is_passed_over(fitted: Fitted, tmp_path: Path) -> None:
+    edited = yaml.safe_load((fitted.directory / "plan.yaml").read_text())
+    for place in edited["places"]:
+        if place["coding"]["kind"] == "integer":
+            place["activation"] = "int8"
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(edited))
+    measured(
+        tailorbird.compress, str(fitted.source), tmp_path / "out",
+        plan=tmp_path / "plan.yaml", calibration=str(fitted.text),
+    )  # fmt: skip
 
 
 def test_another_budget_is_solved_without_reading_the_model_again(fitted: Fitted, tmp_path: Path) -> None:

@@ -256,3 +256,14 @@ def test_the_operator_says_its_shape() -> None:
         (activations(5, 100), *arguments),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+@built
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_a_scale_that_is_not_finite_shows(value: float, int8: bool) -> None:
+    packed = random_packed(IntegerCoding(4, 32, scale_dtype="float16"), (20, 64))
+    packed.tensors["scales"][3, 1] = value
+    product = native.linear(activations(2, 64), layout_of(packed), int8)
+    assert not product[:, 3].isfinite().any()
+    assert product[:, :3].isfinite().all()

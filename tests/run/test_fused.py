@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from compressed import save_compressed
 from tailorbird.formats.modules import CompressedLinear
 from tailorbird.formats.packed import IntegerCoding
-from tailorbird.kernels import native
+from tailorbird.kernels import blocks, native
 from tailorbird.model.layout import ModelLayout
 from tailorbird.model.load import load
 from tailorbird.run.fused import FusedModel, Pages, Unsuited, obstacle
@@ -159,6 +160,114 @@ def test_decoding_takes_the_blocks_and_agrees(tmp_path: Path) -> None:
         torch.testing.assert_close(fused.read(part), modules.read(part), atol=2e-5, rtol=1e-4)
 
 
+def test_branches_of_a_tree_see_their_ancestors_only(tmp_path: Path) -> None:
+    """Two continuations of one prompt in one batch: each as if it followed the prompt alone."""
+    model = compressed(tmp_path / "m", "llama")
+    fused, ids = FusedModel(model), tokens(1)[0]
+    pages = Pages(fused, 1)
+    pages.reach(LENGTH)
+    prompt = 30
+    positions = torch.arange(prompt, dtype=torch.int32)
+    fused.step(ids[:prompt], positions, torch.zeros(prompt, dtype=torch.int32), pages, torch.tensor([0]))
+    tree = [(5, -1), (6, 0), (7, 1), (8, 0), (9, 3)]  # (token, parent): a root and two chains below it
+    masks: list[int] = []
+    depths: list[int] = []
+    for i, (_, parent) in enumerate(tree):
+        masks.append((1 << i) | (masks[parent] if parent >= 0 else 0))
+        depths.append(depths[parent] + 1 if parent >= 0 else 0)
+    hidden = model.model.embed_tokens(torch.tensor([token for token, _ in tree])).detach().float()
+    blocks.run_blocks(
+        fused.blocks, hidden, torch.tensor([prompt + d for d in depths], dtype=torch.int32),
+        torch.zeros(5, dtype=torch.int32), pages.tables, fused.cache_dtype,
+        slots=torch.arange(prompt, prompt + 5, dtype=torch.int32), ancestors=torch.tensor(masks),
+        tree_start=torch.full((5,), prompt, dtype=torch.int32),
+    )  # fmt: skip
+    logits = blocks.run_head(fused.norm, fused.head, hidden)
+    for end in (2, 4):
+        path: list[int] = []
+        node = end
+        while node >= 0:
+            path.insert(0, tree[node][0])
+            node = tree[node][1]
+        alone = by_modules(model, torch.cat([ids[:prompt], torch.tensor(path)])[None])[0, -1]
+        torch.testing.assert_close(logits[end], alone, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key", "value"),
+    [
+        ("llama", "sliding_window", 16),
+        ("stablelm", "sliding_window", 16),
+        ("llama", "use_parallel_residual", True),
+        ("llama", "attn_logit_softcapping", 0.1),
+        ("llama", "final_logit_softcapping", 0.1),
+        ("llama", "hidden_activation", "relu"),
+        ("llama", "logit_scale", 3.0),
+        ("mistral", "use_sliding_window", False),
+    ],
+)
+def test_keys_that_a_model_does_not_know_change_nothing(
+    architecture: str, key: str, value: Any, tmp_path: Path
+) -> None:
+    model = compressed(tmp_path / "m", architecture, **{key: value})
+    ids = tokens(2)
+    torch.testing.assert_close(in_pieces(model, ids, [33]), by_modules(model, ids), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_default_dtype_changes_nothing(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = compressed(tmp_path / "m", "llama")
+    expected = in_pieces(model, tokens(2), [33])
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(in_pieces(model, tokens(2), [33]), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("mlp.down_proj", (80, 160)),
+        ("mlp.down_proj", (64, 128)),
+        ("mlp.up_proj", (128, 64)),
+        ("self_attn.v_proj", (16, 64)),
+        ("self_attn.q_proj", (64, 32)),
+        ("self_attn.o_proj", (64, 32)),
+    ],
+)
+def test_linears_that_do_not_fit_together_are_left_to_the_modules(
+    name: str, shape: tuple[int, int], tmp_path: Path
+) -> None:
+    model = compressed(tmp_path / "m", "llama")
+    parent, _, own = name.rpartition(".")
+    other = CompressedLinear(shape[1], shape[0], IntegerCoding(4, 32), bias=False).eval()
+    setattr(model.model.layers[1].get_submodule(parent), own, other)
+    assert obstacle(model) is not None
+
+
+def test_threads_that_share_a_model_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """One runs the modules, one the blocks; both lay out weights."""
+    model = compressed(tmp_path / "m", "llama", dtype=torch.bfloat16)
+    ids = tokens(1)
+    by_module, by_block = by_modules(model, ids), decode(model).read(ids)
+    found: list[bool] = []
+
+    def run(call: Callable[[], Tensor], expected: Tensor) -> None:
+        found.extend(torch.equal(call(), expected) for _ in range(40))
+
+    threads = [
+        threading.Thread(target=run, args=(lambda: by_modules(model, ids), by_module)),
+        threading.Thread(target=run, args=(lambda: decode(model).read(ids), by_block)),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 80
+    assert all(found)
+
+
 def test_what_is_stored_can_still_be_read(tmp_path: Path) -> None:
     """Layouts push the stored codes out of memory, not out of existence; what was written to stays."""
     model = compressed(tmp_path / "m", "llama", hidden_size=256, intermediate_size=512)
@@ -199,6 +308,7 @@ def narrow_angles(model: Any) -> None:
         lambda model: model.model.layers[0].register_forward_pre_hook(lambda *_: None),
         lambda model: setattr(model.model.layers[0], "input_layernorm", nn.Identity().eval()),
         lambda model: setattr(model.model.layers[0].self_attn, "q_proj", nn.Identity().eval()),
+        lambda model: setattr(model.config, "_attn_implementation_internal", "my_attention"),
     ],
 )
 def test_a_model_that_was_touched_runs_through_its_modules(

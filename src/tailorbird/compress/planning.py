@@ -13,6 +13,7 @@ from tailorbird.compress.work import SENSITIVITY_TOKENS, Work, as_stored, by_gra
 from tailorbird.errors import SettingsError, nearest
 from tailorbird.formats.packed import (
     Coding,
+    FloatCoding,
     coding_from_dict,
     coding_to_dict,
 )
@@ -66,6 +67,7 @@ def score(work: Work, ledger: Ledger) -> tuple[Scores, ScoreCache]:
             return scores, known
     if cache.load_errors() is None:
         score_errors(work, cache, ledger)
+    ledger.drop_part(STATISTICS)  # a run that was killed, or another job, may have left it
     return score_sensitivity(work, cache, ledger), cache
 
 
@@ -91,7 +93,6 @@ def score_errors(work: Work, cache: ScoreCache, ledger: Ledger) -> None:
         )
         cache.save_head(head)
         cache.save_errors(errors, ratios)
-    ledger.drop_part(STATISTICS)
 
 
 def score_sensitivity(work: Work, cache: ScoreCache, ledger: Ledger) -> Scores:
@@ -154,7 +155,7 @@ def together_for(target: str | None, place: PlaceScore) -> str | None:
 def with_rounded_inputs(work: Work, scores: Scores, codings: dict[str, Coding]) -> frozenset[str]:
     """Places whose inputs may be rounded to bytes: those that an edited plan states, else the cheapest."""
     if work.rounded_inputs is not None:
-        return work.rounded_inputs & codings.keys()
+        return work.rounded_inputs & input_cost(scores, codings).keys()
     predicted = sum(
         place.coefficient * scores.predicted_error(place, codings[place.name])
         for place in scores.places
@@ -203,6 +204,12 @@ def codings_of_plan(work: Work, plan: Plan) -> dict[str, Coding]:
                 f"the plan names `{place.name}`", "a place of this model", nearest(place.name, known)
             )
         coding = place.coding.coding()
+        if place.activation is not None and isinstance(coding, FloatCoding):
+            raise SettingsError(
+                f"`activation: {place.activation}` at `{place.name}`, whose weight holds floats",
+                "it only where weights are integers",
+                "remove the line, or set it to null",
+            )
         if not as_stored(work, place.name, coding):
             codings[place.name] = coding
     return codings

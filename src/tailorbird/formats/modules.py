@@ -247,7 +247,8 @@ class CompressedLinear(_PackedModule, nn.Linear):
             self.bias = nn.Parameter(zeros, requires_grad=False)
         else:
             self.register_parameter("bias", None)
-        self._fast: _FastWeight | None = None
+        self._fast: _FastWeight | None = None  # of the path that ran last
+        self._native: _FastWeight | None = None  # of compiled blocks
 
     @classmethod
     def from_packed(
@@ -291,10 +292,10 @@ class CompressedLinear(_PackedModule, nn.Linear):
         return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fast": None}
+        return {**self.__dict__, "_fast": None, "_native": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedModule:
-        self._fast = None
+        self._fast = self._native = None
         return super()._apply(fn, recurse)
 
     def path(self, rows: int, dtype: torch.dtype) -> str:
@@ -312,8 +313,9 @@ class CompressedLinear(_PackedModule, nn.Linear):
             input = input.index_select(-1, order)
         path = None
         if not (input.requires_grad and torch.is_grad_enabled()):
-            if torch.compiler.is_compiling() and self._fast is not None:
-                layout = self._fast.layout
+            fast = self._native or self._fast
+            if torch.compiler.is_compiling() and fast is not None:
+                layout = fast.layout
                 if isinstance(layout, native.Tiles) and (self.rounds or input.dtype == torch.float32):
                     output = native.traced_linear(input, layout, self.rounds)
                     return output if self.bias is None else output + self.bias.to(output.dtype)
@@ -330,10 +332,8 @@ class CompressedLinear(_PackedModule, nn.Linear):
                 in_features=self.in_features,
                 bias=self.bias,
             )
-        if self._fast is None or not self._fast.serves(path, stored):
-            self._fast = None  # frees the old one first
-            self._fast = _FastWeight(path, self)
-        output = path.multiply(input.reshape(-1, self.in_features), self._fast.layout)
+        layout = self._layout(path, stored)
+        output = path.multiply(input.reshape(-1, self.in_features), layout)
         if self.bias is not None:
             output = output + self.bias.to(output.dtype)
         return output.reshape(*input.shape[:-1], self.out_features)
@@ -341,12 +341,24 @@ class CompressedLinear(_PackedModule, nn.Linear):
     def native_layout(self, arena: native.Arena) -> native.Tiles:
         """The weight as the compiled products read it, made once, in `arena`; its coding must suit them."""
         stored: dict[str, Any] = self._buffers if self._embedding is None else self._embedding._buffers
-        fast = self._fast
-        if fast is None or not isinstance(fast.layout, native.Tiles) or not fast.current(stored):
-            self._fast = None  # frees the old one first
-            path = next(p for p in dispatch.PATHS if p.prepare is native.tiles)
-            self._fast = fast = _FastWeight(path, self, arena=arena)
+        path = next(p for p in dispatch.PATHS if p.prepare is native.tiles)
+        fast = self._native
+        if fast is None or not fast.current(stored):
+            self._native = None  # frees the old one first
+            fast = _FastWeight(path, self, arena=arena)
+            self._native = fast
             arena.let_go(self.codes)  # the layout is read from now on
+        return fast.layout
+
+    def _layout(self, path: dispatch.Path, stored: dict[str, Any]) -> Any:
+        """The weight as `path` reads it. Another thread may be making one: each keeps to its own."""
+        for fast in (self._fast, self._native):
+            if fast is not None and fast.serves(path, stored):
+                return fast.layout
+        fast = None
+        self._fast = None  # frees the old one first
+        fast = _FastWeight(path, self)
+        self._fast = fast
         return fast.layout
 
     def extra_repr(self) -> str:
@@ -499,4 +511,4 @@ def share(embedding: CompressedEmbedding, head: CompressedLinear) -> None:
     for name in _STORED:
         del head._buffers[name]
     head.__dict__["_embedding"] = embedding
-    head._fast = None
+    head._fast = head._native = None

@@ -64,7 +64,8 @@ class BlockStructure(ctypes.Structure):
 
 class _Batch(ctypes.Structure):
     _fields_ = [
-        *((name, _pointer) for name in ("positions", "sequences", "pages", "ancestors", "tree_start")),
+        *((name, _pointer) for name in ("positions", "slots", "sequences", "pages")),
+        *((name, _pointer) for name in ("ancestors", "tree_start")),
         *((name, _size) for name in ("tokens", "most_pages", "width")), ("cache_float32", _int),
     ]  # fmt: skip
 
@@ -78,6 +79,7 @@ def run_blocks(
     cache_dtype: torch.dtype,
     first: int = 0,
     last: int | None = None,
+    slots: Tensor | None = None,
     ancestors: Tensor | None = None,
     tree_start: Tensor | None = None,
     version: int | None = None,
@@ -90,7 +92,7 @@ def run_blocks(
     ----------
     blocks : array of BlockStructure
         All blocks of the model.
-    hidden : Tensor[tokens, width], float32
+    hidden : Tensor[tokens, width], float32, contiguous
         What enters block `first`; what leaves block ``last - 1`` afterwards.
     positions, sequences : Tensor[tokens], int32
         Where a token stands, and in which sequence; tokens of a sequence are neighbours, in order.
@@ -100,13 +102,18 @@ def run_blocks(
         Of keys and values: bfloat16 or float32.
     first, last : int
         Blocks to run, all by default.
+    slots : Tensor[tokens], int32, optional
+        Where in the pages a token's key lies; its position, unless given.
     ancestors, tree_start : Tensor[tokens], int64 and int32, optional
-        For trees of tokens: of the keys at ``tree_start[i] + j`` token `i` sees those whose bit `j` is set.
+        For trees of tokens, whose siblings share a position and not a slot: of the keys in slots
+        ``tree_start[i] + j`` token `i` sees those whose bit `j` is set. A tree has at most 63 tokens.
     version : int, optional
         Instructions to use, up to `best_version()`, which is the default.
     """
+    _check_hidden(hidden)
     described = _Batch(
-        positions.data_ptr(), sequences.data_ptr(), pages.data_ptr(),
+        positions.data_ptr(), (positions if slots is None else slots).data_ptr(), sequences.data_ptr(),
+        pages.data_ptr(),
         None if ancestors is None else ancestors.data_ptr(),
         None if tree_start is None else tree_start.data_ptr(),
         *hidden.shape[:1], pages.shape[1], hidden.shape[1], int(cache_dtype == torch.float32),
@@ -117,11 +124,20 @@ def run_blocks(
     )  # fmt: skip
 
 
+def _check_hidden(hidden: Tensor) -> None:
+    """What the compiled code takes for granted."""
+    if hidden.dtype != torch.float32 or hidden.device.type != "cpu" or not hidden.is_contiguous():
+        raise ValueError(
+            f"hidden states of {hidden.dtype} on {hidden.device}, not contiguous float32 on the CPU"
+        )
+
+
 def run_head(
     norm: NormStructure, head: LinearStructure, hidden: Tensor, version: int | None = None
 ) -> Tensor:
     """Logits ``[tokens, vocab_size]`` float32 of ``hidden [tokens, width]`` that left the last block."""
-    logits = torch.empty(len(hidden), head.weight.rows)
+    _check_hidden(hidden)
+    logits = torch.empty(len(hidden), head.weight.rows, dtype=torch.float32, device="cpu")
     library().tailorbird_run_head(
         ctypes.byref(norm), ctypes.byref(head), hidden.data_ptr(), *hidden.shape, logits.data_ptr(),
         torch.get_num_threads(), best_version() if version is None else version,

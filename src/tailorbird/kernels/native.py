@@ -95,7 +95,7 @@ class Arena:
     """Memory for layouts that are used together and for long; reading large pages is faster."""
 
     def __init__(self) -> None:
-        self._piece = torch.empty(0, dtype=torch.uint8)
+        self._piece = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._used = 0
         self._files = _mapped_files()
 
@@ -139,7 +139,7 @@ def _mapped_files() -> list[tuple[int, int]]:
 def _in_large_pages(size: int) -> Tensor:
     """Bytes that begin where a large page does; the system is free to ignore the advice."""
     page = 2 << 20
-    whole = torch.empty(size + page, dtype=torch.uint8)
+    whole = torch.empty(size + page, dtype=torch.uint8, device="cpu")
     start = -whole.data_ptr() % page
     if hasattr(mmap, "MADV_HUGEPAGE"):
         ctypes.CDLL(None).madvise(
@@ -185,7 +185,9 @@ def tiles(
     steps, count = -(-in_features // STEP), -(-out_features // LANES)
     codes = codes.contiguous()
     shape = count, steps, bits, LANES
-    words = torch.empty(shape, dtype=torch.int32) if arena is None else arena.empty(*shape)
+    words = (
+        torch.empty(shape, dtype=torch.int32, device=codes.device) if arena is None else arena.empty(*shape)
+    )
     library().tailorbird_lay_out(
         codes.data_ptr(), out_features, in_features, bits, words.data_ptr(), torch.get_num_threads()
     )
@@ -234,7 +236,7 @@ def traced_linear(x: Tensor, layout: Tiles, int8: bool) -> Tensor:
 def _multiply(x: Tensor, described: WeightStructure, int8: bool, version: int) -> Tensor:
     x = x.contiguous()
     rows = x.shape[0]
-    y = torch.empty(rows, described.rows, dtype=x.dtype)
+    y = torch.empty(rows, described.rows, dtype=x.dtype, device=x.device)
     work = rows * described.in_features * described.rows
     library().tailorbird_linear(
         ctypes.addressof(described), x.data_ptr(), y.data_ptr(), rows, x.dtype == torch.bfloat16, int8,

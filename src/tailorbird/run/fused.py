@@ -35,6 +35,8 @@ _FUNCTIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
 }  # fmt: skip
+#: Ways in which transformers computes the same attention.
+_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 #: Rotary embeddings whose angles depend on the position only.
 _STATIC_ROTARY = ("default", "linear", "llama3", "yarn", "proportional")
 
@@ -123,8 +125,9 @@ class FusedModel:
         self.blocks = (BlockStructure * len(layers))(*(self._block(layer) for layer in layers))
         self.norm, self.head = self._norm(self.parts.norm), self._linear(self.parts.head)
         config = model.config.get_text_config()
-        self.final_softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.logit_scale: float = getattr(config, "logit_scale", None) or 1.0
+        self.final_softcap: float | None = (
+            config.final_logit_softcapping if config.model_type == "gemma2" else None
+        )
 
     @torch.no_grad()
     def step(
@@ -153,7 +156,7 @@ class FusedModel:
         if self._used != (cache, cache.tables.shape):
             cache.use(self.blocks)
             self._used = cache, cache.tables.shape
-        hidden = torch.empty(len(ids), self.width)
+        hidden = torch.empty(len(ids), self.width, dtype=torch.float32, device="cpu")
         for start in range(0, len(ids), MOST_TOKENS):
             here = slice(start, start + MOST_TOKENS)
             part = self.parts.embed(ids[here], positions[here]).float().contiguous()
@@ -164,8 +167,6 @@ class FusedModel:
             )  # fmt: skip
             hidden[here] = part
         logits = native_blocks.run_head(self.norm, self.head, hidden[wanted])
-        if self.logit_scale != 1.0:
-            logits *= self.logit_scale
         if self.final_softcap is not None:
             logits = torch.tanh(logits / self.final_softcap) * self.final_softcap
         return logits
@@ -176,7 +177,9 @@ class FusedModel:
         if rotary is None or (self._angles is not None and len(self._angles[0]) >= positions):
             return
         count = max(positions, 256 if self._angles is None else 2 * len(self._angles[0]))
-        cosine, sine = rotary(torch.empty(0, dtype=torch.float32), torch.arange(count)[None])
+        cosine, sine = rotary(
+            torch.empty(0, dtype=torch.float32, device="cpu"), torch.arange(count, device="cpu")[None]
+        )
         self._angles = cosine[0].float().contiguous(), sine[0].float().contiguous()
         for block in self.blocks:
             block.cosine, block.sine = (angles.data_ptr() for angles in self._angles)
@@ -250,13 +253,13 @@ class Pages:
     def __init__(self, model: FusedModel, sequences: int) -> None:
         self.shapes, self.dtype = model.page_shapes, model.cache_dtype
         self.sequences = sequences
-        self.tables = torch.empty(sequences, 0, dtype=torch.int32)
+        self.tables = torch.empty(sequences, 0, dtype=torch.int32, device="cpu")
         self.keys: list[Tensor] = [self._pool(*shape, 0) for shape in self.shapes]
         self.values: list[Tensor] = [self._pool(*shape, 0) for shape in self.shapes]
 
     def _pool(self, kv_heads: int, head_dim: int, pages: int) -> Tensor:
         # zeros: what was never written is weighed with 0, which would make NaN of some values
-        return torch.zeros(pages, kv_heads, head_dim * PAGE, dtype=self.dtype)
+        return torch.zeros(pages, kv_heads, head_dim * PAGE, dtype=self.dtype, device="cpu")
 
     def reach(self, positions: int) -> None:
         """Make room for so many positions of every sequence."""
@@ -264,7 +267,9 @@ class Pages:
         if needed <= have:
             return
         per_sequence = max(needed, have + max(4, have // 2))
-        pages = torch.arange(self.sequences * have, self.sequences * per_sequence, dtype=torch.int32)
+        pages = torch.arange(
+            self.sequences * have, self.sequences * per_sequence, dtype=torch.int32, device="cpu"
+        )
         added = pages.view(self.sequences, per_sequence - have)
         self.tables = torch.cat([self.tables, added], dim=1).contiguous()
         for pools in (self.keys, self.values):
@@ -297,10 +302,12 @@ def _parts_of(model: Any) -> _Parts:
         layers = [parts.read_layer(layer, index) for index, layer in enumerate(parts.layers)]
     except AttributeError as error:
         raise Unsuited(f"a part of this model isn't where it was expected: {error}") from None
+    width = model.config.get_text_config().hidden_size
     for layer in layers:
-        _check_layer(layer)
-    for module in (parts.norm, parts.head):
-        _check_module(module)
+        _check_layer(layer, width)
+    _check_norm(parts.norm, width)
+    _check_kind(parts.head)
+    _check_linear(parts.head, (model.config.get_text_config().vocab_size, width))
     rotary = parts.rotary
     if rotary is not None and getattr(rotary, "rope_type", "default") not in _STATIC_ROTARY:
         raise Unsuited(f"rotary angles of type `{rotary.rope_type}`")
@@ -309,6 +316,12 @@ def _parts_of(model: Any) -> _Parts:
 
 def _check_untouched(model: Any) -> None:
     """Every module as transformers or tailorbird made it, none of them hooked."""
+    everywhere = nn.modules.module
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        raise Unsuited("there are hooks on all modules")
+    attention = model.config.get_text_config()._attn_implementation
+    if attention not in _ATTENTION:
+        raise Unsuited(f"attention of kind `{attention}`")
     for name, module in model.named_modules():
         hooks = (
             module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
@@ -326,34 +339,71 @@ def _check_untouched(model: Any) -> None:
             raise Unsuited(f"`{name}` is a {type(module).__name__} of `{origin}`")
 
 
-def _check_layer(layer: _Layer) -> None:
-    linears = (*layer.attention_in, layer.attention_out, *layer.mlp_in, layer.mlp_out)
-    norms = (
-        layer.before_attention, layer.before_mlp, layer.after_attention, layer.after_mlp, layer.query,
-        layer.key,
-    )  # fmt: skip
-    for module in (*linears, *(norm for norm in norms if norm is not None)):
-        _check_module(module)
-    if layer.head_dim % HEAD_MULTIPLE:
-        raise Unsuited(f"heads of {layer.head_dim} channels")
-    if layer.heads % layer.kv_heads:
-        raise Unsuited(f"{layer.heads} heads over {layer.kv_heads}")
+def _check_layer(layer: _Layer, width: int) -> None:
+    """Modules that the compiled blocks know, in shapes that fit together."""
+    heads, keys, d = layer.heads, layer.kv_heads, layer.head_dim
+    if d % HEAD_MULTIPLE:
+        raise Unsuited(f"heads of {d} channels")
+    if min(heads, keys) < 1 or heads % keys:
+        raise Unsuited(f"{heads} heads over {keys}")
+    projected = [heads * d, keys * d, keys * d]
+    shapes = [(rows, width) for rows in projected]
+    if len(layer.attention_in) == 1:
+        shapes = [(sum(projected), width)]
+    pairs = [*zip(layer.attention_in, shapes, strict=True), (layer.attention_out, (width, heads * d))]
+    for module in (*layer.attention_in, layer.attention_out, *layer.mlp_in, layer.mlp_out):
+        _check_kind(module)
+    inner = _shape(layer.mlp_out)[1]
+    rows = 2 * inner if layer.gated and len(layer.mlp_in) == 1 else inner
+    pairs += [(module, (rows, width)) for module in layer.mlp_in]
+    pairs.append((layer.mlp_out, (width, inner)))
+    for module, shape in pairs:
+        _check_linear(module, shape)
+    for norm in (layer.before_attention, layer.before_mlp, layer.after_attention, layer.after_mlp):
+        _check_norm(norm, width)
+    for norm in (layer.query, layer.key):
+        _check_norm(norm, d)
 
 
-def _check_module(module: Any) -> None:
-    """A linear or norm that the compiled blocks know."""
+def _check_kind(module: Any) -> None:
+    """A linear that the compiled blocks know."""
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, CompressedLinear):
-        if module.packed().tensors.get("order") is not None:
+        if module.order is not None:
             raise Unsuited("a linear with reordered inputs")
         if not native.serves(module.coding, module.in_features):
             raise Unsuited(f"a linear of coding {module.coding.label}")
-    elif type(module) in (nn.Linear, Conv1D):
-        if module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise Unsuited(f"a linear of {module.weight.dtype}")
-    else:
-        _norm_kind(module)
+    elif type(module) not in (nn.Linear, Conv1D):
+        raise Unsuited(f"a {type(module).__name__} in place of a linear")
+    elif module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise Unsuited(f"a linear of {module.weight.dtype}")
+
+
+def _check_linear(module: Any, shape: tuple[int, int]) -> None:
+    """A linear of `shape` ``(out_features, in_features)``."""
+    found = _shape(module)
+    if found != shape or (module.bias is not None and module.bias.shape != shape[:1]):
+        raise Unsuited(f"a linear {found} where {shape} fits")
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    """``(out_features, in_features)`` of a linear of either kind."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    rows, columns = module.weight.shape  # Conv1D stores [in, out]
+    return columns, rows
+
+
+def _check_norm(module: Any, width: int) -> None:
+    """A norm over `width` channels that the compiled blocks know, or none."""
+    if module is None:
+        return
+    _norm_kind(module)
+    for name in ("weight", "bias"):
+        values = getattr(module, name, None)
+        if values is not None and tuple(values.shape) != (width,):
+            raise Unsuited(f"a norm over {tuple(values.shape)} where {width} channels are")
 
 
 def _norm_kind(module: nn.Module) -> tuple[str, float]:
@@ -382,8 +432,10 @@ def _function(name: str) -> str:
 def _llama_like(model: Any) -> _Parts:
     """Llama and what descends from it: RMSNorm or LayerNorm, rotary angles, a gated MLP."""
     body, config = model.model, model.config.get_text_config()
-    if getattr(config, "clip_qkv", None) is not None or getattr(config, "qk_layernorm", False):
-        raise Unsuited("clipped projections or norms over all heads")
+    # Configs keep keys that their model doesn't know, so each is read for the models that do.
+    kind = config.model_type
+    if (kind == "olmo" and config.clip_qkv is not None) or (kind == "stablelm" and config.qk_layernorm):
+        raise Unsuited("clipped projections or norms of every head")
 
     def read_layer(layer: Any, index: int) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
@@ -392,7 +444,7 @@ def _llama_like(model: Any) -> _Parts:
         sandwich = hasattr(layer, "pre_feedforward_layernorm")
         before_mlp = layer.pre_feedforward_layernorm if sandwich else layer.post_attention_layernorm
         head_dim = attention.head_dim
-        parallel = bool(getattr(config, "use_parallel_residual", False))
+        parallel = kind == "stablelm" and bool(config.use_parallel_residual)
         return _Layer(
             attention_in=[getattr(attention, name) for name in projections],
             attention_out=attention.o_proj,
@@ -404,7 +456,7 @@ def _llama_like(model: Any) -> _Parts:
             after_mlp=layer.post_feedforward_layernorm if sandwich else None,
             query=getattr(attention, "q_norm", None),
             key=getattr(attention, "k_norm", None),
-            activation=_function(getattr(config, "hidden_activation", None) or config.hidden_act),
+            activation=_function(config.hidden_activation if kind == "gemma2" else config.hidden_act),
             gated=True,
             heads=_rows(attention, "q_proj", config.num_attention_heads, head_dim),
             kv_heads=_rows(attention, "k_proj", config.num_key_value_heads, head_dim),
@@ -412,7 +464,7 @@ def _llama_like(model: Any) -> _Parts:
             scale=float(attention.scaling),
             parallel=parallel,
             window=_window(config, index),
-            softcap=float(getattr(config, "attn_logit_softcapping", None) or 0.0),
+            softcap=float(config.attn_logit_softcapping or 0.0) if kind == "gemma2" else 0.0,
         )  # fmt: skip
 
     return _Parts(
@@ -429,13 +481,12 @@ def _rows(attention: Any, name: str, stated: int, head_dim: int) -> int:
 
 def _window(config: Any, index: int) -> int:
     """Keys that block `index` looks back on; 0 for all."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if window is None or (kinds is not None and kinds[index] != "sliding_attention"):
+    kind = config.model_type
+    if kind not in ("mistral", "phi3", "qwen2", "qwen3", "gemma2") or config.sliding_window is None:
         return 0
-    if kinds is None and getattr(config, "use_sliding_window", True) is False:
+    if kind in ("qwen2", "qwen3", "gemma2") and config.layer_types[index] != "sliding_attention":
         return 0
-    return int(window)
+    return int(config.sliding_window)
 
 
 def _gpt2(model: Any) -> _Parts:

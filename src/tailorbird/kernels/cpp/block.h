@@ -50,10 +50,11 @@ struct Block {
 
 // Tokens of some sequences, one after the other.
 struct Batch {
-  const std::int32_t* positions;  // [tokens], where in its sequence a token stands
+  const std::int32_t* positions;  // [tokens], where in its sequence a token stands, for rotary angles
+  const std::int32_t* slots;      // [tokens], where its key lies in the pages; tokens of a tree differ here only
   const std::int32_t* sequences;  // [tokens], whose it is; neighbours of one sequence stand together
   const std::int32_t* pages;      // [sequences][most_pages]
-  const std::uint64_t* ancestors; // [tokens] or null: of the keys from tree_start on those with a set bit are seen
+  const std::uint64_t* ancestors; // [tokens] or null: of the slots from tree_start on those with a set bit are seen
   const std::int32_t* tree_start; // [tokens], beside `ancestors`
   std::int64_t tokens, most_pages, width;
   std::int32_t cache_float32;
