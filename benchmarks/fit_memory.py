@@ -80,7 +80,7 @@ def child(model: str, output: str, text: str, stage: str) -> None:
         assert scores is not None  # the stages before this one have run
         codings = planning.choose(work, scores, budget)
         if stage == "compress":
-            fit.compress_into(work, job, cache, codings)
+            fit.compress_into(work, job, fit.compression_of(work, scores, cache, codings))
         else:
             fit.check(work, job, codings, 1.0, {})
     predicted = next(s for s in prediction.stages if s.name == stage)

@@ -174,7 +174,7 @@ def test_what_the_plan_says_of_inputs_is_what_the_loaded_linears_do(fitted: Fitt
 
 def test_a_plan_that_rounds_the_inputs_of_floats_is_refused(fitted: Fitted, tmp_path: Path) -> None:
     edited = yaml.safe_load((fitted.directory / "plan.yaml").read_text())
-    place = next(place for place in edited["places"] if place["activation"])
+    place = next(place for place in edited["places"] if place.get("activation"))
     place["coding"] = {"kind": "float", "dtype": "float16"}
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(edited))
     with pytest.raises(SettingsError, match=place["name"]):
