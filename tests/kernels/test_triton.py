@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
 from packed_weights import laid_out, random_packed
 from tailorbird.errors import ResourceError, SettingsError
 from tailorbird.formats.packed import IntegerCoding, PackedWeight
-from tailorbird.kernels import triton_adapters, triton_attention, triton_linear, triton_runtime
+from tailorbird.kernels import dispatch, triton_adapters, triton_attention, triton_linear, triton_runtime
 from tailorbird.kernels.packing import BITS, pack_codes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -336,7 +336,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tailorbird.kernels import triton_adapters, triton_attention, triton_linear
+from tailorbird.kernels import dispatch, triton_adapters, triton_attention, triton_linear
 
 I, F = "i32", "*fp32"
 PRODUCT = {"low": "*i32", "zeros": "*u8", "sums": F, "rows": I, "outputs": I, "inputs": I, "words": I,
@@ -416,3 +416,11 @@ def test_dispatching_imports_no_triton() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
+
+
+@with_triton
+def test_dispatch_tries_the_product_and_finds_it_right() -> None:
+    """As it would on a GPU, but in the interpreter."""
+    path = next(path for path in dispatch.PATHS if path.name == "triton")
+    assert path.device == "cuda"
+    assert dispatch.works(dataclasses.replace(path, device=DEVICE.type))

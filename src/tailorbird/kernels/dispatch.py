@@ -8,6 +8,7 @@ build of PyTorch, or wrong on this processor, is left out, and that is logged on
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,8 +86,34 @@ def _fits_signed_bytes(coding: GroupedIntegers, in_features: int) -> bool:
     return one_group and (coding.bits in (5, 6) or (coding.bits == 8 and coding.symmetric))
 
 
+def _lazily(name: str) -> Callable[..., Any]:
+    """A function of `triton_linear`, which isn't imported before it is needed: Triton takes a while."""
+
+    def call(*arguments: Any, **settings: Any) -> Any:
+        module = importlib.import_module("tailorbird.kernels.triton_linear")
+        return getattr(module, name)(*arguments, **settings)
+
+    return call
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 #: in order of preference
 PATHS = (
+    Path(
+        name="triton",
+        device="cuda",
+        dtypes=(torch.bfloat16, torch.float16, torch.float32),
+        max_rows=64,
+        runs_here=_has_triton,
+        missing="Triton isn't installed",
+        serves=_lazily("serves"),
+        prepare=_lazily("prepare"),
+        multiply=_lazily("linear"),
+        example=(3, 32),
+    ),
     Path(
         name="native-int8",
         device="cpu",
@@ -160,10 +187,13 @@ def works(path: Path) -> bool:
     bits, group_size = path.example
     values = (torch.arange(16 * 64).view(16, 64) * 7) % (1 << bits)
     groups, _ = group_layout(64, group_size)
-    codes, scales = pack_codes(values, bits), torch.ones(16, groups, dtype=torch.bfloat16)
+    codes = pack_codes(values, bits).to(path.device)
+    scales = torch.ones(16, groups, dtype=torch.bfloat16, device=path.device)
     try:
         layout = path.prepare(codes, scales, None, bits=bits, group_size=group_size, in_features=64)
-        products = [path.multiply(torch.eye(64, dtype=dtype), layout) for dtype in path.dtypes]
+        products = [
+            path.multiply(torch.eye(64, dtype=dtype, device=path.device), layout) for dtype in path.dtypes
+        ]
     except (AttributeError, NotImplementedError, RuntimeError) as error:
         logger.warning("fast path %s doesn't run here (%s); using the exact reference", path.name, error)
         return False
