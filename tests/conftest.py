@@ -9,6 +9,8 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():  # before anything imports Triton, which looks only once
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 ASSETS = Path(os.environ.get("TAILORBIRD_ASSETS", Path(__file__).parents[2] / "shared" / "assets"))

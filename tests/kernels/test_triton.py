@@ -17,9 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 from packed_weights import laid_out, random_packed
 from tailorbird.errors import ResourceError, SettingsError
 from tailorbird.formats.packed import IntegerCoding, PackedWeight

@@ -27,7 +27,9 @@ def foresee(
     anatomy = read_anatomy(checkpoint)
     shape, few = (windows, 64), (min(windows, 8), 64)
     return predict(
-        Workload(anatomy, checkpoint.weights, shape, few, few, gradients, needs, CODINGS, output or directory)
+        Workload(
+            anatomy, checkpoint.weights, shape, few, few, gradients, needs, CODINGS, output or directory, True
+        )
     )
 
 

@@ -40,6 +40,7 @@ from tailorbird.hardware.memory import (
     available_bytes,
     return_freed_memory,
 )
+from tailorbird.kernels import native
 from tailorbird.model.anatomy import Anatomy, read_anatomy
 from tailorbird.model.checkpoint import Checkpoint, demo_text, locate, open_checkpoint
 from tailorbird.model.json_file import read_json
@@ -405,6 +406,7 @@ def foresee(work: Work, output: Path) -> Prediction:
             needs=work.recipe.needs,
             codings=work.codings,
             output=output,
+            packed_products=native.available() and work.rounded_inputs != frozenset(),
         )
     )
 

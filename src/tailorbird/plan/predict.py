@@ -69,6 +69,8 @@ class Workload:
         Whether sensitivity comes from gradients instead of measured divergences.
     needs : frozenset of str
         What the method needs: ``gram``, ``cross``.
+    packed_products : bool
+        Whether the result multiplies by packed weights as they are, at any number of rows.
     """
 
     anatomy: Anatomy
@@ -80,6 +82,7 @@ class Workload:
     needs: frozenset[str]
     codings: tuple[Coding, ...]
     output: Path
+    packed_products: bool
 
 
 @dataclass(frozen=True)
@@ -236,7 +239,8 @@ def predict(work: Workload) -> Prediction:
         streams * s.block + streams * s.gram + max(s.activations(s.batch(*cal)), 3 * s.gram + 3 * s.linear),
     )
     gate = max(
-        int(2.15 * s.end) + 5 * s.logits,
+        # The source's head in float32; the result's as codes and their layout, or in float32 too.
+        int((1.6 if work.packed_products else 2.15) * s.end) + 5 * s.logits,
         s.block * 2 + s.linear + s.activations(s.batch(*held)),
     )
     grams = sum(
