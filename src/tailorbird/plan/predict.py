@@ -240,7 +240,7 @@ def predict(work: Workload) -> Prediction:
     )
     gate = max(
         # The source's head in float32; the result's as codes and their layout, or in float32 too.
-        int((1.6 if work.packed_products else 2.15) * s.end) + 5 * s.logits,
+        int((1.65 if work.packed_products else 2.15) * s.end) + 5 * s.logits,
         s.block * 2 + s.linear + s.activations(s.batch(*held)),
     )
     grams = sum(
