@@ -20,6 +20,8 @@ namespace tailorbird {
 
 // Tokens that go through a block of tiles together, and bytes of unpacked codes that stay in the second cache.
 constexpr int MOST_TOKENS = 12;
+// Rows so long go through fewer tokens two tiles at a time; of shorter ones two streams are slower than one.
+constexpr std::int64_t PAIRED_COLUMNS = 2048;
 constexpr std::int64_t PANEL_BYTES = 256 << 10;
 
 struct BFloat16 {
