@@ -18,8 +18,9 @@ from tailorbird.formats.packed import IntegerCoding
 from tailorbird.kernels import blocks, native
 from tailorbird.model.layout import ModelLayout
 from tailorbird.model.load import load
-from tailorbird.run.fused import FusedModel, Pages, Unsuited, obstacle
+from tailorbird.run.fused import FusedModel, obstacle
 from tailorbird.run.generate import FusedDecoding, ModuleDecoding, decode
+from tailorbird.run.parts import Unsuited
 from tiny import ARCHITECTURES, make_model
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
@@ -61,7 +62,7 @@ def in_pieces(model: Any, ids: Tensor, cuts: list[int]) -> Tensor:
     """Logits of all tokens, read in pieces that end at `cuts`."""
     fused = FusedModel(model)
     sequences, length = ids.shape
-    pages = Pages(fused, sequences)
+    pages = fused.pages(sequences)
     found = []
     for start, stop in zip([0, *cuts], [*cuts, length], strict=True):
         pages.reach(stop)
@@ -119,7 +120,7 @@ def test_unlike_lengths_run_in_one_batch(tmp_path: Path) -> None:
     model = compressed(tmp_path / "m", "llama")
     fused = FusedModel(model)
     ids, lengths = tokens(3), [5, 40, 33]
-    pages = Pages(fused, 3)
+    pages = fused.pages(3)
     pages.reach(LENGTH)
     flat = torch.cat([ids[i, :n] for i, n in enumerate(lengths)])
     positions = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths])
@@ -164,7 +165,7 @@ def test_branches_of_a_tree_see_their_ancestors_only(tmp_path: Path) -> None:
     """Two continuations of one prompt in one batch: each as if it followed the prompt alone."""
     model = compressed(tmp_path / "m", "llama")
     fused, ids = FusedModel(model), tokens(1)[0]
-    pages = Pages(fused, 1)
+    pages = fused.pages(1)
     pages.reach(LENGTH)
     prompt = 30
     positions = torch.arange(prompt, dtype=torch.int32)

@@ -105,7 +105,7 @@ class Work:
     sensitivity_tokens : int
         Calibration tokens on which sensitivity is measured.
     rounded_inputs : frozenset of str or None
-        Places whose inputs may be rounded to bytes, where a plan states them.
+        Places whose inputs may be rounded to bytes, where the user states them; None chooses the cheapest.
     stages : list of dict
         What each stage took so far.
     ledger : Ledger or None

@@ -61,11 +61,6 @@ class Tiles:
     in_features: int
     described: WeightStructure
 
-    @property
-    def address(self) -> int:
-        """Where the C structure lies that describes the tensors."""
-        return ctypes.addressof(self.described)
-
 
 @functools.cache
 def library() -> Any:

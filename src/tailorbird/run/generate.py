@@ -8,6 +8,7 @@ gets.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Collection
@@ -19,7 +20,11 @@ from torch import Tensor
 
 from tailorbird.errors import CheckpointError, SettingsError
 from tailorbird.progress import Progress, Silent
-from tailorbird.run.fused import FusedModel, Pages, obstacle
+from tailorbird.run.fused import FusedModel
+from tailorbird.run.pages import Pages
+from tailorbird.run.parts import Unsuited
+
+logger = logging.getLogger("tailorbird")
 
 #: What a decoder writes for bytes that are no UTF-8, such as the first half of a character.
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -218,7 +223,11 @@ class Decoding(Protocol):
 
 def decode(model: Any) -> Decoding:
     """A fresh decoding: compiled blocks where a compressed model allows it, else its modules."""
-    return FusedDecoding(FusedModel(model)) if obstacle(model) is None else ModuleDecoding(model)
+    try:
+        return FusedDecoding(FusedModel(model))
+    except Unsuited as reason:
+        logger.info("decoding through the model's modules: %s", reason)
+        return ModuleDecoding(model)
 
 
 class FusedDecoding:
@@ -233,7 +242,7 @@ class FusedDecoding:
         """See `Decoding`."""
         sequences, tokens = ids.shape
         if self.pages is None:
-            self.pages = Pages(self.model, sequences)
+            self.pages = self.model.pages(sequences)
         self.pages.reach(self.length + tokens)
         positions = torch.arange(self.length, self.length + tokens, dtype=torch.int32).repeat(sequences)
         of_sequence = torch.arange(sequences, dtype=torch.int32).repeat_interleave(tokens)
