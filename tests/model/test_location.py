@@ -26,11 +26,14 @@ held = []
 def serve():
     while True:
         connection, _ = server.accept()
-        connection.recv(4096)
         held.append(connection)
+        request = b""  # read to its end: a socket closed over unread bytes resets the connection
+        while b"\\r\\n\\r\\n" not in request and (part := connection.recv(4096)):
+            request += part
         if answer:
-            connection.sendall(b"HTTP/1.1 " + answer + b"\\r\\nContent-Length: 2\\r\\n\\r\\n{}")
-            connection.close()
+            end = b"\\r\\nConnection: close\\r\\nContent-Length: 0\\r\\n\\r\\n"
+            connection.sendall(b"HTTP/1.1 " + answer + end)
+            connection.shutdown(socket.SHUT_WR)
 threading.Thread(target=serve, daemon=True).start()
 from tailorbird.model import location
 location._HUB_SECONDS = 1

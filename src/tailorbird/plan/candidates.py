@@ -26,6 +26,8 @@ TARGETS = ("gguf", "compressed-tensors")
 #: How a place is perturbed to measure its coefficient, and under which key its error is kept.
 PROBE = IntegerCoding(bits=3, group_size=64)
 PROBE_KEY = "probe"
+#: Rows on which the errors of candidates are measured.
+ERROR_ROWS = 256
 
 
 def candidate_codings(target: str | None, float_dtype: str) -> tuple[Coding, ...]:
@@ -80,7 +82,10 @@ def sample_rows(weight: torch.Tensor, limit: int) -> torch.Tensor:
 
 
 def rounding_errors(
-    weight: torch.Tensor, statistics: LinearStatistics | None, codings: Sequence[Coding], rows: int = 256
+    weight: torch.Tensor,
+    statistics: LinearStatistics | None,
+    codings: Sequence[Coding],
+    rows: int = ERROR_ROWS,
 ) -> dict[str, float]:
     """Relative output error of rounding `weight` to nearest under each coding.
 

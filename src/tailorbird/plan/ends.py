@@ -24,10 +24,8 @@ from tailorbird.formats.packed import Coding, IntegerCoding
 from tailorbird.linear import LinearMethod
 from tailorbird.linear.error import output_error, row_energies
 from tailorbird.model.anatomy import Anatomy
-from tailorbird.plan.candidates import sample_rows
+from tailorbird.plan.candidates import ERROR_ROWS, sample_rows
 
-#: Rows on which errors are measured.
-ERROR_ROWS = 256
 #: A difference of two sums that is smaller than this share of them is their rounding.
 ROUNDED_AWAY = 1e-6
 

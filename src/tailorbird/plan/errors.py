@@ -21,8 +21,15 @@ from tailorbird.linear import LinearMethod
 from tailorbird.linear.error import output_error, row_energies
 from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.model.anatomy import Anatomy, BlockAnatomy
-from tailorbird.plan.candidates import distinct, geometric_mean, rounding_errors, sample_rows, spread
-from tailorbird.plan.ends import ERROR_ROWS, HeadStatistics, without
+from tailorbird.plan.candidates import (
+    ERROR_ROWS,
+    distinct,
+    geometric_mean,
+    rounding_errors,
+    sample_rows,
+    spread,
+)
+from tailorbird.plan.ends import HeadStatistics, without
 from tailorbird.plan.inputs import InputErrors
 from tailorbird.progress import Progress, Silent
 
@@ -113,7 +120,7 @@ class _ErrorPass:
         """Errors of the embedding; the hidden states that enter the first block."""
         anatomy = self.model.anatomy
         codings = () if anatomy.tied else self.codings
-        errors = rounding_errors(self.model.end_weight(anatomy.embedding), None, codings, ERROR_ROWS)
+        errors = rounding_errors(self.model.end_weight(anatomy.embedding), None, codings)
         embed_windows(self.model, self.ids, self.ledger.stream(_boundary(0))).close()
         return {anatomy.embedding: errors}
 
@@ -148,7 +155,7 @@ class _ErrorPass:
             fellows = [linear for linear in anatomy.linears if linear.shares_input == key]
             for linear in fellows:
                 sample = sample_rows(model.weight_of(block, linear), ERROR_ROWS)
-                errors[linear.name] = rounding_errors(sample, statistics, self.codings, ERROR_ROWS)
+                errors[linear.name] = rounding_errors(sample, statistics, self.codings)
                 energy = float(row_energies(sample, statistics.gram).sum())
                 errors[linear.name] |= rounding[key].errors(sample, energy)
             judge = judges.pop(key).finish() if key in judges else None
@@ -201,7 +208,7 @@ class _ErrorPass:
         stream.close()
         statistics = HeadStatistics(whole.finish(), judge.finish() if windows > 1 else None)
         sample = sample_rows(model.end_weight(model.anatomy.head), ERROR_ROWS)
-        errors = rounding_errors(sample, statistics.whole, (), ERROR_ROWS)
+        errors = rounding_errors(sample, statistics.whole, ())
         errors |= rounding.errors(sample, float(row_energies(sample, statistics.whole.gram).sum()))
         model.release_ends()
         return errors, statistics

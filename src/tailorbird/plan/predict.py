@@ -24,7 +24,7 @@ from tailorbird.hardware.memory import available_bytes, resident_bytes
 from tailorbird.model.anatomy import Anatomy, BlockAnatomy
 from tailorbird.model.weights import Weights
 from tailorbird.plan.budget import format_size
-from tailorbird.plan.ends import ERROR_ROWS
+from tailorbird.plan.candidates import ERROR_ROWS
 from tailorbird.plan.errors import RATIO_ROWS, compared_linears
 from tailorbird.plan.places import uses_of
 

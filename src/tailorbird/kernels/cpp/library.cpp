@@ -139,6 +139,19 @@ Version<T> version_of(int version) {
   return {portable::quantize<T>, portable::widen<T>, portable::int8_products_of, portable::float_products_of};
 }
 
+struct BlockVersion {
+  decltype(&portable::run_blocks) run_blocks;
+  decltype(&portable::run_head) run_head;
+};
+
+BlockVersion block_version_of(int version) {
+#if defined(__x86_64__)
+  if (version == 1) return {avx2::run_blocks, avx2::run_head};
+  if (version == 2) return {avx512::run_blocks, avx512::run_head};
+#endif
+  return {portable::run_blocks, portable::run_head};
+}
+
 // Memory that a thread keeps from call to call.
 struct Workspace {
   std::vector<std::int8_t> values;
@@ -232,11 +245,7 @@ void tailorbird_linear(const void* weight, const void* x, void* y, std::int64_t 
 void tailorbird_run_blocks(const void* blocks, std::int64_t first, std::int64_t last, const void* batch,
                            float* hidden, int threads, int version) {
   using namespace tailorbird;
-  auto run = portable::run_blocks;
-#if defined(__x86_64__)
-  if (version == 1) run = avx2::run_blocks;
-  if (version == 2) run = avx512::run_blocks;
-#endif
+  const auto run = block_version_of(version).run_blocks;
   run(static_cast<const Block*>(blocks), first, last, *static_cast<const Batch*>(batch), hidden, threads);
 }
 
@@ -244,11 +253,7 @@ void tailorbird_run_blocks(const void* blocks, std::int64_t first, std::int64_t 
 void tailorbird_run_head(const void* norm, const void* head, const float* hidden, std::int64_t tokens,
                          std::int64_t width, float* logits, int threads, int version) {
   using namespace tailorbird;
-  auto run = portable::run_head;
-#if defined(__x86_64__)
-  if (version == 1) run = avx2::run_head;
-  if (version == 2) run = avx512::run_head;
-#endif
+  const auto run = block_version_of(version).run_head;
   run(*static_cast<const Norm*>(norm), *static_cast<const Linear*>(head), hidden, tokens, width, logits, threads);
 }
 
