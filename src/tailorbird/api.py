@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tailorbird.compress.work import Work
     from tailorbird.evaluate.speed import Speed
     from tailorbird.hardware.probe import Probe
+    from tailorbird.plan.budget import Budget
     from tailorbird.plan.predict import Prediction
     from tailorbird.run.generate import Generation
 
@@ -54,13 +55,15 @@ def probe(refresh: bool = False, progress: Progress | None = None) -> Probe:
 
 def fit(
     model: str,
-    memory: str,
+    memory: str | None = None,
     output: str | Path | None = None,
     *,
     calibration: str | None = None,
     evaluation: str | None = None,
     context: int | None = None,
     concurrency: int | None = None,
+    min_speed: str | None = None,
+    max_latency: str | None = None,
     sequences: int | None = None,
     length: int | None = None,
     method: str = "gptq",
@@ -73,24 +76,29 @@ def fit(
     measure_speed: bool = True,
     measure_spread: bool = True,
     activations: str = "auto",
+    allow_slower: bool = False,
     seed: int = 0,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> FitResult | DryRun:
-    """Fit `model` to a memory budget: plan, compress, check, report.
+    """Fit `model` to a budget of memory, speed or both: plan, compress, check, report.
 
     Parameters
     ----------
     model : str
         Directory, Hugging Face id or ``demo``.
     memory : str
-        ``1.5GiB``, ``800MB``, ``60%`` or ``3.25bpw``; weights, plus KV cache where `context` is given.
+        ``1.5GiB``, ``800MB``, ``60%`` or ``3.25bpw``; weights, plus KV cache where `context` is given. None
+        only where speed is asked for.
     output : path
         Where the result goes; it must not exist. Not needed for a dry run.
     calibration, evaluation : str, optional
         File or directory of text; see `calibrate.text`.
     context, concurrency : int, optional
-        Tokens per sequence and sequences at a time for which the KV cache is counted.
+        Tokens per sequence and sequences at a time for which the KV cache is counted, and speed.
+    min_speed, max_latency : str, optional
+        ``30tok/s`` of all sequences together while decoding, ``40ms`` from one token of a sequence to the
+        next: what the plan is predicted to reach on this machine.
     sequences, length : int, optional
         Calibration windows and their tokens.
     method : str
@@ -114,6 +122,8 @@ def fit(
         report how far the two lead apart.
     activations : {"auto", "exact"}
         Whether linears may round their inputs to bytes where that costs little and is faster.
+    allow_slower : bool
+        Accept a result that decodes slower than its source on this machine.
 
     Returns
     -------
@@ -144,7 +154,7 @@ def fit(
         length=length, context=context, target=target, seed=seed, progress=progress,
     )  # fmt: skip
     what: dict[str, Any] = _choose_activations(work, activations)
-    budget = work_module.budget_of(work, memory, context, concurrency)
+    budget = work_module.budget_of(work, memory, context, concurrency, min_speed, max_latency)
     if dry_run:
         return fitting.dry_run(work, budget, work_module.foresee(work, target_path))
     what |= {"budget": asdict(budget), "frontier": frontier}
@@ -157,7 +167,7 @@ def fit(
             work, job, scores, cache, codings, budget,
             limits, prediction, command_line(), points, measure_spread,
         )  # fmt: skip
-        return _hand_over(work, job, result, accepted, measure_speed)
+        return _hand_over(work, job, result, accepted, measure_speed, budget, allow_slower)
 
 
 def compress(
@@ -176,6 +186,7 @@ def compress(
     measure_speed: bool = True,
     measure_spread: bool = True,
     activations: str = "auto",
+    allow_slower: bool = False,
     seed: int = 0,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -221,7 +232,7 @@ def compress(
             work, job, scores, cache, codings, None,
             limits, prediction, command_line(), None, measure_spread,
         )  # fmt: skip
-        return _hand_over(work, job, result, accepted, measure_speed)
+        return _hand_over(work, job, result, accepted, measure_speed, None, allow_slower)
 
 
 def _choose_activations(work: Work, activations: str) -> dict[str, Any]:
@@ -258,14 +269,23 @@ def _begin(work: Work, output: Path, what: dict[str, Any], resume: bool) -> tupl
     return job, prediction
 
 
-def _hand_over(work: Work, job: Job, result: FitResult, accepted: bool, measure_speed: bool) -> FitResult:
+def _hand_over(
+    work: Work,
+    job: Job,
+    result: FitResult,
+    accepted: bool,
+    measure_speed: bool,
+    budget: Budget | None,
+    allow_slower: bool,
+) -> FitResult:
     """Measure speed, draw the report, give the result its name; or keep it aside and raise."""
     from tailorbird.compress import fit as fitting
     from tailorbird.errors import GateRefused
     from tailorbird.report.html import write_report
 
     if measure_speed:
-        result = fitting.add_speed(work, job, result)
+        result = fitting.add_speed(work, job, result, budget, allow_slower)
+        accepted = result.accepted
     write_report(job.partial)
     target = job.publish() if accepted else job.reject()
     result = replace(result, output=str(target), report=str(target / "report.html"))
@@ -322,7 +342,14 @@ def speed(
     from tailorbird.evaluate.speed import speed as measure
 
     _check_device(device)
-    return measure(model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, threads=threads)
+    return measure(
+        model,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch=batch,
+        threads=threads,
+        progress=progress,
+    )
 
 
 def generate(

@@ -42,6 +42,15 @@ SPEED = {
     "bandwidth_fraction": 0.5,
     "peak_rss_bytes": 2**29,
     "paths": {"int4 planes": 7},
+    "arithmetic_fraction": 0.25,
+    "kernels": {
+        phase: dict.fromkeys(
+            ("norms", "attention_in", "rotary", "attention", "attention_out", "mlp_in", "activation"), 1e-4
+        )
+        | {"mlp_out": 2e-4, "head": 1e-4, "rest": 0.0}
+        for phase in ("prefill", "decode")
+    },
+    "predicted": {"prefill_tokens_per_s": 1200.0, "decode_tokens_per_s": 58.0},
 }
 GENERATION = {"text": " world", "tokens": [5, 6], "seconds": 0.5}
 EXPORT = {

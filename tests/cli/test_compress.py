@@ -13,7 +13,7 @@ def test_every_flag_reaches_the_call(command: Any, api: Any) -> None:
     done = command(
         *("compress", "m", "-o", "o", "--plan", "plan.yaml", "--calibration", "c", "--evaluation", "e"),
         *("--sequences", "4", "--length", "64", "--max-kl", "1", "--max-perplexity-increase", "5"),
-        *("--activations", "exact", "--resume", "--seed", "3"),
+        *("--activations", "exact", "--allow-slower", "--resume", "--seed", "3"),
     )
     assert done.status == 0
     arguments = dict(api.arguments)
@@ -29,6 +29,7 @@ def test_every_flag_reaches_the_call(command: Any, api: Any) -> None:
         "length": 64,
         "max_kl": 1.0,
         "activations": "exact",
+        "allow_slower": True,
         "max_perplexity_increase": 5.0,
         "resume": True,
         "seed": 3,

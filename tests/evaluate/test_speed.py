@@ -11,16 +11,20 @@ import pytest
 import torch
 
 from tailorbird.errors import SettingsError
+from tailorbird.evaluate import foreseen
 from tailorbird.evaluate import speed as speed_module
 from tailorbird.evaluate.speed import (
     SpeedComparison,
     compare_in_child,
     compare_speed,
     linear_paths,
+    product_weights,
     speed,
     step_bytes,
 )
 from tailorbird.formats.packed import IntegerCoding, PackedWeight
+from tailorbird.hardware.cost import KernelTimes
+from tailorbird.kernels.blocks import STEPS
 from tailorbird.model.json_file import read_json
 from tailorbird.model.layout import ModelLayout, ModuleLayout
 from tailorbird.model.load import load
@@ -30,10 +34,20 @@ from tiny import make_model, save_model
 CODING = IntegerCoding(4, 32, symmetric=True)
 
 
+TIMES = KernelTimes(
+    threads=1, piece=512, tokens=(1,), products={f"{CODING.label} · float": ((1e-9, 1e-9),)},
+    streaming=((1, 0.0),), block=1e-6, token=1e-6, norms=1e-9, rotary=1e-9, activation=1e-9,
+    attention_alone=1e-9, attention_together=1e-9, step=1e-4, sequence=1e-6, logit=1e-9, lookup=1e-5,
+    unpacked=1e-9,
+)  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
 def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reads 1e9 bytes per second; measuring the real one takes seconds."""
-    monkeypatch.setattr(speed_module, "probe", lambda: SimpleNamespace(read_bandwidth=1e9))
+    """Reads 1e9 bytes and multiplies 1e12 times per second; measuring the real one takes seconds."""
+    rates = {"fp32": 5e11, "bf16": 1e12, "int8": None}
+    monkeypatch.setattr(speed_module, "probe", lambda: SimpleNamespace(read_bandwidth=1e9, matmul=rates))
+    monkeypatch.setattr(foreseen, "kernel_times", lambda kernels, progress=None: TIMES)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +88,16 @@ def test_all_fields_of_one_model(packed: Path) -> None:
     steps_per_s = found.decode_tokens_per_s / 2
     assert found.bandwidth_fraction == pytest.approx(step_bytes(model) * steps_per_s / 1e9)
     assert sum(found.paths.values()) == 2 * 7 + 1
+    weights = product_weights(model)
+    assert found.arithmetic_fraction == pytest.approx(2 * weights * found.prefill_tokens_per_s / 1e12)
+    blocks = sum(m.out_features * m.in_features for n, m in model.named_modules() if n.endswith("_proj"))
+    assert weights == blocks
+    assert found.kernels is not None
+    for parts in found.kernels.values():
+        assert set(parts) == {*STEPS, "head", "rest"}
+        assert all(seconds > 0 for seconds in parts.values())
+    assert found.predicted is not None
+    assert all(rate > 0 for rate in found.predicted.values())
     assert all(path.startswith("int4 g32 sym · ") for path in found.paths)
 
 
@@ -146,6 +170,7 @@ def test_comparison_takes_turns_and_takes_medians(
     assert found.source_prefill_tokens_per_s == pytest.approx(3 * 4 / 0.01)
     assert found.result_prefill_tokens_per_s == pytest.approx(3 * 4 / 0.04)
     assert found.ratio == found.prefill_ratio == pytest.approx(0.25)
+    assert (found.slower, found.batch) == (True, 3)
     turns = [name for name, before in zip(order, [None, *order], strict=False) if name != before]
     # Warming dense and packed, then each round begins with the one that ended the last.
     assert turns == ["dense", "packed", "dense", "packed", "dense", "packed"]

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tailorbird.hardware.cost import (
+    BlockShape,
+    KernelTimes,
+    ModelShape,
+    ProductShape,
+    decode_step_seconds,
     decode_tokens_per_s,
     forward_flops,
     gptq_flops,
     gram_flops,
+    prefill_seconds,
 )
 from tailorbird.hardware.probe import Probe
 from tiny import make_model
@@ -55,3 +64,68 @@ def test_gptq_flops_grow_with_the_cube_of_inputs_and_the_number_of_outputs() -> 
 def test_decoding_is_bound_by_reading_weights_once_per_step() -> None:
     assert decode_tokens_per_s(50, MACHINE) == 2
     assert decode_tokens_per_s(50, MACHINE, batch=8, fraction=0.5) == 8
+
+
+#: Every coefficient another power of ten, so that each can be read off a sum.
+TIMES = KernelTimes(
+    threads=2,
+    piece=8,
+    tokens=(1, 4, 16),
+    products={"a": ((1.0, 3.0), (2.0, 4.0), (10.0, 10.0)), "b": ((5.0, 5.0), (5.0, 5.0), (5.0, 5.0))},
+    streaming=((100, 0.0), (10_000, 1.0)),
+    block=1e3,
+    token=1e4,
+    norms=1e5,
+    rotary=1e6,
+    activation=1e7,
+    attention_alone=1e8,
+    attention_together=1e9,
+    step=1e10,
+    sequence=1e11,
+    logit=1e12,
+    lookup=1e13,
+    unpacked=1e14,
+)
+BLOCK = BlockShape((ProductShape("a", 6, 40), ProductShape("b", 7, 40)), width=2, attended=3, inner=5)
+SHAPE = ModelShape((BLOCK, replace(BLOCK, window=3)), ProductShape("b", 11, 20), vocab_size=13)
+
+
+@pytest.mark.parametrize(("batch", "context"), [(1, 0), (1, 9), (3, 2), (4, 7)])
+def test_a_decoding_step_is_the_sum_of_its_parts(batch: int, context: int) -> None:
+    own = math.ceil(batch / 2)
+    pairs = batch * (context + 1) + batch * min(context + 1, 3)
+    a = {1: 1.0, 3: 5 / 3, 4: 2.0}[batch]
+    streamed = 0.5 * math.log10(SHAPE.bytes / 100)  # half of the way from 100 to 10,000 is a factor of ten
+    a += streamed * 2
+    blocks = 2 * (1e3 + own * (1e4 + 2e5 + 3e6 + 5e7) + 6 * a + 7 * 5)
+    around = 1e10 + batch * 1e11 + 11 * 5 + batch * 13 * 1e12
+    expected = blocks + pairs * 3 * 1e8 + around
+    assert decode_step_seconds(SHAPE, TIMES, batch, context) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("batch", "prompt"), [(1, 1), (1, 8), (1, 21), (3, 5), (2, 16)])
+def test_a_prompt_is_read_in_pieces_whose_queries_meet_what_stands_before_them(
+    batch: int, prompt: int
+) -> None:
+    only_attention = replace(
+        TIMES, block=0, token=0, norms=0, rotary=0, activation=0, step=0, sequence=0, logit=0,
+        products=dict.fromkeys("ab", ((0.0, 0.0),) * 3),
+    )  # fmt: skip
+    met = sum(min(i + 1, window) for _ in range(batch) for i in range(prompt) for window in (math.inf, 3))
+    found = prefill_seconds(SHAPE, only_attention, batch, prompt)
+    assert found == pytest.approx(met * 3 * 1e9, rel=1e-12)
+    only_blocks = replace(only_attention, attention_together=0, block=1.0)
+    assert prefill_seconds(SHAPE, only_blocks, batch, prompt) == 2 * math.ceil(batch * prompt / 8)
+
+
+def test_products_between_and_beyond_the_measured_numbers_of_tokens() -> None:
+    product = ProductShape("a", 1, 1)
+    for tokens, seconds in ((1, 1.0), (4, 2.0), (10, 6.0), (16, 10.0), (28, 18.0)):
+        assert TIMES.product_seconds(product, tokens, 0.0) == pytest.approx(seconds)
+    assert TIMES.product_seconds(product, 1, 1.0) == 3.0
+
+
+def test_an_unpacked_embedding_takes_its_share() -> None:
+    packed = replace(SHAPE, looked_up=17)
+    more = decode_step_seconds(packed, TIMES, 2, 5) - decode_step_seconds(SHAPE, TIMES, 2, 5)
+    assert more == pytest.approx(1e13 + 2 * 17 * 1e14)

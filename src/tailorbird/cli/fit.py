@@ -24,14 +24,14 @@ EXAMPLE = "Example: tailorbird fit demo --memory 30% -o out/demo"
 def fit(
     model: options.Model,
     memory: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--memory",
             metavar="SIZE",
             help="The budget: 1.5GiB, 800MB, 60% (of the model at 16 bits) or 3.25bpw (bits per weight). "
-            "Holds the weights, and with --context the KV cache.",
+            "Holds the weights, and with --context the KV cache. Only a budget of speed goes without.",
         ),
-    ],
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -46,13 +46,33 @@ def fit(
     context: Annotated[
         int | None,
         typer.Option(
-            "--context", metavar="N", min=1, help="Tokens of context whose KV cache must fit into the budget."
+            "--context",
+            metavar="N",
+            min=1,
+            help="Tokens of context whose KV cache must fit into the budget, and at which speed is planned.",
         ),
     ] = None,
     concurrency: Annotated[
         int | None,
         typer.Option(
             "--concurrency", metavar="N", min=1, help="How many such contexts at once; 1 if not given."
+        ),
+    ] = None,
+    min_speed: Annotated[
+        str | None,
+        typer.Option(
+            "--min-speed",
+            metavar="SPEED",
+            help="Tokens per second while decoding, of all concurrent sequences together: 30tok/s. "
+            "Predicted for this machine.",
+        ),
+    ] = None,
+    max_latency: Annotated[
+        str | None,
+        typer.Option(
+            "--max-latency",
+            metavar="TIME",
+            help="From one token of a sequence to the next: 40ms. Predicted for this machine.",
         ),
     ] = None,
     sequences: options.Sequences = None,
@@ -80,6 +100,7 @@ def fit(
         bool, typer.Option("--frontier", help="Also predict and measure quality at six budgets.")
     ] = False,
     activations: options.Activations = "auto",
+    allow_slower: options.AllowSlower = False,
     resume: options.Resume = False,
     json: options.Json = False,
     seed: options.Seed = 0,
@@ -97,6 +118,8 @@ def fit(
             evaluation=evaluation,
             context=context,
             concurrency=concurrency,
+            min_speed=min_speed,
+            max_latency=max_latency,
             sequences=sequences,
             length=length,
             method=method,
@@ -106,6 +129,7 @@ def fit(
             dry_run=dry_run,
             frontier=frontier,
             activations=activations,
+            allow_slower=allow_slower,
             resume=resume,
             seed=seed,
             device=device,

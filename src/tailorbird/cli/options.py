@@ -67,6 +67,13 @@ Activations = Annotated[
         "exact lets none.",
     ),
 ]
+AllowSlower = Annotated[
+    bool,
+    typer.Option(
+        "--allow-slower",
+        help="Accept a result that decodes slower than its source here; else it is refused.",
+    ),
+]
 Resume = Annotated[
     bool,
     typer.Option(

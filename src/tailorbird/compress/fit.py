@@ -16,11 +16,17 @@ import torch
 
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.compress.folds import read_folds
-from tailorbird.compress.gate import Verdict, examine
+from tailorbird.compress.gate import Check, Verdict, examine
 from tailorbird.compress.job import Job
 from tailorbird.compress.manifest import plan_of, report_data
 from tailorbird.compress.pipeline import Compression, Pipeline
-from tailorbird.compress.planning import chosen, describe, predicted_losses, with_rounded_inputs
+from tailorbird.compress.planning import (
+    chosen,
+    describe,
+    predicted_losses,
+    predicted_step_seconds,
+    with_rounded_inputs,
+)
 from tailorbird.compress.result import DryRun, FitResult
 from tailorbird.compress.spread import calibration_spread
 from tailorbird.compress.stage import Stage
@@ -101,7 +107,8 @@ def make(
     predicted_kl = sum(p["kl"] for p in predicted.values())
     verdict = check(work, job, codings, predicted_kl, limits)
     spread = spread_of(work, job, compression, prediction) if measure_spread else None
-    result = summarize(work, job, verdict, budget, predicted_kl, prediction)
+    step = predicted_step_seconds(work, scores, budget, codings)
+    result = summarize(work, job, verdict, budget, predicted_kl, prediction, step)
     folds = read_folds(job.partial, work.anatomy)
     plan = plan_of(work, scores, compression, budget, predicted, measured, result, folds)
     save_plan(plan, job.partial / "plan.yaml")
@@ -176,6 +183,7 @@ def summarize(
     budget: Budget | None,
     predicted_kl: float,
     prediction: Prediction,
+    step_seconds: float | None,
 ) -> FitResult:
     """The result in numbers."""
     weight_bytes = Weights.open(job.partial).total_bytes
@@ -198,6 +206,7 @@ def summarize(
             "kl": predicted_kl,
             "peak_rss_bytes": prediction.peak_rss_bytes,
             "seconds": prediction.seconds,
+            **_predicted_speed(budget, step_seconds),
         },
         seconds=sum(s["seconds"] for s in work.stages),
         peak_rss_bytes=max(peaks, default=peak_resident_bytes()),
@@ -205,6 +214,13 @@ def summarize(
         checks=[asdict(check) for check in verdict.checks],
         warnings=list(work.texts.notes),
     )
+
+
+def _predicted_speed(budget: Budget | None, step_seconds: float | None) -> dict[str, float]:
+    """Of decoding, at the context and concurrency of the budget; nothing where no speed was asked for."""
+    if budget is None or step_seconds is None:
+        return {}
+    return {"step_seconds": step_seconds, "decode_tokens_per_s": budget.concurrency / step_seconds}
 
 
 def measure_frontier(
@@ -250,11 +266,14 @@ def measure_frontier(
     return points
 
 
-def add_speed(work: Work, job: Job, result: FitResult) -> FitResult:
-    """Tokens per second of source and result at batch 1, where both fit into memory at once.
+def add_speed(
+    work: Work, job: Job, result: FitResult, budget: Budget | None, allow_slower: bool
+) -> FitResult:
+    """Tokens per second of source and result, where both fit into memory at once.
 
-    They are measured in a process of their own, so that neither the peak nor the caches of this one
-    count.
+    They are measured in a process of their own, so that neither the peak nor the caches of this one count,
+    with as many sequences as the budget states. A result that is slower than its source in every round
+    isn't accepted unless `allow_slower`.
     """
     needed = 2 * (work.checkpoint.weights.total_bytes + result.weight_bytes) + (1 << 30)
     if needed > available_bytes():
@@ -263,15 +282,21 @@ def add_speed(work: Work, job: Job, result: FitResult) -> FitResult:
     from tailorbird.evaluate.speed import compare_in_child
 
     work.progress.stage("speed", 0)
-    found = compare_in_child(work.checkpoint.directory, job.partial)
-    warnings = list(result.warnings)
-    if found["ratio"] < 1:
-        paths = ", ".join(found["paths"])
+    batch = budget.concurrency if budget else 1
+    found = compare_in_child(work.checkpoint.directory, job.partial, batch)
+    warnings, checks = list(result.warnings), list(result.checks)
+    words = f"{found['ratio']:.2f} times the source's decoding speed at batch {batch}"
+    if found["slower"] and allow_slower:
+        warnings.append(f"SLOWER than its source on this machine: {words} ({', '.join(found['paths'])})")
+    slow = found["slower"] and not allow_slower
+    checks.append(asdict(Check("speed", not slow, words + " (--allow-slower takes it)" * slow)))
+    if budget and budget.step_seconds and found["result_decode_tokens_per_s"] < batch / budget.step_seconds:
         warnings.append(
-            f"SLOWER than its source at batch 1 on this machine: {found['ratio']:.2f} times its speed "
-            f"({paths})"
+            f"asked for {budget.speed_text}, and a context of a few tokens already gives no more than "
+            f"{found['result_decode_tokens_per_s']:.3g} tok/s"
         )
-    result = replace(result, speed=found, warnings=warnings)
+    accepted = result.accepted and not slow
+    result = replace(result, speed=found, warnings=warnings, checks=checks, accepted=accepted)
     data = read_json(job.partial / "report.json")
     data["result"] = asdict(result)
     write_json(job.partial / "report.json", data)

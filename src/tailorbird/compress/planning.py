@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 from tailorbird.calibrate.ledger import Ledger
@@ -17,7 +18,7 @@ from tailorbird.formats.packed import (
     coding_from_dict,
     coding_to_dict,
 )
-from tailorbird.plan.allocate import allocate
+from tailorbird.plan.allocate import Allocation, PlaceOptions, allocate
 from tailorbird.plan.budget import Budget
 from tailorbird.plan.candidates import candidate_codings
 from tailorbird.plan.ends import end_errors, for_both_uses
@@ -28,6 +29,7 @@ from tailorbird.plan.planfile import Plan
 from tailorbird.plan.score_cache import ScoreCache
 from tailorbird.plan.scores import PlaceScore, Scores, assemble, options
 from tailorbird.plan.sensitivity import measure_coefficients
+from tailorbird.plan.speed import SpeedPlanner
 
 #: Parts of a job in which its scoring passes keep what they have done.
 STATISTICS, SENSITIVITY = "statistics", "sensitivity"
@@ -129,16 +131,49 @@ def score_sensitivity(work: Work, cache: ScoreCache, ledger: Ledger) -> Scores:
 
 def choose(work: Work, scores: Scores, budget: Budget) -> dict[str, Coding]:
     """Place -> coding of the best plan within `budget`; places that stay as stored are left out."""
-    together = (lambda place: together_for(work.target, place)) if work.target else (lambda place: None)
-    choices = options(scores, lambda place: work.codings_at(place.name, place.shape[1]), together)
-    allocation = allocate(choices, budget.weight_bytes - work.other_bytes)
+
+    def choices(seconds: Callable[[PlaceScore, Coding], float]) -> list[PlaceOptions]:
+        return options(
+            scores,
+            lambda place: work.codings_at(place.name, place.shape[1]),
+            lambda place: together_for(work.target, place),
+            seconds,
+        )
+
+    capacity = budget.weight_bytes - work.other_bytes
+    if budget.step_seconds is None:
+        allocation = allocate(choices(lambda place, coding: 0.0), capacity)
+    else:
+        allocation = speed_planner(work, budget).allocate(
+            choices, capacity, lambda plan: with_rounded_inputs(work, scores, _codings(work, plan))
+        )
     if allocation.gap > WORTH_SAYING:
         work.progress.note(f"a plan with up to {allocation.gap:.1%} less predicted loss may exist")
+    return _codings(work, allocation)
+
+
+def _codings(work: Work, allocation: Allocation) -> dict[str, Coding]:
+    """Place -> coding; places that stay as stored are left out."""
     return {
         name: option.coding
         for name, option in allocation.choices.items()
         if not as_stored(work, name, option.coding)
     }
+
+
+def speed_planner(work: Work, budget: Budget) -> SpeedPlanner:
+    """Who plans for speed."""
+    exact = work.rounded_inputs is not None and not work.rounded_inputs
+    return SpeedPlanner(work.anatomy, budget, FloatCoding(work.float_dtype), exact, work.progress)
+
+
+def predicted_step_seconds(
+    work: Work, scores: Scores, budget: Budget | None, codings: dict[str, Coding]
+) -> float | None:
+    """What a decoding step is predicted to take, where the budget asks for speed."""
+    if budget is None or budget.step_seconds is None:
+        return None
+    return speed_planner(work, budget).step_seconds(codings, with_rounded_inputs(work, scores, codings))
 
 
 def together_for(target: str | None, place: PlaceScore) -> str | None:

@@ -48,6 +48,7 @@ from tailorbird.plan.budget import Budget, format_size, read_budget
 from tailorbird.plan.candidates import candidate_codings
 from tailorbird.plan.places import places_of
 from tailorbird.plan.predict import Prediction, Workload, measuring_flops, predict
+from tailorbird.plan.speed import check_architecture, with_speed
 from tailorbird.progress import Progress, Silent
 
 SEQUENCES = 128
@@ -337,9 +338,28 @@ def _generated_texts(work: Work) -> Texts:
     return Texts(cal, ev, decoded, tuple(notes), self_generated=True)
 
 
-def budget_of(work: Work, memory: str, context: int | None, concurrency: int | None) -> Budget:
-    """The budget in bytes; refused where it can't be met or is met already."""
-    return read_budget(
+def budget_of(
+    work: Work,
+    memory: str | None,
+    context: int | None,
+    concurrency: int | None,
+    min_speed: str | None = None,
+    max_latency: str | None = None,
+) -> Budget:
+    """The budget in bytes and seconds; refused where it can't be met or is met already.
+
+    Without `memory`, which only a budget of speed goes without, all that is smaller than the source will do.
+    """
+    if memory is None:
+        if min_speed is None and max_latency is None:
+            raise SettingsError(
+                "no budget",
+                "--memory, --min-speed or --max-latency",
+                "say what the model must fit into, for example --memory 30%",
+            )
+        cached = 0 if context is None else work.anatomy.kv_bytes(context, concurrency or 1)
+        memory = str(work.dense_bytes + cached - 1)
+    budget = read_budget(
         memory,
         dense_bytes=work.dense_bytes,
         parameters=work.checkpoint.parameters,
@@ -349,6 +369,10 @@ def budget_of(work: Work, memory: str, context: int | None, concurrency: int | N
         context=context,
         concurrency=concurrency,
     )
+    budget = with_speed(budget, min_speed, max_latency)
+    if budget.step_seconds is not None:
+        check_architecture(work.anatomy)
+    return budget
 
 
 def sensitivity_ids(work: Work) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -24,18 +25,22 @@ import torch
 from torch import nn
 
 from tailorbird.errors import ResourceError, SettingsError
+from tailorbird.evaluate.foreseen import foresee
 from tailorbird.formats.modules import CompressedLinear
 from tailorbird.hardware.cost import decode_tokens_per_s
 from tailorbird.hardware.memory import peak_resident_bytes, reset_peak
 from tailorbird.hardware.probe import probe
+from tailorbird.kernels.blocks import STEPS
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.load import load
+from tailorbird.progress import Progress
 from tailorbird.run.fused import obstacle
-from tailorbird.run.generate import context_length, decode
+from tailorbird.run.generate import FusedDecoding, context_length, decode
+from tailorbird.run.parts import linear_shape
 
 PROMPT_TOKENS = 64
 NEW_TOKENS = 32
-ROUNDS = 3
+ROUNDS = 5
 
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -57,6 +62,14 @@ class Speed:
         Most resident memory of this process while loading and running.
     paths : dict
         ``"<coding> · <path>"`` -> how many linears a decode step runs that way.
+    arithmetic_fraction : float
+        Operations per second of all products while the prompt is read, over the fastest rate that PyTorch's
+        own products reach on this machine, in any type.
+    kernels : dict or None
+        ``prefill``, ``decode`` -> what the time went to -> seconds, of reading the prompt and of one step;
+        None where the model doesn't run in compiled blocks.
+    predicted : dict or None
+        What the cost model says of ``prefill_tokens_per_s`` and ``decode_tokens_per_s``; None likewise.
     """
 
     prefill_tokens_per_s: float
@@ -65,6 +78,9 @@ class Speed:
     bandwidth_fraction: float
     peak_rss_bytes: int
     paths: dict[str, int]
+    arithmetic_fraction: float
+    kernels: dict[str, dict[str, float]] | None
+    predicted: dict[str, float] | None
 
 
 @dataclass(frozen=True)
@@ -75,6 +91,12 @@ class SpeedComparison:
     ----------
     ratio, prefill_ratio : float
         Result over source, decoding and reading the prompt.
+    slower : bool
+        The source decoded faster in every round.
+    batch : int
+        Sequences at once.
+    predicted_decode_tokens_per_s : float or None
+        Of the result, by the cost model; None where it doesn't run in compiled blocks.
     paths : dict
         Of the result, as in `Speed`.
     """
@@ -85,6 +107,9 @@ class SpeedComparison:
     source_decode_tokens_per_s: float
     result_decode_tokens_per_s: float
     ratio: float
+    slower: bool
+    batch: int
+    predicted_decode_tokens_per_s: float | None
     paths: dict[str, int]
 
 
@@ -95,6 +120,7 @@ def speed(
     batch: int = 1,
     threads: int | None = None,
     rounds: int = ROUNDS,
+    progress: Progress | None = None,
 ) -> Speed:
     """Measure one model.
 
@@ -133,15 +159,22 @@ def speed(
         subject.warm()
         for _ in range(rounds):
             subject.run()
+        peak = peak_resident_bytes()
+        kernels = subject.kernels()
+        foreseen = foresee(subject.model, batch, prompt_tokens, new_tokens, progress)
     decode = subject.decode_tokens_per_s
     bound = decode_tokens_per_s(step_bytes(subject.model), machine, batch=batch)
+    operations = 2 * product_weights(subject.model) * subject.prefill_tokens_per_s
     return Speed(
         prefill_tokens_per_s=subject.prefill_tokens_per_s,
         decode_tokens_per_s=decode,
         load_seconds=load_seconds,
         bandwidth_fraction=decode / bound,
-        peak_rss_bytes=peak_resident_bytes(),
+        peak_rss_bytes=peak,
         paths=linear_paths(subject.model, batch),
+        arithmetic_fraction=operations / max(rate for rate in machine.matmul.values() if rate is not None),
+        kernels=kernels,
+        predicted=None if foreseen is None else asdict(foreseen),
     )
 
 
@@ -165,6 +198,8 @@ def compare_speed(
         for number in range(rounds):
             for subject in (before, after) if number % 2 == 0 else (after, before):
                 subject.run()
+        foreseen = foresee(after.model, batch, prompt_tokens, new_tokens)
+    pairs = zip(before.decode_seconds, after.decode_seconds, strict=True)
     return SpeedComparison(
         source_prefill_tokens_per_s=before.prefill_tokens_per_s,
         result_prefill_tokens_per_s=after.prefill_tokens_per_s,
@@ -172,12 +207,15 @@ def compare_speed(
         source_decode_tokens_per_s=before.decode_tokens_per_s,
         result_decode_tokens_per_s=after.decode_tokens_per_s,
         ratio=after.decode_tokens_per_s / before.decode_tokens_per_s,
+        slower=all(source < result for source, result in pairs),
+        batch=batch,
+        predicted_decode_tokens_per_s=None if foreseen is None else foreseen.decode_tokens_per_s,
         paths=linear_paths(after.model, batch),
     )
 
 
-def compare_in_child(source: str | Path, result: str | Path) -> dict[str, Any]:
-    """`compare_speed` at batch 1 in a process of its own, whose memory and caches are not this one's.
+def compare_in_child(source: str | Path, result: str | Path, batch: int = 1) -> dict[str, Any]:
+    """`compare_speed` in a process of its own, whose memory and caches are not this one's.
 
     Models with a short context are measured with as many tokens as it holds.
 
@@ -194,9 +232,8 @@ def compare_in_child(source: str | Path, result: str | Path) -> dict[str, Any]:
         It failed otherwise.
     """
     command = [sys.executable, "-m", __name__, str(source), str(result)]
-    child = subprocess.run(
-        [*command, "--threads", str(torch.get_num_threads())], capture_output=True, text=True, check=False
-    )
+    command += ["--batch", str(batch), "--threads", str(torch.get_num_threads())]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
     if child.returncode < 0:
         raise ResourceError(
             f"the process that measures speed was killed by signal {-child.returncode}",
@@ -223,6 +260,15 @@ def step_bytes(model: nn.Module) -> int:
             stored = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
         tensors.update((tensor.data_ptr(), tensor.nbytes) for tensor in stored)
     return sum(tensors.values())
+
+
+def product_weights(model: nn.Module) -> int:
+    """Weights of all linears of the blocks, by which each token of a prompt is multiplied."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    linears = (module for module in model.modules() if isinstance(module, nn.Linear | Conv1D))
+    return sum(math.prod(linear_shape(module)) for module in linears if module is not head)
 
 
 def linear_paths(model: Any, rows: int) -> dict[str, int]:
@@ -282,6 +328,26 @@ class _Subject:
         self.prefill_seconds.append(read - start)
         self.decode_seconds.append(time.perf_counter() - read)
 
+    def kernels(self) -> dict[str, dict[str, float]] | None:
+        """Seconds by what they went to, in one more round; None outside of compiled blocks."""
+        decoding = decode(self.model)
+        if not isinstance(decoding, FusedDecoding):
+            return None
+        found = {}
+        fed, steps = self.prompt, 1
+        for phase in ("prefill", "decode"):
+            seconds = decoding.model.seconds = torch.zeros(len(STEPS) + 1, dtype=torch.float64)
+            start = time.perf_counter()
+            for _ in range(steps):
+                fed = decoding.read(fed).argmax(-1, keepdim=True)
+            elapsed = time.perf_counter() - start
+            parts = {
+                name: float(value) / steps for name, value in zip((*STEPS, "head"), seconds, strict=True)
+            }
+            found[phase] = parts | {"rest": elapsed / steps - sum(parts.values())}
+            steps = self.new_tokens
+        return found
+
     @property
     def prefill_tokens_per_s(self) -> float:
         return self.prompt.numel() / statistics.median(self.prefill_seconds)
@@ -315,12 +381,15 @@ def _main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("source")
     parser.add_argument("result")
+    parser.add_argument("--batch", type=int)
     parser.add_argument("--threads", type=int)
     given = parser.parse_args()
     context = context_length(open_checkpoint(given.source)) or PROMPT_TOKENS + NEW_TOKENS
     prompt_tokens = max(1, min(PROMPT_TOKENS, context * 2 // 3))
     new_tokens = max(1, min(NEW_TOKENS, context - prompt_tokens))
-    found = compare_speed(given.source, given.result, prompt_tokens, new_tokens, threads=given.threads)
+    found = compare_speed(
+        given.source, given.result, prompt_tokens, new_tokens, batch=given.batch, threads=given.threads
+    )
     print(json.dumps(asdict(found)))
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def cache_directory() -> Path:
@@ -13,3 +16,15 @@ def cache_directory() -> Path:
     """
     stated = os.environ.get("TAILORBIRD_CACHE")
     return Path(stated).expanduser() if stated else Path.home() / ".cache" / "tailorbird"
+
+
+def write_entry(path: Path, entry: Any) -> None:
+    """Write JSON whole or not at all; a cache that can't be written costs time next time, nothing else."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(entry, indent=1))
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()

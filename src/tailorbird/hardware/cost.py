@@ -1,10 +1,21 @@
 """The cost of work before it is done: operations counted by formula, seconds from measured rates.
 
-Nothing here measures; the rates come in as a `Probe`. A floating-point operation is one addition or one
-multiplication, so a product of ``[m, k]`` and ``[k, n]`` takes ``2 m k n`` of them.
+Nothing here measures; the rates come in as a `Probe`, and those of compiled blocks as `KernelTimes`. A
+floating-point operation is one addition or one multiplication, so a product of ``[m, k]`` and ``[k, n]``
+takes ``2 m k n`` of them.
+
+A step of compiled blocks takes what its parts take. Products are counted in weights, at a rate that depends
+on the kernel, on the number of tokens, and on whether the model's weights stay in the cache from step to
+step or stream from memory. What is done token by token is counted in channels, attention in pairs of a
+query and a key.
 """
 
 from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from tailorbird.hardware.probe import Probe
 
@@ -72,3 +83,203 @@ def decode_tokens_per_s(weight_bytes: int, probe: Probe, *, batch: int = 1, frac
         Tokens per second over the whole batch.
     """
     return batch * fraction * probe.read_bandwidth / weight_bytes
+
+
+@dataclass(frozen=True)
+class ProductShape:
+    """One linear, as far as its time depends on it.
+
+    Attributes
+    ----------
+    kernel : str
+        How it is multiplied: a key of `KernelTimes.products`.
+    weights : int
+        ``out_features * in_features``.
+    bytes : int
+        What a step reads of it.
+    """
+
+    kernel: str
+    weights: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """One block.
+
+    Attributes
+    ----------
+    products : tuple of ProductShape
+    width, attended, inner : int
+        Channels between blocks, of all heads together, and inside the feed-forward sublayer.
+    window : int or None
+        Keys that a query meets at most.
+    """
+
+    products: tuple[ProductShape, ...]
+    width: int
+    attended: int
+    inner: int
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model that runs in compiled blocks.
+
+    Attributes
+    ----------
+    blocks : tuple of BlockShape
+    head : ProductShape
+    vocab_size : int
+    looked_up : int
+        Values of a compressed embedding's row, which are unpacked for every token; 0 where it is dense.
+    """
+
+    blocks: tuple[BlockShape, ...]
+    head: ProductShape
+    vocab_size: int
+    looked_up: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """What a step reads of all linears."""
+        return self.head.bytes + sum(product.bytes for block in self.blocks for product in block.products)
+
+
+@dataclass(frozen=True)
+class KernelTimes:
+    """What compiled blocks take on one machine, with so many threads. Seconds, tokens, bytes.
+
+    Attributes
+    ----------
+    threads : int
+    piece : int
+        Tokens that go through the blocks in one call, at most.
+    tokens : tuple of int
+        Rising numbers of tokens at which products were timed.
+    products : mapping
+        Kernel -> for each of `tokens` the seconds per weight, from the cache and from memory.
+    streaming : tuple of (int, float)
+        Rising bytes of weights that are read in turn, and which share of the way from the cache's to the
+        memory's rate a product then goes.
+    block, token : float
+        What a block takes beside all else, and for every token of a thread.
+    norms, rotary, activation : float
+        Per token of a thread and channel: of the width, of all heads, of the feed-forward sublayer.
+    attention_alone, attention_together : float
+        Per pair of a query and a key, and channel of all heads; for queries of different sequences, and for
+        neighbours in one.
+    step, sequence : float
+        Around the blocks, once, and for every sequence.
+    logit : float
+        Per logit that is given back, beyond the head's product.
+    lookup, unpacked : float
+        What looking up rows of a compressed embedding takes, once and per value.
+    """
+
+    threads: int
+    piece: int
+    tokens: tuple[int, ...]
+    products: Mapping[str, Sequence[tuple[float, float]]]
+    streaming: tuple[tuple[int, float], ...]
+    block: float
+    token: float
+    norms: float
+    rotary: float
+    activation: float
+    attention_alone: float
+    attention_together: float
+    step: float
+    sequence: float
+    logit: float
+    lookup: float
+    unpacked: float
+
+    def streamed_share(self, size: int) -> float:
+        """How far `size` bytes of weights, read in turn, are from the cache: 0 in it, 1 in memory."""
+        return _interpolate(
+            [math.log(known) for known, _ in self.streaming],
+            [share for _, share in self.streaming],
+            math.log(max(size, 1)),
+        )
+
+    def product_seconds(self, product: ProductShape, tokens: int, streamed: float) -> float:
+        """Seconds of one product with `tokens` tokens."""
+        rates = [cached + streamed * (memory - cached) for cached, memory in self.products[product.kernel]]
+        return product.weights * _interpolate(self.tokens, rates, tokens)
+
+
+def _interpolate(known: Sequence[float], values: Sequence[float], at: float) -> float:
+    """Linear between known points, constant before the first; past the last in proportion to the last two."""
+    if len(known) == 1 or at <= known[0]:
+        return values[0]
+    right = min(bisect_right(known, at), len(known) - 1)
+    share = (at - known[right - 1]) / (known[right] - known[right - 1])
+    return values[right - 1] + share * (values[right] - values[right - 1])
+
+
+def decode_step_seconds(model: ModelShape, times: KernelTimes, batch: int, context: int) -> float:
+    """Seconds in which `batch` sequences, each with `context` tokens in the cache, get one more token."""
+    pairs = _met(lambda window: batch * min(context + 1, window))
+    blocks = _blocks_seconds(model, times, batch, pairs, times.attention_alone)
+    return blocks + _around(model, times, batch, batch)
+
+
+def prefill_seconds(model: ModelShape, times: KernelTimes, batch: int, prompt: int) -> float:
+    """Seconds in which `batch` sequences of `prompt` tokens are read into empty caches."""
+    total, seconds = batch * prompt, 0.0
+    for start in range(0, total, times.piece):
+        end = min(start + times.piece, total)
+        pairs = _met(
+            lambda window, start=start, end=end: (  # type: ignore[misc]
+                _pairs_until(end, prompt, window) - _pairs_until(start, prompt, window)
+            )
+        )
+        seconds += _blocks_seconds(model, times, end - start, pairs, times.attention_together)
+    return seconds + _around(model, times, total, batch)
+
+
+def _pairs_until(token: int, prompt: int, window: float) -> float:
+    """Keys that the queries before `token` meet, of sequences of `prompt` tokens one after the other."""
+    whole, rest = divmod(token, prompt)
+    return whole * _pairs_of(prompt, window) + _pairs_of(rest, window)
+
+
+def _pairs_of(tokens: int, window: float) -> float:
+    """Keys that the first `tokens` queries of a sequence meet together."""
+    if tokens <= window:
+        return tokens * (tokens + 1) / 2
+    return window * (window + 1) / 2 + (tokens - window) * window
+
+
+def _met(pairs: Callable[[float], float]) -> Callable[[BlockShape], float]:
+    """Pairs of a block, from those of a window."""
+    return lambda block: pairs(math.inf if block.window is None else block.window)
+
+
+def _blocks_seconds(
+    model: ModelShape,
+    times: KernelTimes,
+    tokens: int,
+    pairs: Callable[[BlockShape], float],
+    attention: float,
+) -> float:
+    streamed = times.streamed_share(model.bytes)
+    own = -(-tokens // times.threads)  # tokens of the thread that has most
+    seconds = 0.0
+    for block in model.blocks:
+        channels = times.norms * block.width + times.rotary * block.attended + times.activation * block.inner
+        seconds += times.block + own * (times.token + channels)
+        seconds += attention * pairs(block) * block.attended
+        seconds += sum(times.product_seconds(product, tokens, streamed) for product in block.products)
+    return seconds
+
+
+def _around(model: ModelShape, times: KernelTimes, tokens: int, sequences: int) -> float:
+    """Embedding, head and what stands around them."""
+    head = times.product_seconds(model.head, sequences, times.streamed_share(model.bytes))
+    logits = sequences * model.vocab_size * times.logit
+    embedding = times.lookup + tokens * model.looked_up * times.unpacked if model.looked_up else 0.0
+    return times.step + sequences * times.sequence + head + logits + embedding

@@ -7,7 +7,6 @@ and up to 512 MiB of memory for a moment. A busy machine measures slow: refresh 
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import math
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 
-from tailorbird.hardware.cache import cache_directory
+from tailorbird.hardware.cache import cache_directory, write_entry
 from tailorbird.hardware.cgroup import cpu_quota
 from tailorbird.hardware.memory import available_bytes, total_bytes
 from tailorbird.progress import Progress, Silent
@@ -125,7 +124,7 @@ def probe(
     progress = progress or Silent()
     place = _existing(Path(directory) if directory is not None else Path.cwd())
     disk = str(os.stat(place).st_dev)
-    identity = _identity()
+    identity = machine_identity()
     path = cache_directory() / "probe.json"
     entry = None if refresh else _read_cache(path, identity)
     if entry is None or disk not in entry["disks"]:
@@ -136,7 +135,7 @@ def probe(
         if measured is not None:
             entry["disks"][disk] = measured
         progress.advance(note="disk")
-        _write_cache(path, entry)
+        write_entry(path, entry)
     rates = entry["rates"]
     return Probe(
         cores=identity["cores"],
@@ -193,7 +192,7 @@ def _cpuinfo() -> dict[str, str]:
     return fields
 
 
-def _identity() -> dict[str, Any]:
+def machine_identity() -> dict[str, Any]:
     """What must be equal for measured rates to hold."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
@@ -237,18 +236,6 @@ def _read_cache(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 
 def _is_rate(value: Any) -> bool:
     return isinstance(value, float) and math.isfinite(value) and value > 0
-
-
-def _write_cache(path: Path, entry: dict[str, Any]) -> None:
-    """Write whole or not at all; a cache that can't be written costs time next time, nothing else."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(entry, indent=1))
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 # --- the measurements --------------------------------------------------------------------------------------

@@ -21,6 +21,11 @@ HEAD_MULTIPLE = 16
 NORM_KINDS = {"none": 0, "root_mean_square": 1, "layer": 2}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 
+#: What a block spends its time on: norms and rounding to bytes, rotary angles and the cache, and so on.
+STEPS = (
+    "norms", "attention_in", "rotary", "attention", "attention_out", "mlp_in", "activation", "mlp_out",
+)  # fmt: skip
+
 _pointer, _float, _int, _size = ctypes.c_void_p, ctypes.c_float, ctypes.c_int32, ctypes.c_int64
 
 
@@ -67,6 +72,7 @@ class _Batch(ctypes.Structure):
         *((name, _pointer) for name in ("positions", "slots", "sequences", "pages")),
         *((name, _pointer) for name in ("ancestors", "tree_start")),
         *((name, _size) for name in ("tokens", "most_pages", "width")), ("cache_float32", _int),
+        ("seconds", _pointer),
     ]  # fmt: skip
 
 
@@ -83,6 +89,7 @@ def run_blocks(
     ancestors: Tensor | None = None,
     tree_start: Tensor | None = None,
     version: int | None = None,
+    seconds: Tensor | None = None,
 ) -> None:
     """Run some blocks over packed tokens; their keys and values go into the pages.
 
@@ -109,6 +116,8 @@ def run_blocks(
         ``tree_start[i] + j`` token `i` sees those whose bit `j` is set. A tree has at most 63 tokens.
     version : int, optional
         Instructions to use, up to `best_version()`, which is the default.
+    seconds : Tensor[len(STEPS)], float64, optional
+        What each of `STEPS` takes is added here.
     """
     _check_hidden(hidden)
     described = _Batch(
@@ -117,6 +126,7 @@ def run_blocks(
         None if ancestors is None else ancestors.data_ptr(),
         None if tree_start is None else tree_start.data_ptr(),
         *hidden.shape[:1], pages.shape[1], hidden.shape[1], int(cache_dtype == torch.float32),
+        None if seconds is None else seconds.data_ptr(),
     )  # fmt: skip
     library().tailorbird_run_blocks(
         blocks, first, len(blocks) if last is None else last, ctypes.byref(described), hidden.data_ptr(),

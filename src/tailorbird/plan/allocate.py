@@ -12,7 +12,7 @@ import ctypes
 import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -46,11 +46,14 @@ class Option:
         Stored bytes of the place in this coding.
     loss : float
         Predicted KL that it adds, nats per token.
+    seconds : float
+        What a decoding step spends on it; counted only where speed is asked for.
     """
 
     coding: Coding
     bytes: int
     loss: float
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ class Allocation:
         Sum over the choices.
     loss : float
         Sum of the predicted KL, nats per token.
+    seconds : float
+        Sum over the choices.
     gap : float
         No plan within the capacity has a loss below ``loss - gap * abs(loss)``.
     """
@@ -89,6 +94,7 @@ class Allocation:
     choices: dict[str, Option]
     bytes: int
     loss: float
+    seconds: float
     gap: float = 0.0
 
 
@@ -113,23 +119,32 @@ def allocate(places: Sequence[PlaceOptions], capacity_bytes: int) -> Allocation:
     SettingsError
         If places that must take one coding have none in common.
     """
-    groups = _merge_together(places)
+    groups = merge_together(places, _undominated)
     picks, bound = _Problem(groups, capacity_bytes).solve()
-    return _allocation(groups, picks, places, bound)
+    return allocation_of(groups, picks, places, bound)
 
 
 @dataclass(frozen=True)
-class _Group:
+class Group:
     """Places that are decided at once: the options of one, or the sums per coding of several.
 
-    `options` has no dominated one: bytes rise and losses fall strictly.
+    In `allocate`, `options` has no dominated one: bytes rise and losses fall strictly.
     """
 
     names: tuple[str, ...]
     options: tuple[Option, ...]
 
 
-def _merge_together(places: Sequence[PlaceOptions]) -> list[_Group]:
+def merge_together(
+    places: Sequence[PlaceOptions], keep: Callable[[list[Option]], tuple[Option, ...]]
+) -> list[Group]:
+    """What is decided at once: single places, and those that must take one coding.
+
+    Parameters
+    ----------
+    keep : callable
+        Of the options of a group, those that a best plan may hold.
+    """
     members: dict[tuple[bool, str], list[PlaceOptions]] = {}
     for place in places:
         if not place.options:
@@ -152,11 +167,14 @@ def _merge_together(places: Sequence[PlaceOptions]) -> list[_Group]:
             )
         options = [
             Option(
-                coding, sum(o[coding].bytes for o in by_coding), math.fsum(o[coding].loss for o in by_coding)
+                coding,
+                sum(o[coding].bytes for o in by_coding),
+                math.fsum(o[coding].loss for o in by_coding),
+                math.fsum(o[coding].seconds for o in by_coding),
             )
             for coding in shared
         ]
-        groups.append(_Group(tuple(place.name for place in group), _undominated(options)))
+        groups.append(Group(tuple(place.name for place in group), keep(options)))
     if sum(len(group.names) for group in groups) != len({place.name for place in places}):
         raise ValueError("two places have the same name")
     return groups
@@ -179,9 +197,10 @@ def _undominated(options: list[Option]) -> tuple[Option, ...]:
     return tuple(kept)
 
 
-def _allocation(
-    groups: list[_Group], picks: list[int], places: Sequence[PlaceOptions], bound: float
+def allocation_of(
+    groups: list[Group], picks: Sequence[int], places: Sequence[PlaceOptions], bound: float
 ) -> Allocation:
+    """The plan that picks these options of the groups, where no plan loses less than `bound`."""
     coding_of = {
         name: group.options[pick].coding
         for group, pick in zip(groups, picks, strict=True)
@@ -191,7 +210,13 @@ def _allocation(
     loss = math.fsum(option.loss for option in choices.values())
     missing = max(0.0, loss - bound)
     gap = missing / abs(loss) if missing > 0 and loss != 0 else missing
-    return Allocation(choices, sum(option.bytes for option in choices.values()), loss, gap)
+    return Allocation(
+        choices,
+        sum(option.bytes for option in choices.values()),
+        loss,
+        math.fsum(option.seconds for option in choices.values()),
+        gap,
+    )
 
 
 class _Problem:
@@ -200,7 +225,7 @@ class _Problem:
     `sizes` are counted above the smallest option of each group, and `room` is what that leaves.
     """
 
-    def __init__(self, groups: list[_Group], capacity: int) -> None:
+    def __init__(self, groups: list[Group], capacity: int) -> None:
         least = sum(group.options[0].bytes for group in groups)
         if least > capacity:
             raise BudgetError(
@@ -333,7 +358,7 @@ class _Problem:
         )
         capacity = csr_array(np.append(steps // unit * row_scale, 1.0)[None])
         unused_price = price * unit / row_scale
-        with _silent_stdout():
+        with silent_stdout():
             result = milp(
                 np.append([extra[group][option] for group, option in columns], unused_price) * loss_scale,
                 integrality=np.append(np.ones(n), 0),
@@ -360,7 +385,7 @@ class _Problem:
 
 
 @contextmanager
-def _silent_stdout() -> Iterator[None]:
+def silent_stdout() -> Iterator[None]:
     """Keep what HiGHS prints in spite of its settings out of standard output, which carries JSON."""
     libc = ctypes.CDLL(None)
     with _STDOUT:

@@ -119,6 +119,10 @@ class Budget:
         Sequences held at the same time.
     kv_bytes : int
         KV cache at `context` × `concurrency`, 16-bit.
+    step_seconds : float or None
+        What a decoding step may take, all concurrent sequences together; None doesn't say.
+    speed_text : str or None
+        That, as the user wrote it.
     """
 
     text: str
@@ -126,6 +130,8 @@ class Budget:
     context: int | None = None
     concurrency: int = 1
     kv_bytes: int = 0
+    step_seconds: float | None = None
+    speed_text: str | None = None
 
     @property
     def weight_bytes(self) -> int:

@@ -139,6 +139,8 @@ class BudgetEntry(_Section):
     kv_bytes: Count | None = None
     context: Count | None = None
     concurrency: Count | None = None
+    step_seconds: Cost | None = None
+    speed_text: str | None = None
 
 
 class Text(_Section):

@@ -62,8 +62,9 @@ def options(
     scores: Scores,
     codings: Callable[[PlaceScore], Sequence[Coding]],
     together: Callable[[PlaceScore], str | None] = lambda place: None,
+    seconds: Callable[[PlaceScore, Coding], float] = lambda place, coding: 0.0,
 ) -> list[PlaceOptions]:
-    """What the allocator chooses from: bytes and predicted KL of every coding that a place may take."""
+    """What the allocator chooses from: bytes, predicted KL and seconds of every coding a place may take."""
     result = []
     for place in scores.places:
         choices = tuple(
@@ -71,6 +72,7 @@ def options(
                 coding,
                 stored_bytes(coding, *place.shape),
                 place.coefficient * scores.predicted_error(place, coding),
+                seconds(place, coding),
             )
             for coding in distinct(codings(place), *place.shape)
         )

@@ -154,9 +154,9 @@ def result_rows(result: Mapping[str, Any]) -> list[Row]:
         Row("KL, 99th percentile", "0", "", number_text(result.get("kl_p99")), "nats/token"),
         Row("top-1 agreement", "100.0 %", "", share_text(result.get("top1_agreement"))),
         Row(
-            "decoding, batch 1",
+            f"decoding, batch {speed.get('batch', 1)}",
             number_text(speed.get("source_decode_tokens_per_s")),
-            "",
+            number_text(speed.get("predicted_decode_tokens_per_s")),
             number_text(speed.get("result_decode_tokens_per_s")),
             f"tokens/s, {number_text(speed.get('ratio'))}×" if is_number(speed.get("ratio")) else "tokens/s",
         ),

@@ -6,6 +6,7 @@ they don't suit (`parts`), `obstacle` says what stands in the way.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -60,6 +61,8 @@ class FusedModel:
         self._arena = native.Arena()
         self._angles: tuple[Tensor, Tensor] | None = None
         self._used: tuple[Pages, torch.Size] | None = None
+        #: Where the seconds of each of `blocks.STEPS`, and of the head, are added; none are taken unless set.
+        self.seconds: Tensor | None = None
         layers = self.parts.layers
         self.page_shapes = [(layer.kv_heads, layer.head_dim) for layer in layers]
         self.blocks = (BlockStructure * len(layers))(*(self._block(layer) for layer in layers))
@@ -107,10 +110,13 @@ class FusedModel:
             self._reach(int(positions[here].max()) + 1)
             native_blocks.run_blocks(
                 self.blocks, part, positions[here].contiguous(), sequences[here].contiguous(), cache.tables,
-                self.cache_dtype,
+                self.cache_dtype, seconds=self.seconds,
             )  # fmt: skip
             hidden[here] = part
+        began = time.perf_counter()
         logits = native_blocks.run_head(self.norm, self.head, hidden[wanted])
+        if self.seconds is not None:
+            self.seconds[-1] += time.perf_counter() - began
         if self.final_softcap is not None:
             logits = torch.tanh(logits / self.final_softcap) * self.final_softcap
         return logits

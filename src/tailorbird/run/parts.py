@@ -147,7 +147,7 @@ def _check_layer(layer: Layer, width: int) -> None:
     pairs = [*zip(layer.attention_in, shapes, strict=True), (layer.attention_out, (width, heads * d))]
     for module in (*layer.attention_in, layer.attention_out, *layer.mlp_in, layer.mlp_out):
         _check_kind(module)
-    inner = _shape(layer.mlp_out)[1]
+    inner = linear_shape(layer.mlp_out)[1]
     rows = 2 * inner if layer.gated and len(layer.mlp_in) == 1 else inner
     pairs += [(module, (rows, width)) for module in layer.mlp_in]
     pairs.append((layer.mlp_out, (width, inner)))
@@ -176,12 +176,12 @@ def _check_kind(module: Any) -> None:
 
 def _check_linear(module: Any, shape: tuple[int, int]) -> None:
     """A linear of `shape` ``(out_features, in_features)``."""
-    found = _shape(module)
+    found = linear_shape(module)
     if found != shape or (module.bias is not None and module.bias.shape != shape[:1]):
         raise Unsuited(f"a linear {found} where {shape} fits")
 
 
-def _shape(module: Any) -> tuple[int, int]:
+def linear_shape(module: Any) -> tuple[int, int]:
     """``(out_features, in_features)`` of a linear of either kind."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
@@ -355,3 +355,5 @@ _READERS: dict[str, Callable[[Any], Parts]] = {
     "gpt_neox": _gpt_neox,
     "opt": _opt,
 }
+#: Types of models that run in compiled blocks, as configs call them.
+ARCHITECTURES = frozenset(_READERS)

@@ -48,6 +48,9 @@ struct Block {
   void *key_pages, *value_pages;       // of this block
 };
 
+// Steps of a block, by what they do; rounding inputs to bytes counts to what comes before it.
+enum Step { norms, attention_in, rotary, attention, attention_out, mlp_in, activation, mlp_out };
+
 // Tokens of some sequences, one after the other.
 struct Batch {
   const std::int32_t* positions;  // [tokens], where in its sequence a token stands, for rotary angles
@@ -58,6 +61,7 @@ struct Batch {
   const std::int32_t* tree_start; // [tokens], beside `ancestors`
   std::int64_t tokens, most_pages, width;
   std::int32_t cache_float32;
+  double* seconds;  // by `Step`, where what they take is added; or null
 };
 
 }  // namespace tailorbird

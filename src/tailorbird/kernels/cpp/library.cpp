@@ -6,6 +6,7 @@
 
 #include <omp.h>
 
+#include <chrono>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -84,6 +85,19 @@ void room_for(const Linear* linears, int count, std::int64_t tokens, BlockSpace&
 void wait() {
 #pragma omp barrier
 }
+
+// What each step takes, told by one thread.
+struct Laps {
+  double* seconds;  // null: nobody wants to know
+  std::chrono::steady_clock::time_point last;
+
+  void end(Step step) {
+    if (seconds == nullptr) return;
+    const auto now = std::chrono::steady_clock::now();
+    seconds[step] += std::chrono::duration<double>(now - last).count();
+    last = now;
+  }
+};
 
 }  // namespace tailorbird
 

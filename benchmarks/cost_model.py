@@ -1,0 +1,120 @@
+"""The cost model: predicted against measured speed, over models, codings and batches.
+
+Random-weight Llamas of three sizes, every linear in one coding (and once with inputs left as they are),
+decode a while after a prompt at several batches. Each is predicted from kernels that were timed in this run,
+on blocks of other widths, and then measured. The goal is within 15 % for reading the prompt and for decoding.
+
+    python benchmarks/cost_model.py [--models 50M 110M 0.5B] [--batches 1 8 64] [--rounds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from machine import add_quiet_option, require_quiet, write_result
+from packed_models import round_plainly
+from random_models import write_random_llama
+
+#: name -> (blocks, width, feed-forward width, heads, key heads); vocabulary of 32,000
+SIZES = {
+    "50M": (8, 512, 1536, 8, 4),
+    "110M": (12, 768, 2048, 12, 4),
+    "0.5B": (24, 1024, 4096, 16, 8),
+}
+#: name -> bits, group, whether inputs are rounded to bytes
+FORMATS = {
+    "3 bits": (3, 64, True),
+    "4 bits": (4, 64, True),
+    "8 bits": (8, 128, True),
+    "4 bits, exact inputs": (4, 64, False),
+}
+PROMPT, NEW = 128, 32
+ALLOWED = 0.15
+
+
+def measure(size: str, batches: list[int], rounds: int, console: Console) -> list[dict[str, Any]]:
+    """Every format of one size at every batch."""
+    from tailorbird.evaluate.speed import speed
+
+    blocks, hidden, intermediate, heads, kv_heads = SIZES[size]
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="cost-model-") as folder:
+        source = write_random_llama(
+            Path(folder) / "source", blocks=blocks, hidden=hidden, intermediate=intermediate, heads=heads,
+            kv_heads=kv_heads, context=1024,
+        )  # fmt: skip
+        for name, (bits, group, int8) in FORMATS.items():
+            path = round_plainly(source, Path(folder) / name.replace(" ", "-"), bits, group, int8)
+            for batch in batches:
+                found = speed(path, prompt_tokens=PROMPT, new_tokens=NEW, batch=batch, rounds=rounds)
+                assert found.predicted is not None
+                row = {"model": size, "format": name, "batch": batch}
+                for phase in ("prefill", "decode"):
+                    key = f"{phase}_tokens_per_s"
+                    row |= {
+                        f"{phase}_measured": getattr(found, key),
+                        f"{phase}_predicted": found.predicted[key],
+                        f"{phase}_off": found.predicted[key] / getattr(found, key) - 1,
+                    }
+                rows.append(row | {"kernels": found.kernels})
+                console.print(
+                    f"{size}, {name}, batch {batch}: prefill {row['prefill_off']:+.1%}, "
+                    f"decode {row['decode_off']:+.1%}"
+                )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--name", default="cost_model", help="name of the result file")
+    add_quiet_option(parser)
+    arguments = parser.parse_args()
+    busy = require_quiet(arguments.even_if_busy)
+    console = Console()
+    with tempfile.TemporaryDirectory(prefix="cost-model-") as cache:
+        os.environ["TAILORBIRD_CACHE"] = cache  # kernels are timed in this run
+        rows = [
+            row
+            for size in arguments.models
+            for row in measure(size, arguments.batches, arguments.rounds, console)
+        ]
+    table = Table(
+        "model", "format", "batch", "prefill: predicted", "measured", "off", "decode", "measured", "off"
+    )
+    for row in rows:
+        cells = []
+        for phase in ("prefill", "decode"):
+            off = row[f"{phase}_off"]
+            cells += [
+                f"{row[f'{phase}_predicted']:.0f}", f"{row[f'{phase}_measured']:.0f}",
+                f"{off:+.1%}" + ("" if abs(off) <= ALLOWED else " !"),
+            ]  # fmt: skip
+        table.add_row(row["model"], row["format"], str(row["batch"]), *cells)
+    console.print(table)
+    offs = {p: [abs(row[f"{p}_off"]) for row in rows] for p in ("prefill", "decode")}
+    summary = {
+        phase: {
+            "within_15_percent": sum(off <= ALLOWED for off in found),
+            "of": len(found),
+            "median": statistics.median(found),
+            "worst": max(found),
+        }
+        for phase, found in offs.items()
+    }
+    console.print(summary)
+    write_result(arguments.name, {"others_cores": busy, "summary": summary, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Kernels are timed once for a machine, and what is kept is never trusted blindly."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tailorbird.errors import SettingsError
+from tailorbird.evaluate import kernel_times as module
+from tailorbird.evaluate.kernel_times import Kernel, kernel_times
+from tailorbird.formats.packed import FloatCoding, IntegerCoding
+from tailorbird.hardware.cache import cache_directory
+from tailorbird.hardware.cost import KernelTimes
+from tailorbird.kernels import native
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="tailorbird was installed without a compiler")
+
+KERNELS = [
+    Kernel(IntegerCoding(4, 64), int8=True),
+    Kernel(IntegerCoding(3, 0, symmetric=True)),
+    Kernel(FloatCoding("bfloat16")),
+    Kernel(FloatCoding("float16")),
+]
+
+
+@pytest.fixture(autouse=True)
+def little_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundredth of the time; what is tested here isn't how long anything takes."""
+    monkeypatch.setattr(module, "STREAM_BYTES", 1 << 22)
+    monkeypatch.setattr(module, "TOKENS", (1, 4))
+    monkeypatch.setattr(module, "REPEATS", 1)
+    monkeypatch.setattr(module, "VOCABULARY", 256)
+
+
+def numbers(times: KernelTimes) -> list[float]:
+    found = [getattr(times, f.name) for f in fields(times) if f.type == "float"]
+    found += [rate for rates in times.products.values() for pair in rates for rate in pair]
+    return found + [share for _, share in times.streaming]
+
+
+def test_every_kernel_gets_positive_finite_times() -> None:
+    times = kernel_times(KERNELS)
+    assert {kernel.name for kernel in KERNELS} <= set(times.products)
+    assert times.tokens == (1, 4)
+    assert times.threads == torch.get_num_threads()
+    assert all(math.isfinite(number) and number >= 0 for number in numbers(times))
+    assert all(rate > 0 for rates in times.products.values() for pair in rates for rate in pair)
+    sizes, shares = zip(*times.streaming, strict=True)
+    assert list(sizes) == sorted(sizes)
+    assert list(shares) == sorted(shares)
+
+
+def test_what_was_timed_is_not_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = kernel_times(KERNELS[:2])
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("timed again")
+
+    for name in ("_streaming", "_around_products", "_around_blocks"):
+        monkeypatch.setattr(module, name, never)
+    asked = []
+    real = module._product_times
+    monkeypatch.setattr(module, "_product_times", lambda kernel: (asked.append(kernel), real(kernel))[1])
+    assert kernel_times(KERNELS[:2]) == before
+    after = kernel_times(KERNELS)
+    assert asked == KERNELS[2:]
+    assert {name: after.products[name] for name in before.products} == before.products
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda entry: "{",
+        lambda entry: json.dumps({**entry, "schema": 0}),
+        lambda entry: json.dumps({**entry, "identity": {**entry["identity"], "library": "another"}}),
+        lambda entry: json.dumps({**entry, "products": {name: [] for name in entry["products"]}}),
+        lambda entry: json.dumps({**entry, "products": {n: [[-1.0, 1.0]] * 2 for n in entry["products"]}}),
+        lambda entry: json.dumps({**entry, "around": {"block": 1.0}}),
+        lambda entry: "[]",
+    ],
+)
+def test_what_is_kept_and_damaged_or_of_another_build_is_timed_again(damage: Any) -> None:
+    kernel_times(KERNELS[:1])
+    (path,) = cache_directory().glob("kernels-*.json")
+    path.write_text(damage(json.loads(path.read_text())))
+    times = kernel_times(KERNELS[:1])
+    assert all(rate > 0 for rates in times.products.values() for pair in rates for rate in pair)
+    assert json.loads(path.read_text())["identity"]["library"] == native.fingerprint()
+
+
+def test_a_kernel_that_was_timed_before_a_kill_stays_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_around_products", killed)
+    with pytest.raises(KeyboardInterrupt):
+        kernel_times(KERNELS[:2])
+    (path,) = cache_directory().glob("kernels-*.json")
+    assert {kernel.name for kernel in KERNELS[:2]} <= set(json.loads(path.read_text())["products"])
+
+
+def test_where_nothing_can_be_kept_it_works_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TAILORBIRD_CACHE", str(tmp_path / "file" / "cache"))
+    assert kernel_times(KERNELS[:1]).products
+
+
+def test_without_the_native_library_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "available", lambda: False)
+    with pytest.raises(SettingsError, match="compiler"):
+        kernel_times(KERNELS)
