@@ -1,0 +1,268 @@
+"""Speed beside other engines on the CPU: the same shapes, each at its own 4 and 8 bits, in turns.
+
+Random-weight Llamas of 110 M and 0.5 B parameters. Every engine runs in a process and an environment of its
+own and keeps its model loaded; in each round every one reads a prompt of 512 tokens, one of 4,096, writes 64
+tokens after a prompt of 64, and 32 tokens of 8 sequences. Two threads; medians over the rounds.
+
+The environments lie in one folder, each with the name of its engine:
+
+    python -m venv FOLDER/llama.cpp && FOLDER/llama.cpp/bin/pip install numpy gguf llama-cpp-python
+    python -m venv FOLDER/openvino && FOLDER/openvino/bin/pip install torch optimum-intel openvino nncf
+    python benchmarks/cpu_peers.py FOLDER [--models 110M 0.5B] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cpu_speed import GROUP, SIZES, read_bandwidth
+from machine import add_quiet_option, require_quiet, write_result
+from packed_models import round_plainly
+from random_models import write_random_llama
+
+HERE = Path(__file__).parent
+#: What an engine is told, and how many tokens that is.
+ORDERS = {
+    "prefill 512": ("prefill 512", 512),
+    "prefill 4096": ("prefill 4096", 4096),
+    "decode": ("decode 64 64", 64),
+    "batch 8": ("batch 8 64 32", 256),
+}
+#: Goals against the best peer of a class.
+GOALS = {"prefill 512": 1.10, "prefill 4096": 1.0, "decode": 1.10, "batch 8": 1.15}
+#: llama.cpp's names of its formats -> its numbers for them.
+LLAMA_CPP = {"q4_0": 2, "q4_k_m": 15, "q8_0": 7}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One engine with one format; class 4, 8 or 16 bits."""
+
+    engine: str
+    format: str
+    bits: int
+    path: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.engine} {self.format}"
+
+
+class Process:
+    """A running engine."""
+
+    def __init__(self, entry: Entry, python: str) -> None:
+        self.entry = entry
+        self.process = subprocess.Popen(
+            [python, str(HERE / "peer_child.py"), entry.engine, entry.path],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"},
+        )  # fmt: skip
+        self._answer()
+
+    def seconds(self, order: str) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write(order + "\n")
+        self.process.stdin.flush()
+        return float(self._answer())
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.entry.name} ended with status {self.process.wait()}")
+        return line
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+GGUF = """
+import json, sys
+import gguf, numpy as np, torch
+from safetensors import safe_open
+from pathlib import Path
+source, target = Path(sys.argv[1]), sys.argv[2]
+config = json.loads((source / "config.json").read_text())
+width, heads, kv = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
+writer = gguf.GGUFWriter(target, "llama")
+writer.add_block_count(config["num_hidden_layers"])
+writer.add_context_length(config["max_position_embeddings"])
+writer.add_embedding_length(width)
+writer.add_feed_forward_length(config["intermediate_size"])
+writer.add_head_count(heads)
+writer.add_head_count_kv(kv)
+writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+writer.add_rope_dimension_count(width // heads)
+writer.add_vocab_size(config["vocab_size"])
+writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+tokens = [b"<unk>", b"<s>", b"</s>", *(b"<0x%02X>" % i for i in range(256))]
+kinds = [2, 3, 3] + [6] * 256
+tokens += [b"t%d" % i for i in range(config["vocab_size"] - len(tokens))]
+kinds += [1] * (len(tokens) - len(kinds))
+writer.add_tokenizer_model("llama")
+writer.add_token_list(tokens)
+writer.add_token_scores([0.0] * len(tokens))
+writer.add_token_types(kinds)
+names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+for path in sorted(source.glob("*.safetensors")):
+    with safe_open(path, "pt") as file:
+        for name in file.keys():
+            values = file.get_tensor(name).float().numpy()
+            name = names.get_name(name, try_suffixes=(".weight",))
+            writer.add_tensor(name, values.astype(np.float32 if values.ndim == 1 else np.float16))
+writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.write_tensors_to_file(); writer.close()
+"""
+QUANTIZE = """
+import sys
+import llama_cpp
+settings = llama_cpp.llama_model_quantize_default_params()
+settings.ftype, settings.nthread = int(sys.argv[3]), 2
+sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), settings))
+"""
+
+
+def pythons(folder: Path) -> dict[str, str]:
+    """Engine -> its interpreter; those that aren't there are left out."""
+    own = {"tailorbird": sys.executable, "transformers": sys.executable}
+    peers = {engine: folder / engine / "bin" / "python" for engine in ("llama.cpp", "openvino")}
+    return own | {engine: str(path) for engine, path in peers.items() if path.exists()}
+
+
+def prepare(size: str, folder: Path, python: dict[str, str], console: Console) -> list[Entry]:
+    """The model of that size in every format."""
+    blocks, hidden, intermediate, heads, kv_heads = SIZES[size]
+    source = write_random_llama(
+        folder / "source", blocks=blocks, hidden=hidden, intermediate=intermediate, heads=heads,
+        kv_heads=kv_heads, context=8192,
+    )  # fmt: skip
+    entries = [Entry("transformers", "bf16", 16, str(source))]
+    for bits in (4, 8):
+        path = round_plainly(source, folder / f"{bits}-bits", bits, GROUP)
+        entries.append(Entry("tailorbird", f"{bits} bits", bits, str(path)))
+    if "llama.cpp" in python:
+        run([python["llama.cpp"], "-c", GGUF, str(source), str(folder / "f16.gguf")])
+        for name, number in LLAMA_CPP.items():
+            path = folder / f"{name}.gguf"
+            run([python["llama.cpp"], "-c", QUANTIZE, str(folder / "f16.gguf"), str(path), str(number)])
+            entries.append(Entry("llama.cpp", name, int(name[1]), str(path)))
+    if "openvino" in python:
+        for bits in (4, 8):
+            path = folder / f"openvino-{bits}"
+            command = [
+                str(Path(python["openvino"]).parent / "optimum-cli"), "export", "openvino", "--model", str(source),
+                "--task", "text-generation-with-past", "--weight-format", f"int{bits}", str(path),
+            ]  # fmt: skip
+            run(command + (["--group-size", "128", "--ratio", "1.0"] if bits == 4 else []))
+            entries.append(Entry("openvino", f"int{bits}", bits, str(path)))
+    console.print(f"{size}: " + ", ".join(entry.name for entry in entries))
+    return entries
+
+
+def run(command: list[str]) -> None:
+    """Run a command, and stop with what it said where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{command[0]} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+
+
+def measure(entries: list[Entry], python: dict[str, str], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Tokens per second of every engine and order, round by round in turns."""
+    processes = [Process(entry, python[entry.engine]) for entry in entries]
+    rates: dict[str, dict[str, list[float]]] = {e.name: {order: [] for order in ORDERS} for e in entries}
+    try:
+        for number in range(rounds + 1):
+            for order, (text, tokens) in ORDERS.items():
+                for process in processes if number % 2 else reversed(processes):
+                    seconds = process.seconds(text)
+                    if number:  # the first round warms up
+                        rates[process.entry.name][order].append(tokens / seconds)
+    finally:
+        for process in processes:
+            process.end()
+    return rates
+
+
+def compare(
+    size: str, entries: list[Entry], rates: dict[str, dict[str, list[float]]]
+) -> list[dict[str, Any]]:
+    """A row for every engine; ours with its ratio to the best peer of its class."""
+    rows = []
+    medians = {
+        entry.name: {order: statistics.median(values) for order, values in rates[entry.name].items()}
+        for entry in entries
+    }
+    for entry in entries:
+        row: dict[str, Any] = {
+            "model": size, "engine": entry.engine, "format": entry.format, "bits": entry.bits,
+            "tokens_per_s": medians[entry.name], "rounds": rates[entry.name],
+        }  # fmt: skip
+        peers = [e for e in entries if e.bits == entry.bits and e.engine != "tailorbird"]
+        if entry.engine == "tailorbird" and peers:
+            row["against_best_peer"] = {}
+            for order in ORDERS:
+                best = max(peers, key=lambda peer: medians[peer.name][order])
+                ratio = medians[entry.name][order] / medians[best.name][order]
+                row["against_best_peer"][order] = {
+                    "peer": best.name, "ratio": ratio, "reached": ratio >= GOALS[order]
+                }  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("peers", type=Path, help="folder of the engines' environments")
+    parser.add_argument("--models", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--name", default="cpu_peers", help="name of the result file")
+    add_quiet_option(parser)
+    arguments = parser.parse_args()
+    busy = require_quiet(arguments.even_if_busy)
+    console = Console()
+    python = pythons(arguments.peers)
+    versions = {
+        engine: json.loads(
+            subprocess.run(
+                [python[engine], "-c",
+                 "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))",
+                 *packages],
+                capture_output=True, text=True, check=True,
+            ).stdout
+        )
+        for engine, packages in (("llama.cpp", ["llama-cpp-python"]), ("openvino", ["openvino", "nncf"]))
+        if engine in python
+    }  # fmt: skip
+    found: dict[str, Any] = {"read_bandwidth": read_bandwidth(), "peers": versions, "rows": []}
+    for size in arguments.models:
+        with tempfile.TemporaryDirectory(prefix="cpu-peers-") as folder:
+            entries = prepare(size, Path(folder), python, console)
+            found["rows"] += compare(size, entries, measure(entries, python, arguments.rounds))
+        write_result(arguments.name, {"others_cores": busy, **found})  # what is measured is kept
+    table = Table("model", "engine", *ORDERS, title="tokens per second (ratio to the best peer of the class)")
+    for row in found["rows"]:
+        against = row.get("against_best_peer", {})
+        cells = [
+            f"{row['tokens_per_s'][order]:.0f}" + (f" ({against[order]['ratio']:.2f})" if against else "")
+            for order in ORDERS
+        ]
+        table.add_row(row["model"], f"{row['engine']} {row['format']}", *cells)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
