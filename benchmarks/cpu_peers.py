@@ -14,7 +14,6 @@ The environments lie in one folder, each with the name of its engine:
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -91,51 +90,6 @@ class Process:
         self.process.wait()
 
 
-GGUF = """
-import json, sys
-import gguf, numpy as np, torch
-from safetensors import safe_open
-from pathlib import Path
-source, target = Path(sys.argv[1]), sys.argv[2]
-config = json.loads((source / "config.json").read_text())
-width, heads, kv = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
-writer = gguf.GGUFWriter(target, "llama")
-writer.add_block_count(config["num_hidden_layers"])
-writer.add_context_length(config["max_position_embeddings"])
-writer.add_embedding_length(width)
-writer.add_feed_forward_length(config["intermediate_size"])
-writer.add_head_count(heads)
-writer.add_head_count_kv(kv)
-writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-writer.add_rope_dimension_count(width // heads)
-writer.add_vocab_size(config["vocab_size"])
-writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-tokens = [b"<unk>", b"<s>", b"</s>", *(b"<0x%02X>" % i for i in range(256))]
-kinds = [2, 3, 3] + [6] * 256
-tokens += [b"t%d" % i for i in range(config["vocab_size"] - len(tokens))]
-kinds += [1] * (len(tokens) - len(kinds))
-writer.add_tokenizer_model("llama")
-writer.add_token_list(tokens)
-writer.add_token_scores([0.0] * len(tokens))
-writer.add_token_types(kinds)
-names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-for path in sorted(source.glob("*.safetensors")):
-    with safe_open(path, "pt") as file:
-        for name in file.keys():
-            values = file.get_tensor(name).float().numpy()
-            name = names.get_name(name, try_suffixes=(".weight",))
-            writer.add_tensor(name, values.astype(np.float32 if values.ndim == 1 else np.float16))
-writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.write_tensors_to_file(); writer.close()
-"""
-QUANTIZE = """
-import sys
-import llama_cpp
-settings = llama_cpp.llama_model_quantize_default_params()
-settings.ftype, settings.nthread = int(sys.argv[3]), 2
-sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), settings))
-"""
-
-
 def pythons(folder: Path) -> dict[str, str]:
     """Engine -> its interpreter; those that aren't there are left out."""
     own = {"tailorbird": sys.executable, "transformers": sys.executable}
@@ -155,22 +109,30 @@ def prepare(size: str, folder: Path, python: dict[str, str], console: Console) -
         path = round_plainly(source, folder / f"{bits}-bits", bits, GROUP)
         entries.append(Entry("tailorbird", f"{bits} bits", bits, str(path)))
     if "llama.cpp" in python:
-        run([python["llama.cpp"], "-c", GGUF, str(source), str(folder / "f16.gguf")])
+        maker = [python["llama.cpp"], str(HERE / "llama_cpp_model.py")]
+        run([*maker, "write", str(source), str(folder / "f16.gguf")])
         for name, number in LLAMA_CPP.items():
             path = folder / f"{name}.gguf"
-            run([python["llama.cpp"], "-c", QUANTIZE, str(folder / "f16.gguf"), str(path), str(number)])
+            run([*maker, "quantize", str(folder / "f16.gguf"), str(path), str(number)])
             entries.append(Entry("llama.cpp", name, int(name[1]), str(path)))
     if "openvino" in python:
         for bits in (4, 8):
             path = folder / f"openvino-{bits}"
             command = [
-                str(Path(python["openvino"]).parent / "optimum-cli"), "export", "openvino", "--model", str(source),
-                "--task", "text-generation-with-past", "--weight-format", f"int{bits}", str(path),
+                str(Path(python["openvino"]).parent / "optimum-cli"), "export", "openvino",
+                "--model", str(source), "--task", "text-generation-with-past",
+                "--weight-format", f"int{bits}", str(path),
             ]  # fmt: skip
             run(command + (["--group-size", "128", "--ratio", "1.0"] if bits == 4 else []))
             entries.append(Entry("openvino", f"int{bits}", bits, str(path)))
     console.print(f"{size}: " + ", ".join(entry.name for entry in entries))
     return entries
+
+
+def installed_version(python: str, package: str) -> str:
+    """Version of a package in an engine's environment."""
+    code = f"import importlib.metadata as m; print(m.version({package!r}))"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def run(command: list[str]) -> None:
@@ -236,17 +198,10 @@ def main() -> None:
     console = Console()
     python = pythons(arguments.peers)
     versions = {
-        engine: json.loads(
-            subprocess.run(
-                [python[engine], "-c",
-                 "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))",
-                 *packages],
-                capture_output=True, text=True, check=True,
-            ).stdout
-        )
-        for engine, packages in (("llama.cpp", ["llama-cpp-python"]), ("openvino", ["openvino", "nncf"]))
+        engine: installed_version(python[engine], package)
+        for engine, package in (("llama.cpp", "llama-cpp-python"), ("openvino", "openvino"))
         if engine in python
-    }  # fmt: skip
+    }
     found: dict[str, Any] = {"read_bandwidth": read_bandwidth(), "peers": versions, "rows": []}
     for size in arguments.models:
         with tempfile.TemporaryDirectory(prefix="cpu-peers-") as folder:

@@ -1,0 +1,83 @@
+"""A Llama of transformers for llama.cpp: as GGUF in 16 bits, and quantized by llama.cpp itself.
+
+Runs in llama.cpp's environment (packages `gguf`, `llama-cpp-python`, `numpy`) and imports nothing of the
+project. Weights are random, so the order in which rotary channels lie doesn't matter and is left as it is.
+
+    python llama_cpp_model.py write SOURCE OUT.gguf
+    python llama_cpp_model.py quantize IN.gguf OUT.gguf FORMAT_NUMBER
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, Any]]:
+    """Name and float32 array of every tensor of a bfloat16 safetensors file."""
+    import numpy as np
+
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            first, last = entry["data_offsets"]
+            file.seek(8 + size + first)
+            halves = np.frombuffer(file.read(last - first), dtype=np.uint16)
+            yield name, (halves.astype(np.uint32) << 16).view(np.float32).reshape(entry["shape"])
+
+
+def write(source: str, target: str) -> None:
+    """The model in `source` as one GGUF file."""
+    import gguf
+    import numpy as np
+
+    config = json.loads((Path(source) / "config.json").read_text())
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    writer = gguf.GGUFWriter(target, "llama")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(width // heads)
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    tokens = [b"<unk>", b"<s>", b"</s>", *(b"<0x%02X>" % value for value in range(256))]
+    kinds = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2, *[gguf.TokenType.BYTE] * 256]
+    rest = config["vocab_size"] - len(tokens)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([*tokens, *(b"t%d" % number for number in range(rest))])
+    writer.add_token_scores([0.0] * config["vocab_size"])
+    writer.add_token_types([*kinds, *[gguf.TokenType.NORMAL] * rest])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    for path in sorted(Path(source).glob("*.safetensors")):
+        for name, values in read_tensors(path):
+            theirs = names.get_name(name, try_suffixes=(".weight",))
+            writer.add_tensor(theirs, values.astype(np.float32 if values.ndim == 1 else np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def quantize(source: str, target: str, format_number: str) -> None:
+    """`source` in one of llama.cpp's formats, by its number."""
+    import llama_cpp
+
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.nthread = int(format_number), 2
+    if llama_cpp.llama_model_quantize(source.encode(), target.encode(), settings) != 0:
+        raise SystemExit("llama_model_quantize failed")
+
+
+if __name__ == "__main__":
+    {"write": write, "quantize": quantize}[sys.argv[1]](*sys.argv[2:])
