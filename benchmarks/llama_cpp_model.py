@@ -5,6 +5,7 @@ project. Weights are random, so the order in which rotary channels lie doesn't m
 
     python llama_cpp_model.py write SOURCE OUT.gguf
     python llama_cpp_model.py quantize IN.gguf OUT.gguf FORMAT_NUMBER
+    python llama_cpp_model.py logits MODEL.gguf IDS.npy OUT.npy
 """
 
 from __future__ import annotations
@@ -79,5 +80,35 @@ def quantize(source: str, target: str, format_number: str) -> None:
         raise SystemExit("llama_model_quantize failed")
 
 
+def logits(model: str, ids: str, target: str) -> None:
+    """Logits ``[windows, tokens, vocab]`` of every position of every window of token ids."""
+    import llama_cpp as api
+    import numpy as np
+
+    windows = np.load(ids)
+    count, tokens = windows.shape
+    loaded = api.llama_model_load_from_file(model.encode(), api.llama_model_default_params())
+    settings = api.llama_context_default_params()
+    settings.n_ctx, settings.n_batch, settings.n_ubatch = tokens, tokens, tokens
+    settings.n_threads = settings.n_threads_batch = 2
+    settings.type_k = settings.type_v = 0  # float32, so that only the inputs of linears are rounded
+    context = api.llama_init_from_model(loaded, settings)
+    vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(loaded))
+    found = np.empty((count, tokens, vocabulary), np.float32)
+    batch = api.llama_batch_init(tokens, 0, 1)
+    for index, window in enumerate(windows):
+        api.llama_memory_clear(api.llama_get_memory(context), True)
+        batch.n_tokens = tokens
+        for position, token in enumerate(window):
+            batch.token[position], batch.pos[position], batch.logits[position] = int(token), position, True
+            batch.n_seq_id[position], batch.seq_id[position][0] = 1, 0
+        if api.llama_decode(context, batch) != 0:
+            raise SystemExit("llama_decode failed")
+        for position in range(tokens):
+            row = api.llama_get_logits_ith(context, position)
+            found[index, position] = np.ctypeslib.as_array(row, (vocabulary,))
+    np.save(target, found)
+
+
 if __name__ == "__main__":
-    {"write": write, "quantize": quantize}[sys.argv[1]](*sys.argv[2:])
+    {"write": write, "quantize": quantize, "logits": logits}[sys.argv[1]](*sys.argv[2:])
