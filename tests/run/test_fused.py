@@ -158,6 +158,52 @@ def test_a_token_has_the_same_bits_whatever_runs_beside_it(
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt_neox", "falcon", "olmo2"])
+def test_hidden_states_after_every_block_are_those_of_the_modules(architecture: str, tmp_path: Path) -> None:
+    model = compressed(tmp_path / "m", architecture, num_hidden_layers=3)
+    fused, ids = FusedModel(model), tokens(1)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False, output_hidden_states=True).hidden_states
+    positions, sequence = torch.arange(LENGTH, dtype=torch.int32), torch.zeros(LENGTH, dtype=torch.int32)
+    pages = fused.pages(1)
+    pages.reach(LENGTH)
+    entering = fused.embed(ids[0], positions)
+    torch.testing.assert_close(entering, expected[0][0].float(), atol=1e-6, rtol=1e-6)
+    for last in (1, 2):
+        left = fused.run(entering, positions, sequence, pages, last=last)
+        torch.testing.assert_close(left, expected[last][0], atol=2e-5, rtol=1e-4)
+    normed = fused.parts.norm(fused.run(entering, positions, sequence, pages)).detach()
+    torch.testing.assert_close(normed, expected[3][0], atol=2e-5, rtol=1e-4)  # transformers' last is normed
+
+
+def test_a_step_may_stop_and_go_on_at_any_block(tmp_path: Path) -> None:
+    model = compressed(tmp_path / "m", "llama", num_hidden_layers=3)
+    fused, ids = FusedModel(model), tokens(2)
+    flat, sequences = ids.reshape(-1), torch.arange(2, dtype=torch.int32).repeat_interleave(LENGTH)
+    positions = torch.arange(LENGTH, dtype=torch.int32).repeat(2)
+
+    def pages() -> Any:
+        made = fused.pages(2)
+        made.reach(LENGTH)
+        return made
+
+    everything = torch.arange(2 * LENGTH)
+    whole = fused.step(flat, positions, sequences, pages(), everything)
+    cache, entering = pages(), fused.embed(flat, positions)
+    before, hidden = entering.clone(), entering
+    for first, last in ((0, 0), (0, 1), (1, 3), (3, None)):
+        hidden = fused.run(hidden, positions, sequences, cache, first, last)
+    assert torch.equal(entering, before)
+    assert torch.equal(fused.logits(hidden), whole)
+    # Keys of all blocks are there: the last token may be read again.
+    end = slice(LENGTH - 1, LENGTH)
+    again = fused.step(flat[end], positions[end], sequences[end], cache, torch.tensor([0]))
+    assert torch.equal(again[0], whole[LENGTH - 1])
+    for first, last in ((-1, 2), (0, 4), (2, 1)):
+        with pytest.raises(ValueError, match=rf"blocks {first} to {last}; expected a range within 0 to 3"):
+            fused.run(entering, positions, sequences, cache, first, last)
+
+
 def test_unlike_lengths_run_in_one_batch(tmp_path: Path) -> None:
     model = compressed(tmp_path / "m", "llama")
     fused = FusedModel(model)
