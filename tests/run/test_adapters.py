@@ -275,7 +275,7 @@ def test_a_token_has_the_same_bits_whatever_adapters_run_beside_it(
 
 
 def test_one_token_after_the_other_gives_the_bits_of_all_at_once(tmp_path: Path) -> None:
-    fused, dense, paths = pair(tmp_path / "m", "llama")
+    fused, dense, paths = pair(tmp_path / "m", "qwen2")
     made = fused.adapter(change("mixed", dense, paths, 13))
     ids, positions, _ = batch()
     ids, positions = ids[5:45], positions[5:45]
@@ -372,3 +372,57 @@ def test_linears_are_counted_as_the_blocks_have_them(model: FusedModel) -> None:
         Adapter(model.blocks, {(0, 7): LinearAdapter()})
     with pytest.raises(ValueError, match=r"block 5; expected one from 0 to 1"):
         Adapter(model.blocks, {(5, 0): LinearAdapter()})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [
+        ("llama", "lora"),
+        ("llama", "dora"),
+        ("llama", "ia3"),
+        ("qwen2", "ia3"),
+        ("gpt2", "lora"),
+        ("qwen2", "dora"),
+    ],
+)
+def test_adapters_of_peft_agree_with_peft(architecture: str, kind: str, tmp_path: Path) -> None:
+    """Where a base has a bias, DoRA leaves it and IA3 multiplies it."""
+    peft = pytest.importorskip("peft")
+    fused, dense, paths = pair(tmp_path / "m", architecture)
+    targets = [path for (_, role), path in paths.items() if kind != "ia3" or role in ("k", "v", "down")]
+    if kind == "ia3":
+        config = peft.IA3Config(
+            target_modules=targets, feedforward_modules=[path for path in targets if "down" in path]
+        )
+    else:
+        config = peft.LoraConfig(r=8, lora_alpha=12, target_modules=targets, use_dora=kind == "dora")
+    wrapped = peft.get_peft_model(dense, config).eval()
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name or "ia3_" in name:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(parameter + 0.2 * noise)
+    changes: Change = {}
+    for place, path in paths.items():
+        if path not in targets:
+            continue
+        module = dense.get_submodule(path)
+        if kind == "ia3":
+            factors = module.ia3_l["default"].detach().reshape(-1)
+            bias = None if module.bias is None else factors * module.bias.detach()
+            inside = LinearAdapter(inputs=factors)
+            changes[place] = inside if place[1] == "down" else LinearAdapter(outputs=factors, bias=bias)
+            continue
+        down, up = (part["default"].weight.detach() for part in (module.lora_A, module.lora_B))
+        scale, outputs = float(module.scaling["default"]), None
+        if kind == "dora":
+            magnitude = module.lora_magnitude_vector["default"].weight.detach()
+            outputs = magnitude / (module.weight + scale * up @ down).detach().norm(dim=1)
+        changes[place] = LinearAdapter(down, up, scale, outputs=outputs)
+    made, ids = fused.adapter(changes), batch()[0]
+    with torch.no_grad():
+        expected = torch.cat([wrapped(part[None], use_cache=False).logits[0] for part in ids.split(LENGTHS)])
+    logits = step(fused, [Segment(0, TOKENS, made)])
+    torch.testing.assert_close(logits, expected, atol=3e-5, rtol=2e-4)
+    assert float((logits - step(fused, [])).abs().max()) > 1e-2

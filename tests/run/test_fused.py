@@ -202,6 +202,8 @@ def test_a_step_may_stop_and_go_on_at_any_block(tmp_path: Path) -> None:
     for first, last in ((-1, 2), (0, 4), (2, 1)):
         with pytest.raises(ValueError, match=rf"blocks {first} to {last}; expected a range within 0 to 3"):
             fused.run(entering, positions, sequences, cache, first, last)
+    with pytest.raises(ValueError, match=r"hidden states \[140, 32\]; expected \[140, 64\]"):
+        fused.run(entering[:, :32], positions, sequences, cache)
 
 
 def test_unlike_lengths_run_in_one_batch(tmp_path: Path) -> None:

@@ -168,16 +168,19 @@ class FusedModel:
         Raises
         ------
         ValueError
-            For blocks that aren't there, or as `step`.
+            For blocks that aren't there, hidden states of another shape, or as `step`.
         """
         last = len(self.blocks) if last is None else last
         if not 0 <= first <= last <= len(self.blocks):
             raise ValueError(f"blocks {first} to {last}; expected a range within 0 to {len(self.blocks)}")
+        if hidden.shape != (len(positions), self.width):
+            expected = [len(positions), self.width]
+            raise ValueError(f"hidden states {list(hidden.shape)}; expected {expected}, one for a position")
         segments = check_segments(adapters, len(hidden), self.blocks)
         if self._used != (cache, cache.tables.shape):
             cache.use(self.blocks)
             self._used = cache, cache.tables.shape
-        self._reach(int(positions.max()) + 1)
+        self._reach(int(positions.max()) + 1 if len(positions) else 0)
         found = hidden.clone(memory_format=torch.contiguous_format)
         for start in range(0, len(hidden), MOST_TOKENS):
             here = slice(start, start + MOST_TOKENS)
