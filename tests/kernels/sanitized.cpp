@@ -68,7 +68,7 @@ int main(int, char** arguments) {
       for (auto& value : made) value = int(random() % 5) - 2;
       return made;
     };
-    const std::vector<float> down = numbers(rank * in_features), up = numbers(rank * rows), outputs = numbers(rows);
+    const std::vector<float> down = numbers(rank * in_features), up = numbers(rank * tiles * LANES), outputs = numbers(rows);
     const std::vector<float> own = numbers(rows), inputs = numbers(tokens * in_features);
     const LinearAdapter adapter{low_rank ? down.data() : nullptr, low_rank ? up.data() : nullptr, nullptr,
                                 factors ? outputs.data() : nullptr, bias ? own.data() : nullptr,
@@ -98,7 +98,7 @@ int main(int, char** arguments) {
       }
       for (std::int64_t row = 0; row < rows; ++row) {
         double exact = expected[token * rows + row];
-        for (std::int64_t r = 0; low_rank && r < rank; ++r) exact += 0.5 * up[r * rows + row] * low[r];
+        for (std::int64_t r = 0; low_rank && r < rank; ++r) exact += 0.5 * up[(row / LANES * rank + r) * LANES + row % LANES] * low[r];
         exact = (factors ? outputs[row] : 1) * exact + (bias ? own[row] : 0);
         for (std::int64_t k = offsets[row]; k < offsets[row + 1]; ++k) exact += x_of[wide[k]] * (half ? 1 : 1 / 128.0);
         if (!(std::fabs(y[token * rows + row] - exact) <= 1e-5 * (std::fabs(exact) + 100))) {

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tailorbird.kernels.native import rows_by_tile
+
 #: The linears of a block in the order of their structures: three for q, k and v (or one for all), and two for
 #: gate and up (or one).
 LINEARS = 7
@@ -98,7 +100,7 @@ class LinearAdapter:
 
         down, up = (None if part is None else part.detach() for part in (self.down, self.up))
         return LinearAdapterStructure(
-            address(down), address(None if up is None else up.t().contiguous()), address(self.inputs),
+            address(down), address(None if up is None else rows_by_tile(up)), address(self.inputs),
             address(self.outputs), address(self.bias), 0 if down is None else len(down), self.scale,
             int(down is not None and down.dtype == torch.float32),
             int(up is not None and up.dtype == torch.float32),

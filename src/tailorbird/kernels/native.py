@@ -190,8 +190,8 @@ def tiles(
     library().tailorbird_lay_out(
         codes.data_ptr(), out_features, in_features, bits, words.data_ptr(), torch.get_num_threads()
     )
-    by_tile = _by_tile(scales)
-    zero = None if zeros is None else _by_tile(unpack_codes(zeros, bits, groups))
+    by_tile = rows_by_tile(scales)
+    zero = None if zeros is None else rows_by_tile(unpack_codes(zeros, bits, groups))
     described = WeightStructure(
         words.data_ptr(), by_tile.data_ptr(), None if zero is None else zero.data_ptr(), out_features,
         in_features, steps * STEP, groups, steps * STEP if groups == 1 else size, bits,
@@ -200,7 +200,7 @@ def tiles(
     return Tiles(words, by_tile, zero, out_features, in_features, described)
 
 
-def _by_tile(values: Tensor) -> Tensor:
+def rows_by_tile(values: Tensor) -> Tensor:
     """`[out_features, groups]` to `[tiles, groups, LANES]`, filled up with zeros."""
     padded = torch.nn.functional.pad(values, (0, 0, 0, -len(values) % LANES))
     return padded.view(-1, LANES, values.shape[1]).transpose(1, 2).contiguous()

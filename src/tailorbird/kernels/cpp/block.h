@@ -52,7 +52,7 @@ struct Block {
 // What an adapter makes of one linear W: outputs * (W (inputs * x) + scale * up (down (inputs * x))) + bias. All null:
 // nothing.
 struct LinearAdapter {
-  const void *down, *up;           // [rank][in_features] and [rank][out_features], both or neither
+  const void *down, *up;           // [rank][in_features] and [tiles of outputs][rank][LANES], both or neither
   const float *inputs, *outputs;   // factors [in_features] and [out_features], or null
   const float* bias;               // in place of the linear's, or null
   std::int64_t rank;
