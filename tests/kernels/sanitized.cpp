@@ -1,5 +1,5 @@
-// Random weights of every width through every version of the products, in blocks of memory of exactly the size
-// that they need: built with sanitizers, so that a step beyond any of them, or anything undefined, ends the run.
+// Random weights of every width through every version of the products, and random additions to these, in blocks of
+// memory of exactly the size that they need: built with sanitizers, so that a step beyond any of them, or anything undefined, ends the run.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -33,6 +33,7 @@ int main(int, char** arguments) {
     const Weight weight{codes.data(), scales.data(), symmetric ? nullptr : zeros.data(), rows, in_features, columns,
                         groups, group_steps * STEP, bits, 0};
     tailorbird_linear(&weight, x.data(), y.data(), tokens, 0, int8, 1 + random() % 3, version);
+    std::vector<double> expected(tokens * rows);
     for (std::int64_t token = 0; token < tokens; ++token) {
       for (std::int64_t row = 0; row < rows; ++row) {
         double exact = 0, size = 0;
@@ -51,9 +52,57 @@ int main(int, char** arguments) {
           size += std::fabs(weighed);
         }
         // Activations lie within 1; rounded to bytes each moves by half a 127th at most.
+        expected[token * rows + row] = y[token * rows + row];
         if (!(std::fabs(y[token * rows + row] - exact) <= (int8 ? 0.5 / 127 + 1e-4 : 1e-4) * size + 1e-30)) {
           std::printf("%d bits, version %d, int8 %d: %g is not %g\n", bits, version, int8, y[token * rows + row],
                       exact);
+          return 1;
+        }
+      }
+    }
+    // y = outputs * (y + scale * up down x) + bias, then a sparse matrix is added; all numbers are small and exact.
+    const std::int64_t rank = 1 + random() % 40;
+    const bool low_rank = random() % 4, factors = random() % 2, bias = random() % 2;
+    const auto numbers = [&](std::int64_t count) {
+      std::vector<float> made(count);
+      for (auto& value : made) value = int(random() % 5) - 2;
+      return made;
+    };
+    const std::vector<float> down = numbers(rank * in_features), up = numbers(rank * tiles * LANES), outputs = numbers(rows);
+    const std::vector<float> own = numbers(rows), inputs = numbers(tokens * in_features);
+    const LinearAdapter adapter{low_rank ? down.data() : nullptr, low_rank ? up.data() : nullptr, nullptr,
+                                factors ? outputs.data() : nullptr, bias ? own.data() : nullptr,
+                                low_rank ? rank : 0, 0.5f, 1, 1};
+    std::vector<std::int64_t> offsets(rows + 1);
+    std::vector<std::uint16_t> narrow, values;
+    std::vector<std::int32_t> wide;
+    for (std::int64_t row = 0; row < rows; ++row) {
+      for (int count = random() % 9; count > 0; --count) {
+        wide.push_back(random() % in_features);
+        narrow.push_back(wide.back());
+        values.push_back(0x3c00);  // 1 as float16, 1 / 128 as bfloat16
+      }
+      offsets[row + 1] = wide.size();
+    }
+    const bool is_wide = random() % 2, half = random() % 2;
+    const void* places = is_wide ? static_cast<const void*>(wide.data()) : narrow.data();
+    const SparseRows sparse{offsets.data(), places, values.data(), rows, in_features, is_wide, half};
+    const int threads = 1 + random() % 3;
+    tailorbird_adapt(&adapter, inputs.data(), in_features, y.data(), rows, tokens, threads, version);
+    tailorbird_add_sparse(&sparse, inputs.data(), y.data(), tokens, threads, version);
+    for (std::int64_t token = 0; token < tokens; ++token) {
+      const float* x_of = inputs.data() + token * in_features;
+      std::vector<double> low(rank);
+      for (std::int64_t r = 0; low_rank && r < rank; ++r) {
+        for (std::int64_t i = 0; i < in_features; ++i) low[r] += down[r * in_features + i] * x_of[i];
+      }
+      for (std::int64_t row = 0; row < rows; ++row) {
+        double exact = expected[token * rows + row];
+        for (std::int64_t r = 0; low_rank && r < rank; ++r) exact += 0.5 * up[(row / LANES * rank + r) * LANES + row % LANES] * low[r];
+        exact = (factors ? outputs[row] : 1) * exact + (bias ? own[row] : 0);
+        for (std::int64_t k = offsets[row]; k < offsets[row + 1]; ++k) exact += x_of[wide[k]] * (half ? 1 : 1 / 128.0);
+        if (!(std::fabs(y[token * rows + row] - exact) <= 1e-5 * (std::fabs(exact) + 100))) {
+          std::printf("additions, version %d: %g is not %g\n", version, y[token * rows + row], exact);
           return 1;
         }
       }

@@ -170,7 +170,20 @@ def test_models_outside_of_compiled_blocks_are_refused_by_type(anatomy: Anatomy)
 
 
 @pytest.mark.parametrize(
-    "architecture", ["llama", "qwen2", "mistral", "gemma2", "gpt2", "gpt_neox", "opt", "phi3"]
+    "architecture",
+    [
+        "llama",
+        "qwen2",
+        "mistral",
+        "gemma2",
+        "gemma3_text",
+        "gpt2",
+        "gpt_neox",
+        "opt",
+        "phi3",
+        "olmo2",
+        "falcon",
+    ],
 )
 @pytest.mark.parametrize("embedding", [None, IntegerCoding(8, 32)])
 def test_a_plan_has_the_shape_of_the_model_that_comes_of_it(

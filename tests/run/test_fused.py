@@ -25,8 +25,6 @@ from tiny import ARCHITECTURES, make_model
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
 
-#: whose blocks aren't among those that are compiled
-LEFT = {"gemma3_text", "falcon", "olmo2"}
 LENGTH = 70
 
 
@@ -76,7 +74,7 @@ def in_pieces(model: Any, ids: Tensor, cuts: list[int]) -> Tensor:
     return torch.cat(found, dim=1)
 
 
-@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - LEFT))
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_logits_are_those_of_the_modules(architecture: str, tmp_path: Path) -> None:
     model = compressed(tmp_path / "m", architecture)
     ids = tokens(3)
@@ -84,14 +82,55 @@ def test_logits_are_those_of_the_modules(architecture: str, tmp_path: Path) -> N
     torch.testing.assert_close(logits, by_modules(model, ids), atol=2e-5, rtol=1e-4)
 
 
+SLIDING = ["sliding_attention", "full_attention"]
+ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        ("gemma3_text", {"layer_types": SLIDING}),
+        (
+            "gemma3_text",
+            {
+                "layer_types": SLIDING,
+                "rope_parameters": {
+                    "sliding_attention": ROTARY,
+                    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                },
+                "final_logit_softcapping": 0.5,
+                "attn_logit_softcapping": 0.1,  # which its attention doesn't know
+                "query_pre_attn_scalar": 40,
+            },
+        ),
+        ("gemma3_text", {"layer_types": SLIDING, "hidden_size": 80, "num_key_value_heads": 1}),
+        ("olmo2", {"num_key_value_heads": 4, "attention_bias": True}),
+        ("olmo2", {"num_key_value_heads": 1, "head_dim": 32}),
+        ("falcon", {"bias": True, "num_kv_heads": 1}),
+        ("falcon", {"num_ln_in_parallel_attn": 1, "num_kv_heads": 4}),
+        ("falcon", {"num_ln_in_parallel_attn": 2, "activation": "relu", "ffn_hidden_size": 96}),
+        ("falcon", {"new_decoder_architecture": False}),
+        ("falcon", {"new_decoder_architecture": False, "bias": True, "num_kv_heads": 4}),
+        ("falcon", {"new_decoder_architecture": False, "multi_query": False, "num_kv_heads": 4}),
+        ("falcon", {"new_decoder_architecture": False, "parallel_attn": False, "num_kv_heads": 4}),
+    ],
+)
+def test_variants_agree(architecture: str, config: dict[str, Any], tmp_path: Path) -> None:
+    model = compressed(tmp_path / "m", architecture, **config)
+    ids = tokens(3)
+    logits = in_pieces(model, ids, [33, 34, 64])
+    torch.testing.assert_close(logits, by_modules(model, ids), atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 5, 6, 8])
-def test_every_width_agrees(bits: int, tmp_path: Path) -> None:
-    model = compressed(tmp_path / "m", "llama", bits)
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "falcon", "olmo2"])
+def test_every_width_agrees(bits: int, architecture: str, tmp_path: Path) -> None:
+    model = compressed(tmp_path / "m", architecture, bits)
     ids = tokens(2)
     torch.testing.assert_close(in_pieces(model, ids, [40]), by_modules(model, ids), atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "phi3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "phi3", "gemma3_text", "falcon", "olmo2"])
 def test_rounded_inputs_agree_up_to_their_rounding(architecture: str, tmp_path: Path) -> None:
     """A value between two bytes may fall to either side: the last float32 bit before it decides."""
     model = compressed(tmp_path / "m", architecture, rounds=True)
@@ -101,8 +140,11 @@ def test_rounded_inputs_agree_up_to_their_rounding(architecture: str, tmp_path: 
 
 
 @pytest.mark.parametrize("rounds", [False, True])
-def test_a_token_has_the_same_bits_whatever_runs_beside_it(rounds: bool, tmp_path: Path) -> None:
-    model = compressed(tmp_path / "m", "qwen2", rounds=rounds)
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma3_text", "falcon", "olmo2"])
+def test_a_token_has_the_same_bits_whatever_runs_beside_it(
+    architecture: str, rounds: bool, tmp_path: Path
+) -> None:
+    model = compressed(tmp_path / "m", architecture, rounds=rounds)
     ids = tokens(9)
     together = in_pieces(model, ids, [40])
     assert torch.equal(in_pieces(model, ids, [3, 35, 36, 64]), together)
@@ -114,6 +156,54 @@ def test_a_token_has_the_same_bits_whatever_runs_beside_it(rounds: bool, tmp_pat
             assert torch.equal(in_pieces(model, ids, [40]), together)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt_neox", "falcon", "olmo2"])
+def test_hidden_states_after_every_block_are_those_of_the_modules(architecture: str, tmp_path: Path) -> None:
+    model = compressed(tmp_path / "m", architecture, num_hidden_layers=3)
+    fused, ids = FusedModel(model), tokens(1)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False, output_hidden_states=True).hidden_states
+    positions, sequence = torch.arange(LENGTH, dtype=torch.int32), torch.zeros(LENGTH, dtype=torch.int32)
+    pages = fused.pages(1)
+    pages.reach(LENGTH)
+    entering = fused.embed(ids[0], positions)
+    torch.testing.assert_close(entering, expected[0][0].float(), atol=1e-6, rtol=1e-6)
+    for last in (1, 2):
+        left = fused.run(entering, positions, sequence, pages, last=last)
+        torch.testing.assert_close(left, expected[last][0], atol=2e-5, rtol=1e-4)
+    normed = fused.parts.norm(fused.run(entering, positions, sequence, pages)).detach()
+    torch.testing.assert_close(normed, expected[3][0], atol=2e-5, rtol=1e-4)  # transformers' last is normed
+
+
+def test_a_step_may_stop_and_go_on_at_any_block(tmp_path: Path) -> None:
+    model = compressed(tmp_path / "m", "llama", num_hidden_layers=3)
+    fused, ids = FusedModel(model), tokens(2)
+    flat, sequences = ids.reshape(-1), torch.arange(2, dtype=torch.int32).repeat_interleave(LENGTH)
+    positions = torch.arange(LENGTH, dtype=torch.int32).repeat(2)
+
+    def pages() -> Any:
+        made = fused.pages(2)
+        made.reach(LENGTH)
+        return made
+
+    everything = torch.arange(2 * LENGTH)
+    whole = fused.step(flat, positions, sequences, pages(), everything)
+    cache, entering = pages(), fused.embed(flat, positions)
+    before, hidden = entering.clone(), entering
+    for first, last in ((0, 0), (0, 1), (1, 3), (3, None)):
+        hidden = fused.run(hidden, positions, sequences, cache, first, last)
+    assert torch.equal(entering, before)
+    assert torch.equal(fused.logits(hidden), whole)
+    # Keys of all blocks are there: the last token may be read again.
+    end = slice(LENGTH - 1, LENGTH)
+    again = fused.step(flat[end], positions[end], sequences[end], cache, torch.tensor([0]))
+    assert torch.equal(again[0], whole[LENGTH - 1])
+    for first, last in ((-1, 2), (0, 4), (2, 1)):
+        with pytest.raises(ValueError, match=rf"blocks {first} to {last}; expected a range within 0 to 3"):
+            fused.run(entering, positions, sequences, cache, first, last)
+    with pytest.raises(ValueError, match=r"hidden states \[140, 32\]; expected \[140, 64\]"):
+        fused.run(entering[:, :32], positions, sequences, cache)
 
 
 def test_unlike_lengths_run_in_one_batch(tmp_path: Path) -> None:
@@ -134,17 +224,19 @@ def test_unlike_lengths_run_in_one_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("version", range(native.best_version() + 1))
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "falcon", "olmo2"])
 def test_every_version_of_the_blocks_agrees(
-    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str, version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = compressed(tmp_path / "m", "gemma2", 3)
+    model = compressed(tmp_path / "m", architecture, 3)
     expected = by_modules(model, tokens(2))
     monkeypatch.setattr("tailorbird.kernels.blocks.best_version", lambda: version)
     torch.testing.assert_close(in_pieces(model, tokens(2), [33]), expected, atol=2e-5, rtol=1e-4)
 
 
-def test_bfloat16_models_agree_within_what_bfloat16_rounds(tmp_path: Path) -> None:
-    model = compressed(tmp_path / "m", "llama", dtype=torch.bfloat16)
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "falcon", "olmo2"])
+def test_bfloat16_models_agree_within_what_bfloat16_rounds(architecture: str, tmp_path: Path) -> None:
+    model = compressed(tmp_path / "m", architecture, dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16
     expected = by_modules(model, tokens(2))
     logits = in_pieces(model, tokens(2), [33])
@@ -205,6 +297,9 @@ def test_branches_of_a_tree_see_their_ancestors_only(tmp_path: Path) -> None:
         ("llama", "hidden_activation", "relu"),
         ("llama", "logit_scale", 3.0),
         ("mistral", "use_sliding_window", False),
+        ("olmo2", "clip_qkv", 0.01),
+        ("olmo2", "sliding_window", 16),
+        ("falcon", "sliding_window", 16),
     ],
 )
 def test_keys_that_a_model_does_not_know_change_nothing(
@@ -324,9 +419,20 @@ def test_a_model_that_was_touched_runs_through_its_modules(
         FusedModel(model)
 
 
-@pytest.mark.parametrize("architecture", sorted(LEFT))
-def test_other_architectures_run_through_their_modules(architecture: str, tmp_path: Path) -> None:
-    assert "no fused block" in str(obstacle(compressed(tmp_path / "m", architecture)))
+@pytest.mark.parametrize(
+    ("architecture", "config", "words"),
+    [
+        ("falcon", {"alibi": True}, "ALiBi"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "tokens that follow"),
+        ("gemma3_text", {"head_dim": 24}, "heads of 24 channels"),
+        ("cohere", {}, "no fused block for `cohere`"),
+    ],
+)
+def test_other_blocks_run_through_their_modules(
+    architecture: str, config: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "cohere", ARCHITECTURES["llama"])
+    assert words in str(obstacle(compressed(tmp_path / "m", architecture, **config)))
 
 
 def test_a_dense_model_runs_through_its_modules() -> None:

@@ -156,8 +156,8 @@ class _Weights:
         q, k = 64 * of.heads, 64 * of.kv_heads
         block = BlockStructure(
             before_attention=norm, before_mlp=norm, after_attention=none, after_mlp=none, query=none,
-            key=none, queries=HeadsStructure(0, 64), keys=HeadsStructure(q, 64),
-            values=HeadsStructure(q + k, 64), heads=of.heads, kv_heads=of.kv_heads, head_dim=64,
+            key=none, queries=HeadsStructure(0, q // of.kv_heads, 64), keys=HeadsStructure(q, 64, 64),
+            values=HeadsStructure(q + k, 64, 64), heads=of.heads, kv_heads=of.kv_heads, head_dim=64,
             rotary_dim=64, attention_linears=3, mlp_linears=2, gated=1, activation=ACTIVATIONS["silu"],
             scale=0.125,
         )  # fmt: skip

@@ -7,11 +7,12 @@ the other, and keys and values lie in pages of `PAGE` tokens.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from tailorbird.kernels.adapters import Segment, check_segments, segment_structures
 from tailorbird.kernels.native import WeightStructure, best_version, library
 
 #: Tokens whose keys and values share a page.
@@ -45,9 +46,12 @@ class LinearStructure(ctypes.Structure):
 
 
 class HeadsStructure(ctypes.Structure):
-    """`Heads`: where a head lies among what the projections give for a token."""
+    """`Heads`: where a head lies among what the projections give for a token.
 
-    _fields_ = [("first", _size), ("stride", _size)]
+    Heads that share a key are `stride` apart, their groups `group_stride`.
+    """
+
+    _fields_ = [("first", _size), ("group_stride", _size), ("stride", _size)]
 
 
 class BlockStructure(ctypes.Structure):
@@ -60,8 +64,8 @@ class BlockStructure(ctypes.Structure):
         ("mlp_in", LinearStructure * 2), ("mlp_out", LinearStructure),
         *((name, HeadsStructure) for name in ("queries", "keys", "values")),
         *((name, _int) for name in ("heads", "kv_heads", "head_dim", "rotary_dim", "attention_linears")),
-        *((name, _int) for name in ("mlp_linears", "gated", "parallel", "parallel_norm", "window")),
-        ("activation", _int),
+        *((name, _int) for name in ("mlp_linears", "gated", "parallel", "parallel_norm")),
+        *((name, _int) for name in ("whole_norms", "window", "activation")),
         ("scale", _float), ("softcap", _float),
         *((name, _pointer) for name in ("cosine", "sine", "key_pages", "value_pages")),
     ]  # fmt: skip
@@ -71,8 +75,8 @@ class _Batch(ctypes.Structure):
     _fields_ = [
         *((name, _pointer) for name in ("positions", "slots", "sequences", "pages")),
         *((name, _pointer) for name in ("ancestors", "tree_start")),
-        *((name, _size) for name in ("tokens", "most_pages", "width")), ("cache_float32", _int),
-        ("seconds", _pointer),
+        *((name, _size) for name in ("tokens", "most_pages", "width")), ("segments", _pointer),
+        ("segment_count", _size), ("most_rank", _size), ("cache_float32", _int), ("seconds", _pointer),
     ]  # fmt: skip
 
 
@@ -88,12 +92,14 @@ def run_blocks(
     slots: Tensor | None = None,
     ancestors: Tensor | None = None,
     tree_start: Tensor | None = None,
+    segments: Iterable[Segment] = (),
     version: int | None = None,
     seconds: Tensor | None = None,
 ) -> None:
     """Run some blocks over packed tokens; their keys and values go into the pages.
 
-    A token's results have the same bits whatever runs beside it.
+    A token's results have the same bits whatever runs beside it, and a token without an adapter those that
+    it has in a batch without adapters.
 
     Parameters
     ----------
@@ -114,18 +120,28 @@ def run_blocks(
     ancestors, tree_start : Tensor[tokens], int64 and int32, optional
         For trees of tokens, whose siblings share a position and not a slot: of the keys in slots
         ``tree_start[i] + j`` token `i` sees those whose bit `j` is set. A tree has at most 63 tokens.
+    segments : iterable of Segment
+        Which tokens have an adapter, which was made for `blocks`; others have none.
     version : int, optional
         Instructions to use, up to `best_version()`, which is the default.
     seconds : Tensor[len(STEPS)], float64, optional
         What each of `STEPS` takes is added here.
+
+    Raises
+    ------
+    ValueError
+        For hidden states or segments that the compiled code can't take.
     """
     _check_hidden(hidden)
+    checked = check_segments(segments, len(hidden), blocks)
+    structures = segment_structures(checked)
     described = _Batch(
         positions.data_ptr(), (positions if slots is None else slots).data_ptr(), sequences.data_ptr(),
         pages.data_ptr(),
         None if ancestors is None else ancestors.data_ptr(),
         None if tree_start is None else tree_start.data_ptr(),
-        *hidden.shape[:1], pages.shape[1], hidden.shape[1], int(cache_dtype == torch.float32),
+        *hidden.shape[:1], pages.shape[1], hidden.shape[1], ctypes.addressof(structures), len(checked),
+        max((segment.adapter.rank for segment in checked), default=0), int(cache_dtype == torch.float32),
         None if seconds is None else seconds.data_ptr(),
     )  # fmt: skip
     library().tailorbird_run_blocks(

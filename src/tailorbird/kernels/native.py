@@ -83,6 +83,10 @@ def library() -> Any:
             run_blocks.restype = run_head.restype = None
             run_blocks.argtypes = [pointer, size, size, pointer, pointer, number, number]
             run_head.argtypes = [pointer, pointer, pointer, size, size, pointer, number, number]
+            adapt, add_sparse = found.tailorbird_adapt, found.tailorbird_add_sparse
+            adapt.restype = add_sparse.restype = None
+            adapt.argtypes = [pointer, pointer, size, pointer, size, size, number, number]
+            add_sparse.argtypes = [pointer, pointer, pointer, size, number, number]
             return found
     return None
 
@@ -194,8 +198,8 @@ def tiles(
     library().tailorbird_lay_out(
         codes.data_ptr(), out_features, in_features, bits, words.data_ptr(), torch.get_num_threads()
     )
-    by_tile = _by_tile(scales)
-    zero = None if zeros is None else _by_tile(unpack_codes(zeros, bits, groups))
+    by_tile = rows_by_tile(scales)
+    zero = None if zeros is None else rows_by_tile(unpack_codes(zeros, bits, groups))
     described = WeightStructure(
         words.data_ptr(), by_tile.data_ptr(), None if zero is None else zero.data_ptr(), out_features,
         in_features, steps * STEP, groups, steps * STEP if groups == 1 else size, bits,
@@ -204,7 +208,7 @@ def tiles(
     return Tiles(words, by_tile, zero, out_features, in_features, described)
 
 
-def _by_tile(values: Tensor) -> Tensor:
+def rows_by_tile(values: Tensor) -> Tensor:
     """`[out_features, groups]` to `[tiles, groups, LANES]`, filled up with zeros."""
     padded = torch.nn.functional.pad(values, (0, 0, 0, -len(values) % LANES))
     return padded.view(-1, LANES, values.shape[1]).transpose(1, 2).contiguous()

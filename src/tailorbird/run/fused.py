@@ -7,6 +7,7 @@ they don't suit (`parts`), `obstacle` says what stands in the way.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from tailorbird.formats.modules import CompressedLinear
 from tailorbird.kernels import blocks as native_blocks
 from tailorbird.kernels import native
+from tailorbird.kernels.adapters import Adapter, LinearAdapter, Segment, check_segments, within
 from tailorbird.kernels.blocks import (
     ACTIVATIONS,
     NORM_KINDS,
@@ -59,7 +61,7 @@ class FusedModel:
         self.cache_dtype = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
         self._kept: list[Any] = []
         self._arena = native.Arena()
-        self._angles: tuple[Tensor, Tensor] | None = None
+        self._angles: dict[str | None, tuple[Tensor, Tensor]] = {}
         self._used: tuple[Pages, torch.Size] | None = None
         #: Where the seconds of each of `blocks.STEPS`, and of the head, are added; none are taken unless set.
         self.seconds: Tensor | None = None
@@ -67,16 +69,36 @@ class FusedModel:
         self.page_shapes = [(layer.kv_heads, layer.head_dim) for layer in layers]
         self.blocks = (BlockStructure * len(layers))(*(self._block(layer) for layer in layers))
         self.norm, self.head = self._norm(self.parts.norm), self._linear(self.parts.head)
-        config = model.config.get_text_config()
-        self.final_softcap: float | None = (
-            config.final_logit_softcapping if config.model_type == "gemma2" else None
-        )
+        self.final_softcap = self.parts.final_softcap
 
     def pages(self, sequences: int) -> Pages:
         """Room for keys and values of so many sequences."""
         return Pages(self.page_shapes, self.cache_dtype, sequences)
 
-    @torch.no_grad()
+    def adapter(self, linears: Mapping[tuple[int, str], LinearAdapter]) -> Adapter:
+        """An adapter for segments of a batch.
+
+        Parameters
+        ----------
+        linears : mapping of (block, role) to LinearAdapter
+            Roles are those of the anatomy: ``q k v o gate up down fc1 fc2``, and ``qkv`` and ``gate_up``
+            where the model has one matrix for them.
+
+        Raises
+        ------
+        ValueError
+            For a block or role that this model hasn't, or tensors that don't fit.
+        """
+        numbered: dict[tuple[int, int], LinearAdapter] = {}
+        for (block, role), linear in linears.items():
+            if not 0 <= block < len(self.blocks):
+                raise ValueError(f"an adapter for block {block}; expected 0 to {len(self.blocks) - 1}")
+            roles = _roles(self.parts.layers[block])
+            if role not in roles:
+                raise ValueError(f"an adapter for `{role}` in block {block}; expected one of {list(roles)}")
+            numbered[block, roles[role]] = linear
+        return Adapter(self.blocks, numbered)
+
     def step(
         self,
         ids: Tensor,
@@ -84,6 +106,7 @@ class FusedModel:
         sequences: Tensor,
         cache: Pages,
         wanted: Tensor,
+        adapters: Iterable[Segment] = (),
     ) -> Tensor:
         """Logits after some of the tokens that are read now.
 
@@ -95,49 +118,112 @@ class FusedModel:
             With room for all positions.
         wanted : Tensor[n], int64
             Tokens after which logits are wanted.
+        adapters : iterable of Segment
+            Which tokens have an adapter, made by `adapter`; others have none.
 
         Returns
         -------
         Tensor[n, vocab_size], float32
+
+        Raises
+        ------
+        ValueError
+            For segments that overlap, leave the batch, or have an adapter of another model.
         """
+        hidden = self.run(self.embed(ids, positions), positions, sequences, cache, adapters=adapters)
+        return self.logits(hidden[wanted])
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """What enters the first block, float32 ``[tokens, hidden_size]``; arguments as in `step`."""
+        return self.parts.embed(ids, positions).float().contiguous()
+
+    @torch.no_grad()
+    def run(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        sequences: Tensor,
+        cache: Pages,
+        first: int = 0,
+        last: int | None = None,
+        adapters: Iterable[Segment] = (),
+    ) -> Tensor:
+        """Hidden states after any block, from those before any block.
+
+        A step that stops early or starts late is done in parts: keys and values of the blocks that ran are
+        in the pages, and what comes back may go on at block `last`.
+
+        Parameters
+        ----------
+        hidden : Tensor[tokens, hidden_size], float32
+            What enters block `first`.
+        first, last : int
+            Blocks ``first`` to ``last - 1`` run, all by default.
+        positions, sequences, cache, adapters
+            As in `step`.
+
+        Returns
+        -------
+        Tensor[tokens, hidden_size], float32
+            What leaves block ``last - 1``, before the model's last norm.
+
+        Raises
+        ------
+        ValueError
+            For blocks that aren't there, hidden states of another shape, or as `step`.
+        """
+        last = len(self.blocks) if last is None else last
+        if not 0 <= first <= last <= len(self.blocks):
+            raise ValueError(f"blocks {first} to {last}; expected a range within 0 to {len(self.blocks)}")
+        if hidden.shape != (len(positions), self.width):
+            expected = [len(positions), self.width]
+            raise ValueError(f"hidden states {list(hidden.shape)}; expected {expected}, one for a position")
+        segments = check_segments(adapters, len(hidden), self.blocks)
         if self._used != (cache, cache.tables.shape):
             cache.use(self.blocks)
             self._used = cache, cache.tables.shape
-        hidden = torch.empty(len(ids), self.width, dtype=torch.float32, device="cpu")
-        for start in range(0, len(ids), MOST_TOKENS):
+        self._reach(int(positions.max()) + 1 if len(positions) else 0)
+        found = hidden.clone(memory_format=torch.contiguous_format)
+        for start in range(0, len(hidden), MOST_TOKENS):
             here = slice(start, start + MOST_TOKENS)
-            part = self.parts.embed(ids[here], positions[here]).float().contiguous()
-            self._reach(int(positions[here].max()) + 1)
             native_blocks.run_blocks(
-                self.blocks, part, positions[here].contiguous(), sequences[here].contiguous(), cache.tables,
-                self.cache_dtype, seconds=self.seconds,
+                self.blocks, found[here], positions[here].contiguous(), sequences[here].contiguous(),
+                cache.tables, self.cache_dtype, first, last, segments=within(segments, start, here.stop),
+                seconds=self.seconds,
             )  # fmt: skip
-            hidden[here] = part
+        return found
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[tokens, vocab_size]`` float32 of hidden states that left the last block."""
         began = time.perf_counter()
-        logits = native_blocks.run_head(self.norm, self.head, hidden[wanted])
+        logits = native_blocks.run_head(self.norm, self.head, hidden)
         if self.seconds is not None:
             self.seconds[-1] += time.perf_counter() - began
         if self.final_softcap is not None:
             logits = torch.tanh(logits / self.final_softcap) * self.final_softcap
         return logits
 
+    @torch.no_grad()
     def _reach(self, positions: int) -> None:
         """Let every block know the rotary angles of so many positions."""
-        rotary = self.parts.rotary
-        if rotary is None or (self._angles is not None and len(self._angles[0]) >= positions):
+        rotary, layers = self.parts.rotary, self.parts.layers
+        have = len(next(iter(self._angles.values()))[0]) if self._angles else 0
+        if rotary is None or have >= positions:
             return
-        count = max(positions, 256 if self._angles is None else 2 * len(self._angles[0]))
-        cosine, sine = rotary(
-            torch.empty(0, dtype=torch.float32, device="cpu"), torch.arange(count, device="cpu")[None]
-        )
-        self._angles = cosine[0].float().contiguous(), sine[0].float().contiguous()
-        for block in self.blocks:
-            block.cosine, block.sine = (angles.data_ptr() for angles in self._angles)
-            block.rotary_dim = cosine.shape[-1]
+        count = torch.arange(max(positions, 2 * have, 256), device="cpu")[None]
+        for kind in {layer.rotary for layer in layers}:
+            like = torch.empty(0, dtype=torch.float32, device="cpu")
+            cosine, sine = rotary(like, count) if kind is None else rotary(like, count, kind)
+            self._angles[kind] = cosine[0].float().contiguous(), sine[0].float().contiguous()
+        for block, layer in zip(self.blocks, layers, strict=True):
+            cosine, sine = self._angles[layer.rotary]
+            block.cosine, block.sine, block.rotary_dim = cosine.data_ptr(), sine.data_ptr(), cosine.shape[-1]
 
     def _block(self, layer: Layer) -> BlockStructure:
         q, k = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
-        places = layer.places or ((0, layer.head_dim), (q, layer.head_dim), (q + k, layer.head_dim))
+        d, group = layer.head_dim, layer.heads // layer.kv_heads
+        places = layer.places or ((0, group * d, d), (q, d, 0), (q + k, d, 0))
         linears, mlp = layer.attention_in, layer.mlp_in
         block = BlockStructure(
             before_attention=self._norm(layer.before_attention), before_mlp=self._norm(layer.before_mlp),
@@ -148,8 +234,8 @@ class FusedModel:
             values=HeadsStructure(*places[2]), heads=layer.heads, kv_heads=layer.kv_heads,
             head_dim=layer.head_dim, attention_linears=len(linears), mlp_linears=len(mlp),
             gated=layer.gated, parallel=layer.parallel, parallel_norm=layer.before_mlp is not None,
-            window=layer.window, activation=ACTIVATIONS[layer.activation], scale=layer.scale,
-            softcap=layer.softcap,
+            whole_norms=layer.whole_norms, window=layer.window, activation=ACTIVATIONS[layer.activation],
+            scale=layer.scale, softcap=layer.softcap,
         )  # fmt: skip
         for index, module in enumerate(linears):
             block.attention_in[index] = self._linear(module)
@@ -189,3 +275,11 @@ class FusedModel:
         rows, columns = weight.shape
         described = native.WeightStructure(rows=rows, in_features=columns, columns=columns, groups=1)
         return LinearStructure(described, self._keep(weight), bias, int(weight.dtype == torch.float32), 0)
+
+
+def _roles(layer: Layer) -> dict[str, int]:
+    """Number of every linear of a block among its structures, by role."""
+    attention = ("q", "k", "v") if len(layer.attention_in) == 3 else ("qkv",)
+    mlp = ("fc1",) if not layer.gated else ("gate", "up") if len(layer.mlp_in) == 2 else ("gate_up",)
+    roles = {role: i for i, role in enumerate(attention)} | {role: 4 + i for i, role in enumerate(mlp)}
+    return roles | {"o": 3, "down" if layer.gated else "fc2": 6}

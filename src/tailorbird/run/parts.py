@@ -44,6 +44,8 @@ class Parts:
     head: nn.Module
     #: gives cosines and sines ``[1, positions, rotary_dim]``; None without rotary angles
     rotary: nn.Module | None
+    #: logits are cut softly here
+    final_softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,13 @@ class Layer:
     after_mlp: nn.Module | None = None
     query: nn.Module | None = None
     key: nn.Module | None = None
-    #: first, stride of queries, keys and values; None: one kind after the other
-    places: tuple[tuple[int, int], ...] | None = None
+    #: of queries, keys and values: where the first is, how far apart those with different keys are, and those
+    #: that share one; None: one kind after the other
+    places: tuple[tuple[int, int, int], ...] | None = None
+    #: `query` and `key` are over all heads together
+    whole_norms: bool = False
+    #: what the model's rotary embedding calls the angles of this block; None where it has one kind
+    rotary: str | None = None
     parallel: bool = False
     window: int = 0
     softcap: float = 0.0
@@ -102,9 +109,10 @@ def parts_of(model: Any) -> Parts:
     _check_norm(parts.norm, width)
     _check_kind(parts.head)
     _check_linear(parts.head, (model.config.get_text_config().vocab_size, width))
-    rotary = parts.rotary
-    if rotary is not None and getattr(rotary, "rope_type", "default") not in _STATIC_ROTARY:
-        raise Unsuited(f"rotary angles of type `{rotary.rope_type}`")
+    types = getattr(parts.rotary, "rope_type", "default")
+    for rope_type in types.values() if isinstance(types, dict) else (types,):
+        if rope_type not in _STATIC_ROTARY:
+            raise Unsuited(f"rotary angles of type `{rope_type}`")
     return parts
 
 
@@ -155,8 +163,8 @@ def _check_layer(layer: Layer, width: int) -> None:
         _check_linear(module, shape)
     for norm in (layer.before_attention, layer.before_mlp, layer.after_attention, layer.after_mlp):
         _check_norm(norm, width)
-    for norm in (layer.query, layer.key):
-        _check_norm(norm, d)
+    for norm, count in ((layer.query, heads), (layer.key, keys)):
+        _check_norm(norm, count * d if layer.whole_norms else d)
 
 
 def _check_kind(module: Any) -> None:
@@ -168,7 +176,7 @@ def _check_kind(module: Any) -> None:
             raise Unsuited("a linear with reordered inputs")
         if not native.serves(module.coding, module.in_features):
             raise Unsuited(f"a linear of coding {module.coding.label}")
-    elif type(module) not in (nn.Linear, Conv1D):
+    elif type(module) not in (nn.Linear, Conv1D) and type(module).__name__ != "FalconLinear":
         raise Unsuited(f"a {type(module).__name__} in place of a linear")
     elif module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise Unsuited(f"a linear of {module.weight.dtype}")
@@ -230,39 +238,58 @@ def _llama_like(model: Any) -> Parts:
     kind = config.model_type
     if (kind == "olmo" and config.clip_qkv is not None) or (kind == "stablelm" and config.qk_layernorm):
         raise Unsuited("clipped projections or norms of every head")
+    gemma = kind in ("gemma2", "gemma3_text")
+    if gemma and config.use_bidirectional_attention:
+        raise Unsuited("attention to the tokens that follow")
 
     def read_layer(layer: Any, index: int) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
         apart = ("q_proj", "k_proj", "v_proj")
         projections = ("qkv_proj",) if hasattr(attention, "qkv_proj") else apart
-        sandwich = hasattr(layer, "pre_feedforward_layernorm")
-        before_mlp = layer.pre_feedforward_layernorm if sandwich else layer.post_attention_layernorm
         head_dim = attention.head_dim
         parallel = kind == "stablelm" and bool(config.use_parallel_residual)
+        before, after = _norms(layer, kind, parallel)
         return Layer(
             attention_in=[getattr(attention, name) for name in projections],
             attention_out=attention.o_proj,
             mlp_in=[mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj],
             mlp_out=mlp.down_proj,
-            before_attention=layer.input_layernorm,
-            before_mlp=None if parallel else before_mlp,
-            after_attention=layer.post_attention_layernorm if sandwich else None,
-            after_mlp=layer.post_feedforward_layernorm if sandwich else None,
+            before_attention=before[0],
+            before_mlp=before[1],
+            after_attention=after[0],
+            after_mlp=after[1],
             query=getattr(attention, "q_norm", None),
             key=getattr(attention, "k_norm", None),
-            activation=_function(config.hidden_activation if kind == "gemma2" else config.hidden_act),
+            whole_norms=kind == "olmo2",
+            activation=_function(config.hidden_activation if gemma else config.hidden_act),
             gated=True,
             heads=_rows(attention, "q_proj", config.num_attention_heads, head_dim),
             kv_heads=_rows(attention, "k_proj", config.num_key_value_heads, head_dim),
             head_dim=head_dim,
             scale=float(attention.scaling),
+            rotary=config.layer_types[index] if kind == "gemma3_text" else None,
             parallel=parallel,
             window=_window(config, index),
             softcap=float(config.attn_logit_softcapping or 0.0) if kind == "gemma2" else 0.0,
         )  # fmt: skip
 
-    layers = [read_layer(layer, index) for index, layer in enumerate(body.layers)]
-    return Parts(layers, lambda ids, _: body.embed_tokens(ids), body.norm, model.lm_head, body.rotary_emb)
+    return Parts(
+        [read_layer(layer, index) for index, layer in enumerate(body.layers)],
+        lambda ids, _: body.embed_tokens(ids), body.norm, model.lm_head, body.rotary_emb,
+        config.final_logit_softcapping if gemma else None,
+    )  # fmt: skip
+
+
+def _norms(layer: Any, kind: str, parallel: bool) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Norms before attention and MLP, and after them."""
+    if kind == "olmo2":
+        return (None, None), (layer.post_attention_layernorm, layer.post_feedforward_layernorm)
+    if kind in ("gemma2", "gemma3_text"):
+        return (
+            (layer.input_layernorm, layer.pre_feedforward_layernorm),
+            (layer.post_attention_layernorm, layer.post_feedforward_layernorm),
+        )
+    return (layer.input_layernorm, None if parallel else layer.post_attention_layernorm), (None, None)
 
 
 def _rows(attention: Any, name: str, stated: int, head_dim: int) -> int:
@@ -274,9 +301,10 @@ def _rows(attention: Any, name: str, stated: int, head_dim: int) -> int:
 def _window(config: Any, index: int) -> int:
     """Keys that block `index` looks back on; 0 for all."""
     kind = config.model_type
-    if kind not in ("mistral", "phi3", "qwen2", "qwen3", "gemma2") or config.sliding_window is None:
+    by_layer = ("qwen2", "qwen3", "gemma2", "gemma3_text")
+    if kind not in ("mistral", "phi3", *by_layer) or config.sliding_window is None:
         return 0
-    if kind in ("qwen2", "qwen3", "gemma2") and config.layer_types[index] != "sliding_attention":
+    if kind in by_layer and config.layer_types[index] != "sliding_attention":
         return 0
     return int(config.sliding_window)
 
@@ -314,13 +342,49 @@ def _gpt_neox(model: Any) -> Parts:
             mlp_in=[mlp.dense_h_to_4h], mlp_out=mlp.dense_4h_to_h, before_attention=layer.input_layernorm,
             before_mlp=layer.post_attention_layernorm, activation=_function(config.hidden_act), gated=False,
             heads=heads, kv_heads=heads, head_dim=head_dim, scale=float(attention.scaling),
-            places=tuple((i * head_dim, 3 * head_dim) for i in range(3)),
+            places=tuple((i * head_dim, 3 * head_dim, 0) for i in range(3)),
             parallel=bool(config.use_parallel_residual),
         )  # fmt: skip
 
     return Parts(
         [read_layer(layer) for layer in body.layers], lambda ids, _: body.embed_in(ids),
         body.final_layer_norm, model.get_output_embeddings(), body.rotary_emb,
+    )  # fmt: skip
+
+
+def _falcon(model: Any) -> Parts:
+    """Falcon: queries of each key head, then its key and value; or one key head for all; or one for each."""
+    body, config = model.transformer, model.config
+    if config.alibi:
+        raise Unsuited("scores that fall with distance (ALiBi)")
+    grouped = bool(config.new_decoder_architecture)
+    if grouped and not config.parallel_attn:
+        raise Unsuited("attention and MLP one after the other in Falcon's newer blocks")
+
+    def read_layer(layer: Any) -> Layer:
+        attention, mlp, heads = layer.self_attention, layer.mlp, config.num_attention_heads
+        d, keys = config.head_dim, attention.num_kv_heads
+        parallel = grouped or bool(config.parallel_attn)
+        if grouped and config.num_ln_in_parallel_attn == 2:
+            before_attention, before_mlp = layer.ln_attn, layer.ln_mlp
+        else:
+            before_attention = layer.input_layernorm
+            before_mlp = None if parallel else layer.post_attention_layernorm
+        places = None
+        if grouped or not config.multi_query:
+            group = heads // keys
+            together = (group + 2) * d
+            places = ((0, together, d), (group * d, together, 0), ((group + 1) * d, together, 0))
+        return Layer(
+            attention_in=[attention.query_key_value], attention_out=attention.dense,
+            mlp_in=[mlp.dense_h_to_4h], mlp_out=mlp.dense_4h_to_h, before_attention=before_attention,
+            before_mlp=before_mlp, activation=_function(config.activation), gated=False, heads=heads,
+            kv_heads=keys, head_dim=d, scale=d**-0.5, places=places, parallel=parallel,
+        )  # fmt: skip
+
+    return Parts(
+        [read_layer(layer) for layer in body.h], lambda ids, _: body.word_embeddings(ids), body.ln_f,
+        model.lm_head, body.rotary_emb,
     )  # fmt: skip
 
 
@@ -349,8 +413,21 @@ def _opt(model: Any) -> Parts:
 
 _READERS: dict[str, Callable[[Any], Parts]] = {
     **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "stablelm", "olmo"), _llama_like
+        (
+            "llama",
+            "mistral",
+            "qwen2",
+            "qwen3",
+            "phi3",
+            "gemma2",
+            "gemma3_text",
+            "stablelm",
+            "olmo",
+            "olmo2",
+        ),
+        _llama_like,
     ),
+    "falcon": _falcon,
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,
     "opt": _opt,

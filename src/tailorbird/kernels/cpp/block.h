@@ -29,19 +29,20 @@ struct Linear {
   std::int32_t dense_float32, int8;  // dense values are float32, not bfloat16; inputs may be rounded to bytes
 };
 
-// Where a head's query, key and value lie in what the projections give for a token.
+// Where a head's query, key and value lie in what the projections give for a token: `group_stride` apart those of
+// heads with different keys, `stride` apart those that share them.
 struct Heads {
-  std::int64_t first, stride;
+  std::int64_t first, group_stride, stride;
 };
 
 struct Block {
   Norm before_attention, after_attention, before_mlp, after_mlp;  // those after a sublayer stand before the sum
-  Norm query, key;                                                // over the channels of a head
+  Norm query, key;                                                // over the channels of a head, or of all heads
   Linear attention_in[3], attention_out;                          // q, k, v, or fewer where they are fused
   Linear mlp_in[2], mlp_out;                                      // gate and up, or fewer
   Heads queries, keys, values;
   std::int32_t heads, kv_heads, head_dim, rotary_dim, attention_linears, mlp_linears;
-  std::int32_t gated, parallel, parallel_norm, window;  // window: 0 is none
+  std::int32_t gated, parallel, parallel_norm, whole_norms, window;  // whole: of query and key; window: 0 is none
   Activation activation;
   float scale, softcap;                // softcap: 0 is none
   const float *cosine, *sine;          // [positions][rotary_dim], or null
@@ -50,6 +51,38 @@ struct Block {
 
 // Steps of a block, by what they do; rounding inputs to bytes counts to what comes before it.
 enum Step { norms, attention_in, rotary, attention, attention_out, mlp_in, activation, mlp_out };
+
+// What an adapter makes of one linear W: outputs * (W (inputs * x) + scale * up (down (inputs * x))) + bias. All null:
+// nothing.
+struct LinearAdapter {
+  const void *down, *up;           // [rank][in_features] and [tiles of outputs][rank][LANES], both or neither
+  const float *inputs, *outputs;   // factors [in_features] and [out_features], or null
+  const float* bias;               // in place of the linear's, or null
+  std::int64_t rank;
+  float scale;
+  std::int32_t down_float32, up_float32;  // or bfloat16
+};
+
+// The linears of a block in their order: three for attention_in, attention_out, two for mlp_in, mlp_out. `inputs` may be
+// there only where a linear is the only one that reads them.
+constexpr int ATTENTION_IN = 0, ATTENTION_OUT = 3, MLP_IN = 4, MLP_OUT = 6, LINEARS = 7;
+struct BlockAdapter {
+  LinearAdapter linears[LINEARS];
+};
+
+// Tokens of a batch that share an adapter.
+struct Segment {
+  std::int64_t begin, end;
+  const BlockAdapter* blocks;  // of all blocks of the model
+};
+
+// A matrix that is zero but for some values of 16 bits.
+struct SparseRows {
+  const std::int64_t* offsets;  // [rows + 1], where a row's values begin
+  const void *columns, *values;
+  std::int64_t rows, in_features;
+  std::int32_t wide, half;      // columns are int32, not uint16; values are float16, not bfloat16
+};
 
 // Tokens of some sequences, one after the other.
 struct Batch {
@@ -60,6 +93,8 @@ struct Batch {
   const std::uint64_t* ancestors; // [tokens] or null: of the slots from tree_start on those with a set bit are seen
   const std::int32_t* tree_start; // [tokens], beside `ancestors`
   std::int64_t tokens, most_pages, width;
+  const Segment* segments;        // [segment_count], by their first token; none share a token
+  std::int64_t segment_count, most_rank;
   std::int32_t cache_float32;
   double* seconds;  // by `Step`, where what they take is added; or null
 };

@@ -28,6 +28,9 @@ constexpr std::int64_t PANEL_BYTES = 256 << 10;
 struct BFloat16 {
   std::uint16_t bits;
 };
+struct Half {
+  std::uint16_t bits;
+};
 
 // Bytes from one token's activations to the next: a line more than there are, so that those of neighbouring tokens
 // don't compete for the same places of the cache.
@@ -58,7 +61,7 @@ struct Quantized {
 
 // What one thread keeps for the blocks that it runs, from call to call.
 struct BlockSpace {
-  std::vector<float> wide, projected, inner, added;
+  std::vector<float> wide, projected, inner, added, low;
   std::vector<std::int8_t> values[3];
   std::vector<std::uint8_t> shifted[3];
   std::vector<float> scales[3];
@@ -156,14 +159,16 @@ Version<T> version_of(int version) {
 struct BlockVersion {
   decltype(&portable::run_blocks) run_blocks;
   decltype(&portable::run_head) run_head;
+  decltype(&portable::adapt) adapt;
+  decltype(&portable::add_sparse) add_sparse;
 };
 
 BlockVersion block_version_of(int version) {
 #if defined(__x86_64__)
-  if (version == 1) return {avx2::run_blocks, avx2::run_head};
-  if (version == 2) return {avx512::run_blocks, avx512::run_head};
+  if (version == 1) return {avx2::run_blocks, avx2::run_head, avx2::adapt, avx2::add_sparse};
+  if (version == 2) return {avx512::run_blocks, avx512::run_head, avx512::adapt, avx512::add_sparse};
 #endif
-  return {portable::run_blocks, portable::run_head};
+  return {portable::run_blocks, portable::run_head, portable::adapt, portable::add_sparse};
 }
 
 // Memory that a thread keeps from call to call.
@@ -269,6 +274,27 @@ void tailorbird_run_head(const void* norm, const void* head, const float* hidden
   using namespace tailorbird;
   const auto run = block_version_of(version).run_head;
   run(*static_cast<const Norm*>(norm), *static_cast<const Linear*>(head), hidden, tokens, width, logits, threads);
+}
+
+// y[tokens][rows] becomes what an adapter makes of it; all activations are float32.
+void tailorbird_adapt(const void* adapter, const float* x, std::int64_t in_features, float* y, std::int64_t rows,
+                      std::int64_t tokens, int threads, int version) {
+  using namespace tailorbird;
+  thread_local std::vector<float> space;
+  const LinearAdapter& a = *static_cast<const LinearAdapter*>(adapter);
+  const auto run = block_version_of(version).adapt;
+  float* low = room(space, tokens * a.rank);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  run(a, x, in_features, low, y, rows, tokens, omp_get_thread_num(), omp_get_num_threads());
+}
+
+// y[tokens][rows] += the sparse matrix times x[tokens][in_features]; all activations are float32.
+void tailorbird_add_sparse(const void* sparse, const float* x, float* y, std::int64_t tokens, int threads,
+                           int version) {
+  using namespace tailorbird;
+  const auto run = block_version_of(version).add_sparse;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  run(*static_cast<const SparseRows*>(sparse), x, y, tokens, omp_get_thread_num(), omp_get_num_threads());
 }
 
 }  // extern "C"

@@ -1,0 +1,223 @@
+"""Adapters of compiled blocks: what tokens of a batch add to the linears that they share.
+
+    y = outputs ⊙ (W (inputs ⊙ x) + scale · B (A (inputs ⊙ x))) + bias
+
+Any part may be absent: LoRA (https://arxiv.org/abs/2106.09685) is A, B and a scale, DoRA
+(https://arxiv.org/abs/2402.09353) has `outputs` besides, and IA3 (https://arxiv.org/abs/2205.05638) factors
+only. `x` are float32 activations, also where the product of W rounds them to bytes.
+
+`A x` is summed as a dense linear is: each of 16 lanes sums every sixteenth input, then the lanes are added
+in pairs 8, 4, 2 and 1 apart. `B` is summed from the first rank to the last, and that sum is added to the
+product. So a token's result has the same bits whatever runs beside it, and a token without an adapter those
+that it has without any.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tailorbird.kernels.native import rows_by_tile
+
+#: The linears of a block in the order of their structures: three for q, k and v (or one for all), and two for
+#: gate and up (or one).
+LINEARS = 7
+
+_pointer, _float, _int, _size = ctypes.c_void_p, ctypes.c_float, ctypes.c_int32, ctypes.c_int64
+
+
+class LinearAdapterStructure(ctypes.Structure):
+    """`LinearAdapter` of `cpp/block.h`."""
+
+    _fields_ = [
+        *((name, _pointer) for name in ("down", "up", "inputs", "outputs", "bias")), ("rank", _size),
+        ("scale", _float), ("down_float32", _int), ("up_float32", _int),
+    ]  # fmt: skip
+
+
+BlockAdapterStructure = LinearAdapterStructure * LINEARS
+
+
+class SegmentStructure(ctypes.Structure):
+    """`Segment` of `cpp/block.h`."""
+
+    _fields_ = [("begin", _size), ("end", _size), ("blocks", _pointer)]
+
+
+@dataclass(frozen=True, eq=False)
+class LinearAdapter:
+    """What an adapter makes of one linear `W [out_features, in_features]`; contiguous tensors on the CPU.
+
+    Parameters
+    ----------
+    down, up : Tensor[rank, in_features] and Tensor[out_features, rank], float32 or bfloat16, optional
+        A and B, both or neither. `up` is copied when it is laid out.
+    scale : float
+        What their product is multiplied by.
+    inputs, outputs : Tensor[in_features] and Tensor[out_features], float32, optional
+        Factors. Inputs that several linears of a block read can't have any.
+    bias : Tensor[out_features], float32, optional
+        In place of the linear's own. No factor applies to either bias.
+    """
+
+    down: Tensor | None = None
+    up: Tensor | None = None
+    scale: float = 1.0
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
+    bias: Tensor | None = None
+
+    def check(self, out_features: int, in_features: int, where: str) -> None:
+        """Raise ValueError unless this fits a linear of such a shape, which messages call `where`."""
+        if (self.down is None) != (self.up is None):
+            raise ValueError(f"{where}: an adapter with one of `down` and `up`; expected both or neither")
+        if self.down is not None and self.up is not None:
+            rank = len(self.down) if self.down.dim() else 0
+            for name, tensor, shape in (
+                ("down", self.down, (rank, in_features)), ("up", self.up, (out_features, rank)),
+            ):  # fmt: skip
+                _check(tensor, shape, (torch.float32, torch.bfloat16), f"{where}: `{name}`")
+        for name, factors, size in (
+            ("inputs", self.inputs, in_features), ("outputs", self.outputs, out_features),
+            ("bias", self.bias, out_features),
+        ):  # fmt: skip
+            if factors is not None:
+                _check(factors, (size,), (torch.float32,), f"{where}: `{name}`")
+
+    def described(self, kept: list[Tensor]) -> LinearAdapterStructure:
+        """The structure for this; tensors that it points to are added to `kept`."""
+
+        def address(tensor: Tensor | None) -> int | None:
+            if tensor is None:
+                return None
+            kept.append(tensor)
+            return tensor.data_ptr()
+
+        down, up = (None if part is None else part.detach() for part in (self.down, self.up))
+        return LinearAdapterStructure(
+            address(down), address(None if up is None else rows_by_tile(up)), address(self.inputs),
+            address(self.outputs), address(self.bias), 0 if down is None else len(down), self.scale,
+            int(down is not None and down.dtype == torch.float32),
+            int(up is not None and up.dtype == torch.float32),
+        )  # fmt: skip
+
+
+class Adapter:
+    """An adapter laid out for the blocks of one model, which it doesn't change.
+
+    Parameters
+    ----------
+    blocks : array of BlockStructure
+        All blocks of the model.
+    linears : mapping of (block, linear) to LinearAdapter
+        Where it changes something. Linears of a block are counted as `BlockStructure` has them: 0 to 2 are
+        `attention_in`, 3 `attention_out`, 4 and 5 `mlp_in`, 6 `mlp_out`.
+
+    Raises
+    ------
+    ValueError
+        For a block or linear that isn't there, or what doesn't fit it.
+    """
+
+    def __init__(self, blocks: Any, linears: Mapping[tuple[int, int], LinearAdapter]) -> None:
+        self.blocks = blocks
+        self.rank = 0
+        self._kept: list[Tensor] = []
+        self._table = (BlockAdapterStructure * len(blocks))()
+        for (block, number), linear in linears.items():
+            if not 0 <= block < len(blocks):
+                raise ValueError(f"an adapter for block {block}; expected one from 0 to {len(blocks) - 1}")
+            places = _linears_of(blocks[block])
+            where = f"block {block}, linear {number}"
+            if number not in places:
+                raise ValueError(f"{where}: there is none; expected one of {sorted(places)}")
+            weight, alone = places[number]
+            linear.check(weight.rows, weight.in_features, where)
+            if linear.inputs is not None and not alone:
+                raise ValueError(
+                    f"{where}: factors for inputs that other linears of the block read, too; expected none"
+                )
+            self._table[block][number] = linear.described(self._kept)
+            self.rank = max(self.rank, self._table[block][number].rank)
+
+    @property
+    def address(self) -> int:
+        """Of the structures, one for each block."""
+        return ctypes.addressof(self._table)
+
+
+class Segment(NamedTuple):
+    """Tokens `begin` to ``end - 1`` of a batch, which share an adapter."""
+
+    begin: int
+    end: int
+    adapter: Adapter
+
+
+def check_segments(segments: Iterable[Segment], tokens: int, blocks: Any) -> list[Segment]:
+    """The segments by their first token.
+
+    Raises
+    ------
+    ValueError
+        Where one is empty, leaves the batch of so many tokens, overlaps another, or was made for other
+        blocks.
+    """
+    found = sorted(segments, key=lambda segment: segment[:2])
+    reached = 0
+    for begin, end, adapter in found:
+        if not 0 <= begin < end <= tokens:
+            raise ValueError(
+                f"a segment of tokens {begin} to {end}; expected at least one token within 0 to {tokens}"
+            )
+        if begin < reached:
+            raise ValueError(
+                f"a segment that begins at token {begin}, where another reaches {reached}; "
+                "expected segments that don't overlap"
+            )
+        if adapter.blocks is not blocks:
+            raise ValueError("an adapter that was made for other blocks; expected one for those that run")
+        reached = end
+    return found
+
+
+def within(segments: Iterable[Segment], start: int, stop: int) -> list[Segment]:
+    """What lies in tokens `start` to ``stop - 1``, counted from `start`."""
+    return [
+        Segment(max(begin, start) - start, min(end, stop) - start, adapter)
+        for begin, end, adapter in segments
+        if begin < stop and start < end
+    ]
+
+
+def segment_structures(segments: Sequence[Segment]) -> ctypes.Array[SegmentStructure]:
+    """The structures of segments that were checked."""
+    return (SegmentStructure * len(segments))(
+        *(SegmentStructure(begin, end, adapter.address) for begin, end, adapter in segments)
+    )
+
+
+def _linears_of(block: Any) -> dict[int, tuple[Any, bool]]:
+    """The weight of every linear of a block by its number, and whether it reads its inputs alone."""
+    first = {i: block.attention_in[i] for i in range(block.attention_linears)}
+    second = {4 + i: block.mlp_in[i] for i in range(block.mlp_linears)}
+    places = {i: (linear.weight, len(part) == 1) for part in (first, second) for i, linear in part.items()}
+    return places | {3: (block.attention_out.weight, True), 6: (block.mlp_out.weight, True)}
+
+
+def _check(tensor: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], what: str) -> None:
+    """What the compiled code takes for granted."""
+    if not isinstance(tensor, Tensor) or tensor.shape != shape or 0 in shape:
+        given = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"{what} is {given}; expected a tensor of {list(shape)}, nothing of it empty")
+    if tensor.dtype not in dtypes or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        expected = " or ".join(str(dtype) for dtype in dtypes)
+        kind = "contiguous" if tensor.is_contiguous() else "not contiguous"
+        raise ValueError(
+            f"{what} is {tensor.dtype} on {tensor.device}, {kind}; expected contiguous {expected} on the CPU"
+        )
