@@ -9,7 +9,10 @@ setup(
         Extension(
             "tailorbird.kernels._native",
             [SOURCES + "library.cpp"],
-            depends=[SOURCES + name for name in ("layout.h", "block.h", "products.inc", "block.inc")],
+            depends=[
+                SOURCES + name
+                for name in ("layout.h", "block.h", "products.inc", "block.inc", "dequantize.inc")
+            ],
             extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-Wno-psabi"],
             extra_link_args=["-fopenmp"],
             language="c++",
