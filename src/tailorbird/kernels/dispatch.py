@@ -224,6 +224,12 @@ def works(path: Path) -> bool:
     return True
 
 
+@torch.compiler.assume_constant_result
+def _works(path: Path) -> bool:
+    """`works`, which `torch.compile` then asks instead of looking into it."""
+    return works(path)
+
+
 def find(
     coding: GroupedIntegers,
     in_features: int,
@@ -246,7 +252,7 @@ def find(
             and (path.differentiable or not gradient)
             and 0 < rows <= path.max_rows
             and path.serves(coding, in_features)
-            and works(path)
+            and _works(path)
         ):
             return path
     return None
