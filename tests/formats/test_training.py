@@ -104,8 +104,8 @@ def test_nothing_of_the_size_of_the_dense_weight_is_kept_for_the_backward_pass(o
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
         module(activations(600, 128))
-    ours = {tensor.data_ptr() for tensor in module.buffers()}
-    assert {tensor.data_ptr() for tensor in saved} <= ours
+    stored = {tensor.data_ptr() for tensor in module.buffers()}
+    assert {tensor.data_ptr() for tensor in saved} == stored
     assert module._fast is None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,14 @@ versions = st.integers(0, native.best_version())
 
 def stored_weight(packed: PackedWeight) -> panels.StoredWeight:
     return laid_out(panels.StoredWeight, packed)
+
+
+def arguments(weight: panels.StoredWeight) -> tuple[Any, ...]:
+    """As the operators take them."""
+    return (
+        weight.codes, weight.scales, weight.zeros, weight.order,
+        weight.bits, weight.group_size, weight.in_features,
+    )  # fmt: skip
 
 
 def described(packed: PackedWeight) -> native.StoredStructure:
@@ -182,10 +191,10 @@ class Largest(TorchDispatchMode):
 def test_no_buffer_is_larger_than_a_panel(shape, dtype) -> None:
     packed = random_packed(IntegerCoding(4, 64), shape)
     x = random(2, shape[1]).to(dtype)
-    arguments = [*vars(stored_weight(packed)).values()]
+    weight = arguments(stored_weight(packed))
     with Largest() as largest:
-        panels._linear(x, *arguments)
-        panels._linear_gradient(random(2, shape[0]).to(dtype), *arguments)
+        panels._linear(x, *weight)
+        panels._linear_gradient(random(2, shape[0]).to(dtype), *weight)
     assert 0 < largest.bytes <= panels.PANEL_BYTES
     assert shape[0] * shape[1] * dtype.itemsize > panels.PANEL_BYTES
 
@@ -220,7 +229,7 @@ def test_the_operators_say_their_shapes_and_gradients() -> None:
     for operator, width in ((operators.panel_linear, 100), (operators.panel_linear_gradient, 40)):
         torch.library.opcheck(
             operator.default,
-            (random(5, width).requires_grad_(), *vars(weight).values()),
+            (random(5, width).requires_grad_(), *arguments(weight)),
             test_utils=(
                 "test_schema",
                 "test_autograd_registration",

@@ -319,14 +319,12 @@ class CompressedLinear(_PackedModule, nn.Linear):
         # straight from the dictionary: at batch 1 attribute lookups of modules take as long as the product
         stored: dict[str, Any] = self._buffers if self._embedding is None else self._embedding._buffers
         codes, order = stored["codes"], stored["order"]
-        if order is not None:
-            input = input.index_select(-1, order)
         gradient = input.requires_grad and torch.is_grad_enabled()
         fast = self._native or self._fast
         if torch.compiler.is_compiling() and fast is not None and not gradient:
             layout = fast.layout
             if isinstance(layout, native.Tiles) and (self.rounds or input.dtype == torch.float32):
-                output = native.traced_linear(input, layout, self.rounds)
+                output = native.traced_linear(_ordered(input, order), layout, self.rounds)
                 return output if self.bias is None else output + self.bias.to(output.dtype)
         rows = input.numel() // self.in_features
         path = dispatch.find(
@@ -334,7 +332,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
         )
         if path is None:
             return reference.linear(
-                input,
+                _ordered(input, order),
                 codes,
                 stored["scales"],
                 stored["zeros"],
@@ -343,7 +341,10 @@ class CompressedLinear(_PackedModule, nn.Linear):
                 in_features=self.in_features,
                 bias=self.bias,
             )
-        layout = self._layout(path, stored)
+        if path.as_stored:
+            layout = self._prepare(path, order=order)
+        else:
+            input, layout = _ordered(input, order), self._layout(path, stored)
         output = path.multiply(input.reshape(-1, self.in_features), layout)
         if self.bias is not None:
             output = output + self.bias.to(output.dtype)
@@ -363,8 +364,6 @@ class CompressedLinear(_PackedModule, nn.Linear):
 
     def _layout(self, path: dispatch.Path, stored: dict[str, Any]) -> Any:
         """The weight as `path` reads it. Another thread may be making one: each keeps to its own."""
-        if path.as_stored:
-            return self._prepare(path)
         for fast in (self._fast, self._native):
             if fast is not None and fast.serves(path, stored):
                 return fast.layout
@@ -390,6 +389,11 @@ class CompressedLinear(_PackedModule, nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, coding={self.coding.label}"
         )
+
+
+def _ordered(input: Tensor, order: Tensor | None) -> Tensor:
+    """`input` in the order of the stored columns."""
+    return input if order is None else input.index_select(-1, order)
 
 
 class _FastWeight:

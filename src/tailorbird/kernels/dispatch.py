@@ -69,7 +69,8 @@ class Path:
     differentiable : bool
         Whether the product can be differentiated by the activations.
     as_stored : bool
-        Whether its layout is the stored tensors themselves, so that there is nothing to keep.
+        Whether its layout is the stored tensors themselves, so that there is nothing to keep; `prepare` then
+        takes `order` too, and the product the activations as they come.
     """
 
     name: str
