@@ -46,7 +46,7 @@ def test_everything_else_takes_the_reference(rows, dtype, device, gradient) -> N
 @pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
-@pytest.mark.parametrize(("rows", "gradient"), [(512, False), (1, True), (512, True)])
+@pytest.mark.parametrize(("rows", "gradient"), [(600, False), (1, True), (600, True)])
 def test_many_rows_and_rows_that_need_a_gradient_go_panel_by_panel(bits, group_size, rows, gradient) -> None:
     for dtype in (BF16, torch.float32):
         path = dispatch.choose(
