@@ -51,7 +51,7 @@ class Path:
     dtypes : tuple of torch.dtype
         Of the activations.
     max_rows : int
-        With more rows than this, dequantizing once and a dense product are faster, or take less memory.
+        With more rows than this, dequantizing and a dense product take over.
     runs_here : Callable[[], bool]
         Whether this machine has what it needs.
     missing : str
@@ -174,7 +174,7 @@ PATHS = (
         name="native-float",
         device="cpu",
         dtypes=(torch.float32,),
-        max_rows=512,
+        max_rows=32,
         runs_here=native.available,
         missing="tailorbird was installed without a C++ compiler",
         serves=native.serves,
