@@ -225,10 +225,13 @@ def works(path: Path) -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result
 def _works(path: Path) -> bool:
-    """`works`, which `torch.compile` then asks instead of looking into it."""
+    """`works`, which `torch.compile` asks instead of looking into it."""
     return works(path)
+
+
+# as `torch.compiler.assume_constant_result` does, which would import the compiler, and with it Triton
+_works._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def find(
