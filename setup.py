@@ -11,7 +11,14 @@ setup(
             [SOURCES + "library.cpp"],
             depends=[
                 SOURCES + name
-                for name in ("layout.h", "block.h", "products.inc", "block.inc", "additions.inc")
+                for name in (
+                    "layout.h",
+                    "block.h",
+                    "products.inc",
+                    "block.inc",
+                    "additions.inc",
+                    "dequantize.inc",
+                )
             ],
             extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-Wno-psabi"],
             extra_link_args=["-fopenmp"],

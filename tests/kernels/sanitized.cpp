@@ -1,5 +1,6 @@
-// Random weights of every width through every version of the products, and random additions to these, in blocks of
-// memory of exactly the size that they need: built with sanitizers, so that a step beyond any of them, or anything undefined, ends the run.
+// Random weights of every width through every version of the products and of dequantization, and random additions to
+// these, in blocks of memory of exactly the size that they need: built with sanitizers, so that a step beyond any of
+// them, or anything undefined, ends the run.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -11,11 +12,61 @@
 
 using namespace tailorbird;
 
+// A random rectangle of a random weight, as float32 or bfloat16.
+bool dequantizes(std::mt19937& random, int bits, int version) {
+  const std::int64_t rows = 1 + random() % 20, in_features = 1 + random() % 300, size = 32 * (1 + random() % 6);
+  const bool symmetric = random() % 2, one_group = random() % 3 == 0, bfloat16 = random() % 2;
+  const std::int64_t group_columns = one_group ? in_features : size;
+  const std::int64_t groups = (in_features + group_columns - 1) / group_columns;
+  const std::int64_t width = (in_features * bits + 7) / 8, zeros_width = (groups * bits + 7) / 8;
+  std::vector<std::uint8_t> codes(rows * width), zeros(rows * zeros_width);
+  std::vector<std::uint16_t> scales(rows * groups);
+  for (auto& byte : codes) byte = random();
+  for (auto& byte : zeros) byte = random();
+  for (auto& scale : scales) scale = 0x3f00 + random() % 100;
+  const std::int64_t row = random() % rows, count = 1 + random() % (rows - row);
+  const std::int64_t column = random() % ((in_features + 15) / 16) * 16;
+  const std::int64_t columns = 1 + random() % (in_features - column);
+  std::vector<std::uint16_t> to(count * columns * (bfloat16 ? 1 : 2));
+  const Stored weight{codes.data(), scales.data(), symmetric ? nullptr : zeros.data(), rows, in_features, groups,
+                      group_columns, bits, 0};
+  tailorbird_dequantize(&weight, row, count, column, columns, to.data(), bfloat16, 1 + random() % 3, version);
+  const auto code_of = [bits](const std::uint8_t* stream, std::int64_t index) {
+    int code = 0;
+    for (int bit = 0; bit < bits; ++bit) {
+      const std::int64_t place = index * bits + bit;
+      code |= (stream[place / 8] >> place % 8 & 1) << bit;
+    }
+    return code;
+  };
+  for (std::int64_t r = 0; r < count; ++r) {
+    for (std::int64_t c = 0; c < columns; ++c) {
+      const std::int64_t group = (column + c) / group_columns;
+      const int code = code_of(codes.data() + (row + r) * width, column + c);
+      const int zero = symmetric ? 1 << (bits - 1) : code_of(zeros.data() + (row + r) * zeros_width, group);
+      const float exact = (code - zero) * portable::value_of(BFloat16{scales[(row + r) * groups + group]});
+      const std::int64_t place = r * columns + c;
+      float value;
+      if (bfloat16) {
+        value = portable::value_of(BFloat16{to[place]});
+      } else {
+        std::memcpy(&value, to.data() + 2 * place, 4);
+      }
+      if (!(std::fabs(value - exact) <= (bfloat16 ? std::fabs(exact) / 256 : 0))) {
+        std::printf("%d bits, version %d: %g is not %g\n", bits, version, value, exact);
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
 int main(int, char** arguments) {
   std::mt19937 random(std::atoi(arguments[1]));
   const int widths[] = {2, 3, 4, 5, 6, 8};
   for (int round = 0; round < std::atoi(arguments[2]); ++round) {
     const int bits = widths[random() % 6], version = random() % (tailorbird_best_version() + 1);
+    if (!dequantizes(random, bits, version)) return 1;
     const std::int64_t rows = 1 + random() % 70, in_features = 1 + random() % 300, tokens = 1 + random() % 29;
     const std::int64_t steps = (in_features + STEP - 1) / STEP, columns = steps * STEP;
     const std::int64_t group_steps = 1 + random() % 6, groups = (steps + group_steps - 1) / group_steps;

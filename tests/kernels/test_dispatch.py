@@ -11,7 +11,7 @@ import torch
 from packed_weights import random_packed
 from tailorbird.formats.modules import CompressedLinear
 from tailorbird.formats.packed import GROUP_SIZES, IntegerCoding
-from tailorbird.kernels import cpu, dispatch
+from tailorbird.kernels import cpu, dispatch, native
 from tailorbird.kernels.packing import BITS
 
 CPU = torch.device("cpu")
@@ -31,25 +31,35 @@ def test_every_coding_has_one_fast_path_for_few_bfloat16_rows(bits, group_size, 
     assert names != {dispatch.REFERENCE}
 
 
+@pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize(
     ("rows", "dtype", "device"),
-    [
-        (64, torch.float32, "cpu"),
-        (1, torch.float16, "cpu"),
-        (512, BF16, "cpu"),
-        (1, BF16, "meta"),
-        (0, BF16, "cpu"),
-    ],
+    [(1, torch.float16, "cpu"), (512, torch.float64, "cpu"), (1, BF16, "meta"), (0, BF16, "cpu")],
 )
-def test_everything_else_takes_the_reference(rows, dtype, device) -> None:
-    assert dispatch.choose(IntegerCoding(4, 64), 512, rows, dtype, torch.device(device)) == "reference"
+def test_everything_else_takes_the_reference(rows, dtype, device, gradient) -> None:
+    path = dispatch.choose(
+        IntegerCoding(4, 64), 512, rows, dtype, torch.device(device), rounds=True, gradient=gradient
+    )
+    assert path == "reference"
+
+
+@pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize(("rows", "gradient"), [(600, False), (1, True), (600, True)])
+def test_many_rows_and_rows_that_need_a_gradient_go_panel_by_panel(bits, group_size, rows, gradient) -> None:
+    for dtype in (BF16, torch.float32):
+        path = dispatch.choose(
+            IntegerCoding(bits, group_size), 500, rows, dtype, CPU, rounds=gradient, gradient=gradient
+        )
+        assert path == "native-panels"
 
 
 @needs_vectors
 def test_a_linear_names_the_path_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     module = CompressedLinear.from_packed(random_packed(IntegerCoding(8, 0, symmetric=True), (32, 64)))
     assert module.path(1, BF16) == "aten-int8"
-    assert module.path(64, torch.float32) == "reference"
+    assert module.path(64, torch.float16) == "reference"
     taken = []
     spies = tuple(
         dataclasses.replace(
@@ -61,7 +71,7 @@ def test_a_linear_names_the_path_that_it_takes(monkeypatch: pytest.MonkeyPatch) 
     module(torch.randn(2, 64).to(BF16))
     assert taken[-1] == "aten-int8"
     taken.clear()
-    module(torch.randn(64, 64))
+    module(torch.randn(64, 64).half())
     assert taken == []
 
 

@@ -18,6 +18,8 @@ from tailorbird.formats.packed import FloatCoding, IntegerCoding, PackedWeight, 
 from tailorbird.kernels import dispatch, native, reference
 
 _STORED = ("codes", "scales", "zeros", "order")
+#: what `torch.autocast` casts before a linear
+_CAST = (torch.float32, torch.bfloat16, torch.float16)
 _IN_PLACE = {"__setitem__"} | {
     f"__i{operator}__"
     for operator in [
@@ -200,7 +202,8 @@ class CompressedLinear(_PackedModule, nn.Linear):
     Runs through the fastest path that there is for its coding and the dtype and number of rows of the
     activations, else through the exact reference; `path` names it. A fast path's layout of the weight is
     made at the first call that needs it, lives beside the stored tensors, is never saved and is dropped
-    when those move or change. Where the input requires a gradient the reference runs.
+    when those move or change. Where the input requires a gradient only some paths can run; the stored
+    tensors get none. As in any linear, `torch.autocast` decides the dtype.
 
     Parameters
     ----------
@@ -298,32 +301,38 @@ class CompressedLinear(_PackedModule, nn.Linear):
         self._fast = self._native = None
         return super()._apply(fn, recurse)
 
-    def path(self, rows: int, dtype: torch.dtype) -> str:
-        """Name of the path that `rows` rows of activations of `dtype` take here."""
-        return dispatch.choose(self.coding, self.in_features, rows, dtype, self.codes.device, self.rounds)
+    def path(self, rows: int, dtype: torch.dtype, gradient: bool = False) -> str:
+        """Name of the path that `rows` rows of activations of `dtype` take here.
+
+        With `gradient` the activations require one.
+        """
+        device = self.codes.device
+        return dispatch.choose(self.coding, self.in_features, rows, dtype, device, self.rounds, gradient)
 
     def forward(self, input: Tensor) -> Tensor:
-        """`input [..., in_features]` to `[..., out_features]`, in the dtype of `input`."""
+        """`input [..., in_features]` to `[..., out_features]`, in the dtype of `input` or of autocast."""
         if input.shape[-1] != self.in_features:
             raise ValueError(f"{input.shape[-1]} inputs for a linear that has {self.in_features}")
+        device = "cuda" if input.is_cuda else "cpu"  # reading `device.type` takes twice as long
+        if torch.is_autocast_enabled(device) and input.dtype in _CAST:
+            input = input.to(torch.get_autocast_dtype(device))
         # straight from the dictionary: at batch 1 attribute lookups of modules take as long as the product
         stored: dict[str, Any] = self._buffers if self._embedding is None else self._embedding._buffers
         codes, order = stored["codes"], stored["order"]
-        if order is not None:
-            input = input.index_select(-1, order)
-        path = None
-        if not (input.requires_grad and torch.is_grad_enabled()):
-            fast = self._native or self._fast
-            if torch.compiler.is_compiling() and fast is not None:
-                layout = fast.layout
-                if isinstance(layout, native.Tiles) and (self.rounds or input.dtype == torch.float32):
-                    output = native.traced_linear(input, layout, self.rounds)
-                    return output if self.bias is None else output + self.bias.to(output.dtype)
-            rows = input.numel() // self.in_features
-            path = dispatch.find(self.coding, self.in_features, rows, input.dtype, codes.device, self.rounds)
+        gradient = input.requires_grad and torch.is_grad_enabled()
+        fast = self._native or self._fast
+        if torch.compiler.is_compiling() and fast is not None and not gradient:
+            layout = fast.layout
+            if isinstance(layout, native.Tiles) and (self.rounds or input.dtype == torch.float32):
+                output = native.traced_linear(_ordered(input, order), layout, self.rounds)
+                return output if self.bias is None else output + self.bias.to(output.dtype)
+        rows = input.numel() // self.in_features
+        path = dispatch.find(
+            self.coding, self.in_features, rows, input.dtype, codes.device, self.rounds, gradient
+        )
         if path is None:
             return reference.linear(
-                input,
+                _ordered(input, order),
                 codes,
                 stored["scales"],
                 stored["zeros"],
@@ -332,7 +341,10 @@ class CompressedLinear(_PackedModule, nn.Linear):
                 in_features=self.in_features,
                 bias=self.bias,
             )
-        layout = self._layout(path, stored)
+        if path.as_stored:
+            layout = self._prepare(path, order=order)
+        else:
+            input, layout = _ordered(input, order), self._layout(path, stored)
         output = path.multiply(input.reshape(-1, self.in_features), layout)
         if self.bias is not None:
             output = output + self.bias.to(output.dtype)
@@ -361,11 +373,27 @@ class CompressedLinear(_PackedModule, nn.Linear):
         self._fast = fast
         return fast.layout
 
+    def _prepare(self, path: dispatch.Path, **settings: Any) -> Any:
+        return path.prepare(
+            self.codes,
+            self.scales,
+            self.zeros,
+            bits=self.coding.bits,
+            group_size=self.coding.group_size,
+            in_features=self.in_features,
+            **settings,
+        )
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, coding={self.coding.label}"
         )
+
+
+def _ordered(input: Tensor, order: Tensor | None) -> Tensor:
+    """`input` in the order of the stored columns."""
+    return input if order is None else input.index_select(-1, order)
 
 
 class _FastWeight:
@@ -376,15 +404,7 @@ class _FastWeight:
         self.sources = [
             (name, weakref.ref(tensor), _version(tensor)) for name, tensor in module._stored().items()
         ]
-        self.layout = path.prepare(
-            module.codes,
-            module.scales,
-            module.zeros,
-            bits=module.coding.bits,
-            group_size=module.coding.group_size,
-            in_features=module.in_features,
-            **settings,
-        )
+        self.layout = module._prepare(path, **settings)
 
     def serves(self, path: dispatch.Path, stored: dict[str, Tensor | None]) -> bool:
         """Whether the layout is that of `path` and of these tensors, unchanged since."""

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tailorbird.kernels import cpu, native
+from tailorbird.kernels import cpu, native, panels
 from tailorbird.kernels.packing import pack_codes
 from tailorbird.kernels.reference import dequantize, group_layout
 
@@ -51,7 +51,7 @@ class Path:
     dtypes : tuple of torch.dtype
         Of the activations.
     max_rows : int
-        With more rows than this, dequantizing once and a dense product are faster.
+        With more rows than this, dequantizing and a dense product take over.
     runs_here : Callable[[], bool]
         Whether this machine has what it needs.
     missing : str
@@ -66,6 +66,11 @@ class Path:
         (bits, group_size) of the small symmetric weight on which it is tried before it is used.
     rounds : bool
         Whether it rounds activations to bytes (`reference.to_bytes`): for linears that allow it.
+    differentiable : bool
+        Whether the product can be differentiated by the activations.
+    as_stored : bool
+        Whether its layout is the stored tensors themselves, so that there is nothing to keep; `prepare` then
+        takes `order` too, and the product the activations as they come.
     """
 
     name: str
@@ -79,6 +84,8 @@ class Path:
     multiply: Callable[[Tensor, Any], Tensor]
     example: tuple[int, int]
     rounds: bool = False
+    differentiable: bool = False
+    as_stored: bool = False
 
 
 def _fits_signed_bytes(coding: GroupedIntegers, in_features: int) -> bool:
@@ -175,6 +182,20 @@ PATHS = (
         multiply=native.linear,
         example=(3, 32),
     ),
+    Path(
+        name="native-panels",
+        device="cpu",
+        dtypes=(torch.bfloat16, torch.float32),
+        max_rows=1 << 30,
+        runs_here=native.available,
+        missing="tailorbird was installed without a C++ compiler",
+        serves=native.serves,
+        prepare=panels.StoredWeight,
+        multiply=panels.linear,
+        example=(3, 32),
+        differentiable=True,
+        as_stored=True,
+    ),
 )
 
 
@@ -204,6 +225,15 @@ def works(path: Path) -> bool:
     return True
 
 
+def _works(path: Path) -> bool:
+    """`works`, which `torch.compile` asks instead of looking into it."""
+    return works(path)
+
+
+# as `torch.compiler.assume_constant_result` does, which would import the compiler, and with it Triton
+_works._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def find(
     coding: GroupedIntegers,
     in_features: int,
@@ -211,19 +241,22 @@ def find(
     dtype: torch.dtype,
     device: torch.device,
     rounds: bool = False,
+    gradient: bool = False,
 ) -> Path | None:
     """The fast path for `rows` rows of activations of `dtype` on `device`; None: the reference.
 
-    With `rounds` it may be one that rounds the activations to bytes.
+    With `rounds` it may be one that rounds the activations to bytes; with `gradient` the activations need a
+    gradient.
     """
     for path in PATHS:
         if (
             path.device == device.type
             and dtype in path.dtypes
             and (rounds or not path.rounds)
+            and (path.differentiable or not gradient)
             and 0 < rows <= path.max_rows
             and path.serves(coding, in_features)
-            and works(path)
+            and _works(path)
         ):
             return path
     return None
@@ -236,7 +269,8 @@ def choose(
     dtype: torch.dtype,
     device: torch.device,
     rounds: bool = False,
+    gradient: bool = False,
 ) -> str:
     """Name of the path that `rows` rows of activations take: one of `PATHS`, or `"reference"`."""
-    path = find(coding, in_features, rows, dtype, device, rounds)
+    path = find(coding, in_features, rows, dtype, device, rounds, gradient)
     return REFERENCE if path is None else path.name

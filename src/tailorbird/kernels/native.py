@@ -40,6 +40,16 @@ class WeightStructure(ctypes.Structure):
     ]
 
 
+class StoredStructure(ctypes.Structure):
+    """`Stored` of `cpp/layout.h`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros")),
+        *((name, ctypes.c_int64) for name in ("rows", "in_features", "groups", "group_columns")),
+        *((name, ctypes.c_int32) for name in ("bits", "half")),
+    ]
+
+
 @dataclass(frozen=True, eq=False)
 class Tiles:
     """A weight as the native products read it.
@@ -79,6 +89,9 @@ def library() -> Any:
             multiply.restype = lay_out.restype = None
             multiply.argtypes = [pointer, pointer, pointer, size, number, number, number, number]
             lay_out.argtypes = [pointer, size, size, number, pointer, number]
+            unpack = found.tailorbird_dequantize
+            unpack.restype = None
+            unpack.argtypes = [pointer, size, size, size, size, pointer, number, number, number]
             run_blocks, run_head = found.tailorbird_run_blocks, found.tailorbird_run_head
             run_blocks.restype = run_head.restype = None
             run_blocks.argtypes = [pointer, size, size, pointer, pointer, number, number]
@@ -229,6 +242,41 @@ def linear(x: Tensor, layout: Tiles, int8: bool = False, version: int | None = N
         Instructions to use, up to `best_version()`, which is the default.
     """
     return _multiply(x, layout.described, int8, best_version() if version is None else version)
+
+
+def described_as_stored(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, in_features: int
+) -> StoredStructure:
+    """The C structure of a stored weight, for `dequantize`; its tensors must be contiguous and stay."""
+    groups, size = group_layout(in_features, group_size)
+    return StoredStructure(
+        codes.data_ptr(), scales.data_ptr(), None if zeros is None else zeros.data_ptr(), codes.shape[0],
+        in_features, groups, size, bits, int(scales.dtype == torch.float16),
+    )  # fmt: skip
+
+
+def dequantize(
+    weight: StoredStructure, row: int, column: int, to: Tensor, version: int | None = None
+) -> Tensor:
+    """Fill `to [rows, columns]` with the weight's values from `row` and `column` on; returns it.
+
+    They have the bits of `reference.dequantize`. Groups are as in `serves`.
+
+    Parameters
+    ----------
+    weight : StoredStructure
+    row, column : int
+        Where the rectangle begins; `column` is a multiple of `LANES`.
+    to : Tensor[rows, columns], float32 or bfloat16, contiguous
+    version : int, optional
+        Instructions to use, up to `best_version()`, which is the default.
+    """
+    library().tailorbird_dequantize(
+        ctypes.addressof(weight), row, to.shape[0], column, to.shape[1], to.data_ptr(),
+        to.dtype == torch.bfloat16, 1 if to.numel() <= ONE_THREAD else torch.get_num_threads(),
+        best_version() if version is None else version,
+    )  # fmt: skip
+    return to
 
 
 def traced_linear(x: Tensor, layout: Tiles, int8: bool) -> Tensor:

@@ -26,6 +26,15 @@ struct Weight {
   std::int32_t bits, half;      // half: whether scales are float16
 };
 
+// A weight as it is stored: rows of a bit stream each, the first code in the lowest bits.
+struct Stored {
+  const std::uint8_t* codes;    // [rows][ceil(in_features * bits / 8)]
+  const std::uint16_t* scales;  // [rows][groups], float16 or bfloat16
+  const std::uint8_t* zeros;    // [rows][ceil(groups * bits / 8)], or null: 2^(bits - 1) everywhere
+  std::int64_t rows, in_features, groups, group_columns;
+  std::int32_t bits, half;      // half: whether scales are float16
+};
+
 constexpr int part_count(int bits) { return bits == 3 || bits == 5 || bits == 6 ? 2 : 1; }
 constexpr int part_bits(int bits, int part) {
   const int lower = part_count(bits) == 1 ? bits : bits == 3 ? 2 : 4;

@@ -109,6 +109,7 @@ struct Laps {
 #define UNROLL(n)
 #include "products.inc"
 #include "block.inc"
+#include "dequantize.inc"
 #undef VERSION
 #undef TARGET
 #undef UNROLL
@@ -120,6 +121,7 @@ struct Laps {
 #define DOT_AVX2
 #include "products.inc"
 #include "block.inc"
+#include "dequantize.inc"
 #undef VERSION
 #undef TARGET
 #undef DOT_AVX2
@@ -129,6 +131,7 @@ struct Laps {
 #define DOT_AVX512
 #include "products.inc"
 #include "block.inc"
+#include "dequantize.inc"
 #undef VERSION
 #undef TARGET
 #undef DOT_AVX512
@@ -162,6 +165,14 @@ struct BlockVersion {
   decltype(&portable::adapt) adapt;
   decltype(&portable::add_sparse) add_sparse;
 };
+
+decltype(&portable::dequantize) dequantize_of(int version) {
+#if defined(__x86_64__)
+  if (version == 1) return avx2::dequantize;
+  if (version == 2) return avx512::dequantize;
+#endif
+  return portable::dequantize;
+}
 
 BlockVersion block_version_of(int version) {
 #if defined(__x86_64__)
@@ -245,6 +256,21 @@ void tailorbird_lay_out(const void* stored, std::int64_t rows, std::int64_t in_f
   for (int part = 0; part < threads; ++part) {
     tailorbird::lay_out(static_cast<const std::uint8_t*>(stored), rows, in_features, bits,
                         static_cast<std::uint32_t*>(codes), tiles * part / threads, tiles * (part + 1) / threads);
+  }
+}
+
+// A rectangle of a stored weight as numbers, into to[rows][columns]; it begins at a column that 16 divides. Groups hold a
+// multiple of 16 columns, or there is one per row. A value has the same bits in every version.
+void tailorbird_dequantize(const void* weight, std::int64_t row, std::int64_t rows, std::int64_t column,
+                           std::int64_t columns, void* to, int bfloat16, int threads, int version) {
+  using namespace tailorbird;
+  const Stored& w = *static_cast<const Stored*>(weight);
+  const auto run = dequantize_of(version);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int part = 0; part < threads; ++part) {
+    const std::int64_t first = rows * part / threads, last = rows * (part + 1) / threads;
+    run(w, row + first, row + last, column, column + columns,
+        static_cast<char*>(to) + first * columns * (bfloat16 ? 2 : 4), bfloat16);
   }
 }
 
