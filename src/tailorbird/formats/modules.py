@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from tailorbird.errors import CheckpointError, SettingsError
-from tailorbird.formats.packed import FloatCoding, IntegerCoding, PackedWeight, check_order, tensor_layout
+from tailorbird.formats.packed import (
+    FloatCoding,
+    GroupedCoding,
+    PackedWeight,
+    check_order,
+    tensor_layout,
+    unpacking,
+)
 from tailorbird.kernels import dispatch, native, reference
 
 _STORED = ("codes", "scales", "zeros", "order")
@@ -83,18 +90,18 @@ class _PackedModule(nn.Module):
     only `compute_dtype`.
     """
 
-    coding: IntegerCoding
+    coding: GroupedCoding
     compute_dtype: torch.dtype
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
     order: Tensor | None
 
-    def _create(self, rows: int, columns: int, coding: IntegerCoding, has_order: bool, device: Any) -> None:
+    def _create(self, rows: int, columns: int, coding: GroupedCoding, has_order: bool, device: Any) -> None:
         if isinstance(coding, FloatCoding):
             raise SettingsError(
                 f"a compressed module of coding `{coding.label}`",
-                "an integer coding",
+                "integers or a codebook",
                 "keep weights of a float coding in an ordinary module",
             )
         self.coding = coding
@@ -130,11 +137,10 @@ class _PackedModule(nn.Module):
             self.codes,
             self.scales,
             self.zeros,
-            bits=self.coding.bits,
-            group_size=self.coding.group_size,
             in_features=self._shape()[1],
             dtype=self.compute_dtype,
             order=self.order,
+            **unpacking(self.coding),
         )
         return weight.as_subclass(DequantizedWeight)
 
@@ -205,7 +211,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
     Parameters
     ----------
     in_features, out_features : int
-    coding : IntegerCoding
+    coding : IntegerCoding or CodebookCoding
     bias : bool
     has_order : bool
         Whether columns are stored in another order than that of the inputs.
@@ -227,7 +233,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
         self,
         in_features: int,
         out_features: int,
-        coding: IntegerCoding,
+        coding: GroupedCoding,
         bias: bool,
         has_order: bool = False,
         device: torch.device | str | None = None,
@@ -258,7 +264,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
         if isinstance(packed.coding, FloatCoding):
             raise SettingsError(
                 f"a packed weight of coding `{packed.coding.label}`",
-                "an integer coding",
+                "integers or a codebook",
                 "put the weight into an ordinary nn.Linear",
             )
         module = cls(
@@ -327,10 +333,9 @@ class CompressedLinear(_PackedModule, nn.Linear):
                 codes,
                 stored["scales"],
                 stored["zeros"],
-                bits=self.coding.bits,
-                group_size=self.coding.group_size,
                 in_features=self.in_features,
                 bias=self.bias,
+                **unpacking(self.coding),
             )
         layout = self._layout(path, stored)
         output = path.multiply(input.reshape(-1, self.in_features), layout)
@@ -380,9 +385,8 @@ class _FastWeight:
             module.codes,
             module.scales,
             module.zeros,
-            bits=module.coding.bits,
-            group_size=module.coding.group_size,
             in_features=module.in_features,
+            **unpacking(module.coding),
             **settings,
         )
 
@@ -410,7 +414,7 @@ class CompressedEmbedding(_PackedModule, nn.Embedding):
     Parameters
     ----------
     num_embeddings, embedding_dim : int
-    coding : IntegerCoding
+    coding : IntegerCoding or CodebookCoding
     padding_idx : int, optional
         Kept for whoever reads it; its row is what is stored.
     device : torch.device or str, optional
@@ -426,7 +430,7 @@ class CompressedEmbedding(_PackedModule, nn.Embedding):
         self,
         num_embeddings: int,
         embedding_dim: int,
-        coding: IntegerCoding,
+        coding: GroupedCoding,
         padding_idx: int | None = None,
         has_order: bool = False,
         device: torch.device | str | None = None,
@@ -447,7 +451,7 @@ class CompressedEmbedding(_PackedModule, nn.Embedding):
         if isinstance(packed.coding, FloatCoding):
             raise SettingsError(
                 f"a packed weight of coding `{packed.coding.label}`",
-                "an integer coding",
+                "integers or a codebook",
                 "put the weight into an ordinary nn.Embedding",
             )
         module = cls(
@@ -477,11 +481,10 @@ class CompressedEmbedding(_PackedModule, nn.Embedding):
             self.codes.index_select(0, ids),
             self.scales.index_select(0, ids),
             None if self.zeros is None else self.zeros.index_select(0, ids),
-            bits=self.coding.bits,
-            group_size=self.coding.group_size,
             in_features=self.embedding_dim,
             dtype=self.compute_dtype,
             order=self.order,
+            **unpacking(self.coding),
         )
         return rows.view(*input.shape, self.embedding_dim)
 

@@ -63,10 +63,10 @@ def distinct(codings: Sequence[Coding], out_features: int, in_features: int) -> 
 
     A group longer than the row is one group per row, so 64 and 128 coincide on rows of 48.
     """
-    seen: set[tuple[int, int]] = set()
+    seen: set[tuple[str, int]] = set()
     kept = []
     for coding in codings:
-        key = (coding.bits, stored_bytes(coding, out_features, in_features))
+        key = (coding.label.split()[0], stored_bytes(coding, out_features, in_features))
         if key not in seen:
             seen.add(key)
             kept.append(coding)
