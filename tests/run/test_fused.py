@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from compressed import save_compressed
 from tailorbird.formats.modules import CompressedLinear
-from tailorbird.formats.packed import IntegerCoding
+from tailorbird.formats.packed import CodebookCoding, GroupedCoding, IntegerCoding
 from tailorbird.kernels import blocks, native
 from tailorbird.model.layout import ModelLayout
 from tailorbird.model.load import load
@@ -28,12 +28,13 @@ pytestmark = pytest.mark.skipif(not native.available(), reason="installed withou
 #: whose blocks aren't among those that are compiled
 LEFT = {"gemma3_text", "falcon", "olmo2"}
 LENGTH = 70
+INT4, NF4 = IntegerCoding(4, 32), CodebookCoding("nf4", 32)
 
 
 def compressed(
     directory: Path,
     architecture: str,
-    bits: int = 4,
+    coding: GroupedCoding = INT4,
     rounds: bool = False,
     dtype: torch.dtype = torch.float32,
     **config: Any,
@@ -45,7 +46,7 @@ def compressed(
         return replace(stated, modules=modules)
 
     model = make_model(architecture, **config).to(dtype)
-    save_compressed(directory, model, IntegerCoding(bits, 32), layout=layout)
+    save_compressed(directory, model, coding, layout=layout)
     return load(str(directory))
 
 
@@ -84,25 +85,35 @@ def test_logits_are_those_of_the_modules(architecture: str, tmp_path: Path) -> N
     torch.testing.assert_close(logits, by_modules(model, ids), atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 5, 6, 8])
-def test_every_width_agrees(bits: int, tmp_path: Path) -> None:
-    model = compressed(tmp_path / "m", "llama", bits)
+@pytest.mark.parametrize(
+    "coding",
+    [*(IntegerCoding(bits, 32) for bits in (2, 3, 5, 6, 8)), NF4],
+    ids=lambda coding: coding.label,
+)
+def test_every_coding_agrees(coding: GroupedCoding, tmp_path: Path) -> None:
+    model = compressed(tmp_path / "m", "llama", coding)
     ids = tokens(2)
     torch.testing.assert_close(in_pieces(model, ids, [40]), by_modules(model, ids), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("coding", [INT4, NF4], ids=lambda c: c.label)
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "phi3"])
-def test_rounded_inputs_agree_up_to_their_rounding(architecture: str, tmp_path: Path) -> None:
+def test_rounded_inputs_agree_up_to_their_rounding(
+    architecture: str, coding: GroupedCoding, tmp_path: Path
+) -> None:
     """A value between two bytes may fall to either side: the last float32 bit before it decides."""
-    model = compressed(tmp_path / "m", architecture, rounds=True)
+    model = compressed(tmp_path / "m", architecture, coding, rounds=True)
     ids = tokens(2)
     logits, expected = in_pieces(model, ids, [50]), by_modules(model, ids)
     assert float((logits - expected).norm() / expected.norm()) < 5e-3
 
 
+@pytest.mark.parametrize("coding", [INT4, NF4], ids=lambda c: c.label)
 @pytest.mark.parametrize("rounds", [False, True])
-def test_a_token_has_the_same_bits_whatever_runs_beside_it(rounds: bool, tmp_path: Path) -> None:
-    model = compressed(tmp_path / "m", "qwen2", rounds=rounds)
+def test_a_token_has_the_same_bits_whatever_runs_beside_it(
+    rounds: bool, coding: GroupedCoding, tmp_path: Path
+) -> None:
+    model = compressed(tmp_path / "m", "qwen2", coding, rounds=rounds)
     ids = tokens(9)
     together = in_pieces(model, ids, [40])
     assert torch.equal(in_pieces(model, ids, [3, 35, 36, 64]), together)
@@ -133,11 +144,12 @@ def test_unlike_lengths_run_in_one_batch(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("coding", [IntegerCoding(3, 32), NF4], ids=lambda c: c.label)
 @pytest.mark.parametrize("version", range(native.best_version() + 1))
 def test_every_version_of_the_blocks_agrees(
-    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    version: int, coding: GroupedCoding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = compressed(tmp_path / "m", "gemma2", 3)
+    model = compressed(tmp_path / "m", "gemma2", coding)
     expected = by_modules(model, tokens(2))
     monkeypatch.setattr("tailorbird.kernels.blocks.best_version", lambda: version)
     torch.testing.assert_close(in_pieces(model, tokens(2), [33]), expected, atol=2e-5, rtol=1e-4)

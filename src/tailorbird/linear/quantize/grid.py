@@ -134,7 +134,8 @@ def nearest_codes(values: Tensor, scales: Tensor, zeros: Tensor | int, coding: G
     if coding.levels is None:
         return (values / scales).round_().add_(zeros).clamp_(0, (1 << coding.bits) - 1)
     levels = coding.levels.to(values.device).float()
-    return torch.bucketize(values / scales, (levels[1:] + levels[:-1]) / 2, out_int32=True).float()
+    steps = (values / scales).contiguous()
+    return torch.bucketize(steps, (levels[1:] + levels[:-1]) / 2, out_int32=True).float()
 
 
 def steps_of(codes: Tensor, zeros: Tensor | int, coding: GroupedCoding) -> Tensor:
