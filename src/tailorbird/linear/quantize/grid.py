@@ -11,13 +11,15 @@ Which code a value gets beyond rounding to the nearest (error feedback) is not d
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tailorbird.errors import SettingsError
-from tailorbird.formats.packed import SCALE_DTYPES, GroupedCoding
+from tailorbird.formats.codebooks import LARGEST
+from tailorbird.formats.packed import SCALE_DTYPES, CodebookCoding, GroupedCoding, IntegerCoding
 from tailorbird.kernels.reference import group_layout
 
 #: weights handled at once; some ten temporaries of this many values live at a time
@@ -131,11 +133,20 @@ def quantize_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor | None, codin
 
 def nearest_codes(values: Tensor, scales: Tensor, zeros: Tensor | int, coding: GroupedCoding) -> Tensor:
     """Codes of the grid values nearest to `values`, as floats; `scales` and `zeros` broadcast."""
-    if coding.levels is None:
+    if isinstance(coding, IntegerCoding):
         return (values / scales).round_().add_(zeros).clamp_(0, (1 << coding.bits) - 1)
-    levels = coding.levels.to(values.device).float()
-    steps = (values / scales).contiguous()
-    return torch.bucketize(steps, (levels[1:] + levels[:-1]) / 2, out_int32=True).float()
+    # whole levels meet halfway at halves: the nearest is the same from above one half up to the next
+    halves = (values / scales).mul_(2).ceil_().clamp_(-2 * LARGEST, 2 * LARGEST).add_(2 * LARGEST)
+    codes = _codes_at_halves(coding).to(values.device)
+    return codes.index_select(0, halves.flatten().int()).view_as(halves)
+
+
+@functools.cache
+def _codes_at_halves(coding: CodebookCoding) -> Tensor:
+    """Codes of the levels nearest to -127, -126.5, ..., 127, the lower of two, as floats."""
+    levels = coding.levels.float()
+    halves = torch.arange(-2 * LARGEST, 2 * LARGEST + 1, device="cpu") / 2
+    return torch.bucketize(halves, (levels[1:] + levels[:-1]) / 2).float()
 
 
 def steps_of(codes: Tensor, zeros: Tensor | int, coding: GroupedCoding) -> Tensor:
