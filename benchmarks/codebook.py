@@ -86,7 +86,8 @@ def by_largest(weight: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     found = torch.empty_like(weight)
     for group, into in zip(weight.split(64, dim=1), found.split(64, dim=1), strict=True):
         scale = group.abs().amax(1, keepdim=True).clamp(min=1e-30)
-        into.copy_(levels[torch.bucketize(group / scale, (levels[1:] + levels[:-1]) / 2)] * scale)
+        codes = torch.bucketize((group / scale).contiguous(), (levels[1:] + levels[:-1]) / 2)
+        into.copy_(levels[codes] * scale)
     return found
 
 
