@@ -73,7 +73,7 @@ def run(subject: Subject) -> dict[str, Any]:
                 }
             )  # fmt: skip
     quantiles = torch.tensor(codebooks.normal_quantiles())
-    levels = codebooks.levels_of("nf4").float() / codebooks.LARGEST
+    levels = codebooks.LEVELS["nf4"].float() / codebooks.LARGEST
     exact, stored = (
         geometric_mean([output_error(w, by_largest(w, v), judges[n].gram) for n, w in linears.items()])
         for v in (quantiles, levels)

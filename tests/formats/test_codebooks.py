@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tailorbird.formats.codebooks import CODEBOOKS, levels_of, normal_quantiles
+from tailorbird.formats.codebooks import LEVELS, normal_quantiles
 
 #: As printed in appendix E of Dettmers et al. 2023, arXiv:2305.14314.
 PUBLISHED = [
@@ -21,13 +21,13 @@ def test_the_quantiles_are_those_of_the_paper() -> None:
 
 
 def test_levels_are_the_quantiles_to_the_nearest_127th() -> None:
-    levels = levels_of("nf4").double()
+    levels = LEVELS["nf4"].double()
     assert bool(((levels / 127 - torch.tensor(PUBLISHED).double()).abs() <= 0.5 / 127 + 1e-6).all())
 
 
-@pytest.mark.parametrize("name", CODEBOOKS)
+@pytest.mark.parametrize("name", LEVELS)
 def test_levels_ascend_over_the_whole_byte_and_hold_zero(name: str) -> None:
-    levels = levels_of(name)
+    levels = LEVELS[name]
     assert levels.dtype == torch.int8
     assert bool((levels[1:] > levels[:-1]).all())
     assert (int(levels[0]), int(levels[-1]), len(levels)) == (-127, 127, 16)

@@ -253,18 +253,38 @@ def test_products_touch_nothing_that_is_not_theirs(tmp_path: Path) -> None:
 
 
 @built
-@pytest.mark.parametrize("rounds", [False, True])
-@pytest.mark.parametrize("coding", [IntegerCoding(4, 64), NF4], ids=lambda coding: coding.label)
+@pytest.mark.parametrize(
+    ("coding", "rounds", "dtype"),
+    [
+        (IntegerCoding(4, 64), False, torch.float32),
+        (IntegerCoding(4, 64), True, torch.float32),
+        (IntegerCoding(4, 64), True, torch.bfloat16),
+        (NF4, False, torch.float32),
+        (NF4, False, torch.bfloat16),
+        (NF4, True, torch.bfloat16),
+    ],
+)
 def test_torch_compile_takes_a_linear_that_has_run_into_its_graph(
-    coding: GroupedCoding, rounds: bool
+    coding: GroupedCoding, rounds: bool, dtype: torch.dtype
 ) -> None:
     packed = random_packed(coding, (48, 128))
     module = CompressedLinear.from_packed(packed, bias=torch.arange(48.0), rounds=rounds)
-    x = activations(6, 128).view(2, 3, 128)
+    x = activations(6, 128).view(2, 3, 128).to(dtype)
     with torch.no_grad():
+        module(x.float())
         eager = module(x)
         compiled = torch.compile(module, backend="eager", fullgraph=True)(x)
     assert torch.equal(compiled, eager)
+
+
+@built
+def test_float16_is_left_to_the_reference_when_compiled() -> None:
+    module = CompressedLinear.from_packed(random_packed(IntegerCoding(4, 64), (48, 128)), rounds=True)
+    x = activations(6, 128)
+    with torch.no_grad():
+        module(x)
+        eager = module(x.half())
+        assert torch.equal(torch.compile(module, backend="eager")(x.half()), eager)
 
 
 @built

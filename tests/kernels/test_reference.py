@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tailorbird.formats.codebooks import levels_of
+from tailorbird.formats.codebooks import LEVELS
 from tailorbird.kernels import packing
 from tailorbird.kernels.packing import BITS, pack_codes
 from tailorbird.kernels.reference import dequantize, group_layout, linear
@@ -57,8 +57,8 @@ def test_levels_take_the_place_of_integers_exactly(shape, group_size, scale_dtyp
     (codes, scales, _), _ = case(shape, 4, group_size, True, scale_dtype)
     values = packing.unpack_codes(codes, 4, shape[1])
     group_of = torch.arange(shape[1]) // (group_size or shape[1])
-    weight = scales.double()[:, group_of] * torch.tensor(levels_of("nf4").tolist())[values.long()]
-    kwargs = {"bits": 4, "group_size": group_size, "in_features": shape[1], "levels": levels_of("nf4")}
+    weight = scales.double()[:, group_of] * torch.tensor(LEVELS["nf4"].tolist())[values.long()]
+    kwargs = {"bits": 4, "group_size": group_size, "in_features": shape[1], "levels": LEVELS["nf4"]}
     assert torch.equal(dequantize(codes, scales, None, **kwargs).double(), weight)
     x = torch.randn(3, shape[1])
     bound = (shape[1] + 4) * 2.0**-24 * (x.double().abs() @ weight.abs().t())

@@ -6,7 +6,6 @@ as those of floats do. They belong to the format: another number under the same 
 
 from __future__ import annotations
 
-import functools
 from statistics import NormalDist
 
 import torch
@@ -32,12 +31,10 @@ def normal_quantiles() -> list[float]:
     return [value / above[0] for value in (*(-q for q in below), 0.0, *reversed(above))]
 
 
-@functools.cache
-def levels_of(name: str) -> Tensor:
-    """Levels of a codebook, int8 `[16]`, strictly ascending; shared, and never to be changed."""
-    return torch.tensor([round(LARGEST * value) for value in _VALUES[name]()], dtype=torch.int8, device="cpu")
+def _as_bytes(values: list[float]) -> Tensor:
+    """Values from -1 to 1 as levels: int8."""
+    return torch.tensor([round(LARGEST * value) for value in values], dtype=torch.int8, device="cpu")
 
 
-_VALUES = {"nf4": normal_quantiles}
-#: names that exist
-CODEBOOKS = tuple(_VALUES)
+#: name -> levels, int8 `[16]`, strictly ascending; shared, and never to be changed
+LEVELS = {"nf4": _as_bytes(normal_quantiles())}

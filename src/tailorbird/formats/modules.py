@@ -322,7 +322,10 @@ class CompressedLinear(_PackedModule, nn.Linear):
             fast = self._native or self._fast
             if torch.compiler.is_compiling() and fast is not None:
                 layout = fast.layout
-                if isinstance(layout, native.Tiles) and (self.rounds or input.dtype == torch.float32):
+                if isinstance(layout, native.Tiles) and (
+                    input.dtype == torch.float32
+                    or (input.dtype == torch.bfloat16 and (self.rounds or layout.table is not None))
+                ):
                     output = native.traced_linear(input, layout, self.rounds)
                     return output if self.bias is None else output + self.bias.to(output.dtype)
             rows = input.numel() // self.in_features

@@ -102,7 +102,7 @@ class CodebookCoding:
     scale_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        _one_of("codebook", self.codebook, codebooks.CODEBOOKS)
+        _one_of("codebook", self.codebook, codebooks.LEVELS)
         _one_of("group_size", self.group_size, GROUP_SIZES)
         _one_of("scale_dtype", self.scale_dtype, SCALE_DTYPES)
 
@@ -119,7 +119,7 @@ class CodebookCoding:
     @property
     def levels(self) -> Tensor:
         """What the codes stand for, up to the scale: int8 `[16]`, ascending."""
-        return codebooks.levels_of(self.codebook)
+        return codebooks.LEVELS[self.codebook]
 
     @property
     def label(self) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.errors import SettingsError, nearest
-from tailorbird.formats.codebooks import CODEBOOKS
+from tailorbird.formats.codebooks import LEVELS
 from tailorbird.formats.packed import CodebookCoding, Coding, FloatCoding, IntegerCoding, stored_bytes
 from tailorbird.linear.error import output_error, row_energies
 from tailorbird.linear.quantize.rtn import Rtn
@@ -47,7 +47,7 @@ def candidate_codings(target: str | None, float_dtype: str, codebooks: bool) -> 
     if target is None:
         codes = [IntegerCoding(bits, group) for bits in BITS for group in GROUPS]
         if codebooks:
-            codes += [CodebookCoding(name, group) for name in CODEBOOKS for group in GROUPS]
+            codes += [CodebookCoding(name, group) for name in LEVELS for group in GROUPS]
     elif target == "gguf":
         # Blocks of 32 with a float16 scale; fewer bits than a block type's own would be stored wider.
         codes = [
