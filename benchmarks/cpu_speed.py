@@ -1,6 +1,6 @@
 """Speed on the CPU: the compiled products of single linears, and whole models over compiled blocks.
 
-Linears: every width at several numbers of tokens, beside PyTorch's dynamic int8 product and its bf16
+Linears: every width and NF4 at several numbers of tokens, beside PyTorch's dynamic int8 product and its bf16
 product at the same shape, in turns. The weights in use rotate over more memory than the caches hold.
 Bytes are those of the packed weight with its scales and zero points; their rate is compared with the
 machine's read bandwidth, measured in the same run.
@@ -29,7 +29,7 @@ from rich.table import Table
 from machine import add_quiet_option, require_quiet, write_result
 from packed_models import round_plainly
 from random_models import write_random_llama
-from tailorbird.formats.packed import IntegerCoding, PackedWeight
+from tailorbird.formats.packed import CodebookCoding, GroupedCoding, IntegerCoding, PackedWeight, unpacking
 from tailorbird.kernels import native
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.load import load
@@ -71,21 +71,22 @@ class Rotating:
         return _seconds(lambda: self.call(copy, x))
 
 
-def packed_linear(bits: int) -> tuple[Rotating, int]:
+def packed_linear(coding: GroupedCoding) -> tuple[Rotating, int]:
     """Our product at `SHAPE`, and the bytes of its weight."""
     rows, columns = SHAPE
-    generator = torch.Generator().manual_seed(bits)
-    coding = IntegerCoding(bits, GROUP)
+    generator = torch.Generator().manual_seed(coding.bits)
     groups = columns // GROUP
-    codes = torch.randint(0, 1 << bits, SHAPE, generator=generator)
-    zeros = torch.randint(0, 1 << bits, (rows, groups), generator=generator)
+    codes = torch.randint(0, 1 << coding.bits, SHAPE, generator=generator)
+    zeros = None
+    if not coding.symmetric:
+        zeros = torch.randint(0, 1 << coding.bits, (rows, groups), generator=generator)
     scales = torch.rand(rows, groups, generator=generator).bfloat16()
     packed = PackedWeight.from_codes(codes, scales, zeros, coding, None)
     parts = packed.tensors
     size = sum(tensor.nbytes for tensor in parts.values())
     layouts = [
         native.tiles(
-            parts["codes"], parts["scales"], parts["zeros"], bits=bits, group_size=GROUP, in_features=columns
+            parts["codes"], parts["scales"], parts.get("zeros"), in_features=columns, **unpacking(coding)
         )
         for _ in range(max(2, ROTATED_BYTES // size))
     ]
@@ -119,7 +120,8 @@ def torch_linears() -> dict[str, tuple[Rotating, int]]:
 @torch.no_grad()
 def measure_linears(rounds: int, bandwidth: float, console: Console) -> list[dict[str, Any]]:
     """Every product at every number of tokens, in turns."""
-    subjects = {f"{bits} bits": packed_linear(bits) for bits in WIDTHS} | torch_linears()
+    subjects = {f"{bits} bits": packed_linear(IntegerCoding(bits, GROUP)) for bits in WIDTHS}
+    subjects |= {"nf4": packed_linear(CodebookCoding("nf4", GROUP))} | torch_linears()
     rows = []
     for tokens in TOKENS:
         x = torch.randn(tokens, SHAPE[1])

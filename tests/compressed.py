@@ -11,7 +11,14 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tailorbird.formats.packed import SCALE_DTYPES, Coding, IntegerCoding, PackedWeight
+from tailorbird.formats.packed import (
+    SCALE_DTYPES,
+    CodebookCoding,
+    Coding,
+    FloatCoding,
+    IntegerCoding,
+    PackedWeight,
+)
 from tailorbird.kernels.reference import group_layout
 from tailorbird.model.checkpoint import write_json, write_tensors
 from tailorbird.model.layout import BlockLayout, ModelLayout, ModuleLayout
@@ -21,7 +28,7 @@ INT4 = IntegerCoding(4, 32)
 
 def pack(weight: torch.Tensor, coding: Coding, order: torch.Tensor | None = None) -> PackedWeight:
     """Round `weight` `[out, in]` to nearest; `order` permutes the stored columns."""
-    if not isinstance(coding, IntegerCoding):
+    if isinstance(coding, FloatCoding):
         return PackedWeight.from_float(weight, coding)
     weight = weight.detach().float()
     if order is not None:
@@ -31,6 +38,11 @@ def pack(weight: torch.Tensor, coding: Coding, order: torch.Tensor | None = None
     padded = torch.nn.functional.pad(weight, (0, groups * size - n)).view(out, groups, size)
     top = (1 << coding.bits) - 1
     middle = 1 << (coding.bits - 1)
+    if isinstance(coding, CodebookCoding):
+        scales = (padded.abs().amax(-1) / 127).clamp(min=1e-4).to(SCALE_DTYPES[coding.scale_dtype]).float()
+        distances = (padded / scales.unsqueeze(-1))[..., None] - coding.levels.float()
+        codes = distances.abs().argmin(-1).view(out, -1)[:, :n].to(torch.uint8)
+        return PackedWeight.from_codes(codes, scales, None, coding, order)
     if coding.symmetric:
         width = padded.abs().amax(-1) / (middle - 1)
     else:
@@ -114,7 +126,7 @@ def save_compressed(
         with torch.no_grad():
             oriented(module).copy_(packed.dequantize())
         stored = tensors.pop(name + ".weight")
-        if isinstance(chosen, IntegerCoding):
+        if not isinstance(chosen, FloatCoding):
             tensors |= {f"{name}.{part}": tensor for part, tensor in packed.tensors.items()}
         else:
             transposed = isinstance(module, Conv1D)

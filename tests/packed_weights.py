@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 
-from tailorbird.formats.packed import SCALE_DTYPES, IntegerCoding, PackedWeight
+from tailorbird.formats.packed import SCALE_DTYPES, GroupedCoding, PackedWeight, unpacking
 
 
-def random_packed(coding: IntegerCoding, shape: tuple[int, int], order: bool = False) -> PackedWeight:
+def random_packed(coding: GroupedCoding, shape: tuple[int, int], order: bool = False) -> PackedWeight:
     """Random codes, zero points and positive scales, the same at every call."""
     generator = torch.Generator().manual_seed(shape[0] * 10007 + shape[1])
     rows, columns = shape
     groups = 1 if coding.group_size == 0 else math.ceil(columns / coding.group_size)
     scales = torch.rand(rows, groups, generator=generator).to(SCALE_DTYPES[coding.scale_dtype])
+    if coding.levels is not None:  # levels reach further than integers of as many bits
+        scales /= 16
     zeros = None
     if not coding.symmetric:
         zeros = torch.randint(0, 1 << coding.bits, (rows, groups), generator=generator)
@@ -31,7 +33,6 @@ def laid_out(prepare: Callable[..., Any], packed: PackedWeight) -> Any:
         packed.tensors["codes"],
         packed.tensors["scales"],
         packed.tensors.get("zeros"),
-        bits=packed.coding.bits,
-        group_size=packed.coding.group_size,
         in_features=packed.in_features,
+        **unpacking(packed.coding),
     )

@@ -463,6 +463,7 @@ SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "group of a recipe": ((*COMPRESS, "--recipe", "gptq:bits=4,grup=64"), ("grup", "did you mean `group`")),
     "value of a setting": ((*COMPRESS, "--recipe", "gptq:bits=4,damping=wet"), ("damping", "wet", "0.01")),
     "bits": ((*COMPRESS, "--recipe", "rtn:bits=7"), ("7", "2, 3, 4, 5, 6, 8")),
+    "codebook": ((*COMPRESS, "--recipe", "rtn:codebook=nf5"), ("codebook 'nf5'", "nf4")),
     "no bits": ((*COMPRESS, "--recipe", "gptq"), ("no bits", "gptq:bits=4,group=64")),
     "group": ((*COMPRESS, "--recipe", "rtn:bits=4,group=7"), ("group_size", "7")),
     "recipe that is not there": ((*COMPRESS, "--recipe", "none.yaml"), ("none.yaml", "check the path")),
@@ -531,6 +532,10 @@ PLANS: dict[str, tuple[str, tuple[str, ...]]] = {
     "unknown coding": (
         "schema: 1\nplaces:\n- {name: lm_head, coding: {kind: integer, bits: 9, group_size: 32}}\n",
         ("9", "places"),
+    ),
+    "unknown codebook": (
+        "schema: 1\nplaces:\n- {name: lm_head, coding: {kind: codebook, codebook: nf3, group_size: 32}}\n",
+        ("nf3", "nf4", "places"),
     ),
     "code": ("!!python/object/apply:os.mkdir ['made-by-the-plan']\n", ("plan.yaml",)),
     "code in a field": (

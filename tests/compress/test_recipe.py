@@ -10,7 +10,7 @@ import pytest
 from tailorbird import api
 from tailorbird.compress.recipe import make_recipe, parse_recipe, recipe_of_plan
 from tailorbird.errors import SettingsError
-from tailorbird.formats.packed import IntegerCoding
+from tailorbird.formats.packed import CodebookCoding, Coding, IntegerCoding
 from tailorbird.linear.quantize.awq import Awq
 from tailorbird.linear.quantize.gptq import Gptq
 from tailorbird.linear.quantize.rtn import Rtn
@@ -24,9 +24,11 @@ from tailorbird.plan.planfile import Method, Plan
         ("rtn:bits=8,group=0,symmetric=true,clip_search=false", Rtn(False), IntegerCoding(8, 0, True), None),
         ("awq+gptq:bits=4,group=64", Gptq(), IntegerCoding(4, 64), Awq()),
         ("awq+rtn:bits=3,group=128", Rtn(), IntegerCoding(3, 128), Awq()),
+        ("rtn:codebook=nf4,group=32", Rtn(), CodebookCoding("nf4", 32), None),
+        ("gptq:codebook=nf4,scale_dtype=float16", Gptq(), CodebookCoding("nf4", 64, "float16"), None),
     ],
 )
-def test_a_line(line: str, method: object, coding: IntegerCoding, fold: Awq | None) -> None:
+def test_a_line(line: str, method: object, coding: Coding, fold: Awq | None) -> None:
     recipe = parse_recipe(line)
     assert (recipe.method, recipe.coding, recipe.fold) == (method, coding, fold)
     assert recipe.name == line.partition(":")[0]
@@ -38,6 +40,9 @@ def test_a_file_says_the_same_as_a_line(tmp_path: Path) -> None:
     assert parse_recipe(str(path)) == parse_recipe("awq+gptq:bits=4,group=64")
     path.write_text("method: gptq\nfold: awq\nfold_settings: {grid: 7}\ncoding: {bits: 4}\n")
     assert parse_recipe(str(path)).fold == Awq(grid=7)
+    path.write_text("method: rtn\ncoding: {codebook: nf4}\nembedding: {codebook: nf4, group_size: 32}\n")
+    recipe = parse_recipe(str(path))
+    assert (recipe.coding, recipe.embedding) == (CodebookCoding("nf4", 64), CodebookCoding("nf4", 32))
 
 
 def test_a_fold_brings_its_needs_and_is_part_of_the_description() -> None:
@@ -79,6 +84,10 @@ def test_a_plan_gives_back_the_recipe(name: str) -> None:
         ("gptq:bit=4,group=64", "`bit` of gptq.*did you mean `bits`"),
         ("rtn:bits=4,clip_serch=true", "`clip_serch` of rtn.*did you mean `clip_search`"),
         ("rtm:bit=4", "method `rtm` is unknown.*did you mean `rtn`"),
+        ("rtn:codebook=nf5", "codebook 'nf5'.*one of nf4"),
+        ("rtn:codebok=nf4", "`codebok` of rtn.*did you mean `codebook`"),
+        ("rtn:codebook=nf4,bits=4", "'bits'.*`codebook`"),
+        ("rtn:codebook=nf4,symmetric=true", "'symmetric'"),
         ("rtn:bits=[4", r"'\[4'.*one of 2, 3, 4"),
         ("rtn:bits=4,group=", "group_size None"),
         ("rtn:bits=" + "9" * 5000, "`bits` of 5000 digits"),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packed_weights import random_packed
-from tailorbird.formats.packed import GROUP_SIZES, IntegerCoding, stored_bytes
+from tailorbird.formats.packed import GROUP_SIZES, CodebookCoding, GroupedCoding, IntegerCoding, stored_bytes
 from tailorbird.kernels.packing import BITS, pack_codes
 
 PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
@@ -26,22 +26,26 @@ def reader() -> dict[str, Any]:
     return names
 
 
+GROUPS, SCALES = st.sampled_from(GROUP_SIZES), st.sampled_from(["bfloat16", "float16"])
+
+
 @given(
-    bits=st.sampled_from(BITS),
-    group_size=st.sampled_from(GROUP_SIZES),
-    symmetric=st.booleans(),
-    scale_dtype=st.sampled_from(["bfloat16", "float16"]),
+    coding=st.builds(IntegerCoding, st.sampled_from(BITS), GROUPS, st.booleans(), SCALES)
+    | st.builds(CodebookCoding, st.just("nf4"), GROUPS, SCALES),
     order=st.booleans(),
     shape=st.tuples(st.integers(1, 5), st.sampled_from([1, 31, 64, 172, 513])),
 )
 @settings(max_examples=60, deadline=None)
-def test_it_gives_the_same_weight(reader, bits, group_size, symmetric, scale_dtype, order, shape) -> None:
-    packed = random_packed(IntegerCoding(bits, group_size, symmetric, scale_dtype), shape, order)
+def test_it_gives_the_same_weight(reader, coding: GroupedCoding, order: bool, shape: tuple[int, int]) -> None:
+    packed = random_packed(coding, shape, order)
     tensors = {
         name: (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
         for name, tensor in packed.tensors.items()
     }
-    weight = reader["read_weight"](tensors, bits, group_size, symmetric, shape[1])
+    levels = None if coding.levels is None else reader["NF4"]
+    weight = reader["read_weight"](
+        tensors, coding.bits, coding.group_size, coding.symmetric, shape[1], levels
+    )
     assert torch.equal(torch.from_numpy(weight), packed.dequantize())
 
 
@@ -51,3 +55,11 @@ def test_the_numbers_of_its_examples() -> None:
     assert pack_codes(torch.tensor([5, 1, 6]), 3).tolist() == [0x8D, 0x01]
     assert "16,640 + 1,536 + 512 + 688 bytes" in page
     assert stored_bytes(IntegerCoding(3, 64), 256, 172, has_order=True) == 16640 + 1536 + 512 + 688
+    assert "22,016 + 1,536 bytes" in page
+    assert stored_bytes(CodebookCoding("nf4", 64), 256, 172) == 22016 + 1536
+
+
+def test_the_levels_of_its_table_are_those_of_the_reader(reader: dict[str, Any]) -> None:
+    (row,) = re.findall(r"\| `nf4` \| (.*) \|", PAGE.read_text(encoding="utf-8"))
+    assert [int(level.replace("−", "-")) for level in row.split(",")] == reader["NF4"]
+    assert reader["NF4"] == CodebookCoding("nf4", 64).levels.tolist()

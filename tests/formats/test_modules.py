@@ -15,14 +15,17 @@ from torch import nn
 from packed_weights import random_packed
 from tailorbird.errors import CheckpointError, SettingsError
 from tailorbird.formats.modules import CompressedEmbedding, CompressedLinear, share
-from tailorbird.formats.packed import FloatCoding, IntegerCoding, PackedWeight
+from tailorbird.formats.packed import CodebookCoding, FloatCoding, GroupedCoding, IntegerCoding, PackedWeight
 from tailorbird.kernels.packing import BITS
 
 CODING = IntegerCoding(4, 32)
+CODINGS = st.builds(IntegerCoding, st.sampled_from(BITS), st.just(64), st.booleans()) | st.just(
+    CodebookCoding("nf4", 64)
+)
 
 
 def make_linear(
-    coding: IntegerCoding = CODING, shape: tuple[int, int] = (24, 96), order: bool = False, bias: bool = True
+    coding: GroupedCoding = CODING, shape: tuple[int, int] = (24, 96), order: bool = False, bias: bool = True
 ) -> CompressedLinear:
     return CompressedLinear.from_packed(
         random_packed(coding, shape, order), torch.linspace(-1, 1, shape[0]) if bias else None
@@ -40,10 +43,10 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
         assert torch.equal(tensor, right[name]), name
 
 
-@given(bits=st.sampled_from(BITS), symmetric=st.booleans(), order=st.booleans(), bias=st.booleans())
+@given(coding=CODINGS, order=st.booleans(), bias=st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_a_linear_computes_with_the_weight_that_it_shows(bits, symmetric, order, bias) -> None:
-    module = make_linear(IntegerCoding(bits, 64, symmetric), (24, 172), order, bias)
+def test_a_linear_computes_with_the_weight_that_it_shows(coding, order, bias) -> None:
+    module = make_linear(coding, (24, 172), order, bias)
     assert isinstance(module, nn.Linear)
     assert module.weight.shape == (24, 172)
     assert torch.equal(module.weight, module.packed().dequantize())
@@ -247,10 +250,10 @@ def test_float_codings_belong_into_ordinary_modules() -> None:
         CompressedEmbedding.from_packed(PackedWeight.from_float(torch.zeros(2, 2), FloatCoding()))
 
 
-@given(bits=st.sampled_from(BITS), symmetric=st.booleans(), order=st.booleans())
+@given(coding=CODINGS, order=st.booleans())
 @settings(max_examples=30, deadline=None)
-def test_an_embedding_gives_the_rows_of_its_weight(bits, symmetric, order) -> None:
-    packed = random_packed(IntegerCoding(bits, 64, symmetric), (50, 172), order)
+def test_an_embedding_gives_the_rows_of_its_weight(coding, order) -> None:
+    packed = random_packed(coding, (50, 172), order)
     module = CompressedEmbedding.from_packed(packed, padding_idx=1)
     assert isinstance(module, nn.Embedding)
     assert module.padding_idx == 1
@@ -303,6 +306,7 @@ def test_only_equals_can_be_tied() -> None:
     for head in (
         CompressedLinear(96, 63, CODING, bias=False),
         CompressedLinear(96, 64, IntegerCoding(4, 64), bias=False),
+        CompressedLinear(96, 64, CodebookCoding("nf4", 32), bias=False),
         CompressedLinear(96, 64, CODING, bias=False, has_order=True),
     ):
         with pytest.raises(CheckpointError, match="tied"):

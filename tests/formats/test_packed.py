@@ -15,6 +15,7 @@ from tailorbird.errors import CheckpointError, SettingsError
 from tailorbird.formats.packed import (
     GROUP_SIZES,
     SCALE_DTYPES,
+    CodebookCoding,
     Coding,
     FloatCoding,
     IntegerCoding,
@@ -24,7 +25,7 @@ from tailorbird.formats.packed import (
     stored_bytes,
     tensor_layout,
 )
-from tailorbird.kernels.packing import BITS
+from tailorbird.kernels.packing import BITS, unpack_codes
 
 INTEGER = st.builds(
     IntegerCoding,
@@ -33,11 +34,17 @@ INTEGER = st.builds(
     symmetric=st.booleans(),
     scale_dtype=st.sampled_from(sorted(SCALE_DTYPES)),
 )
+CODEBOOK = st.builds(
+    CodebookCoding,
+    codebook=st.just("nf4"),
+    group_size=st.sampled_from(GROUP_SIZES),
+    scale_dtype=st.sampled_from(sorted(SCALE_DTYPES)),
+)
 FLOAT = st.builds(FloatCoding, dtype=st.sampled_from(["bfloat16", "float16", "float32"]))
 SHAPE = st.tuples(st.integers(1, 9), st.sampled_from([1, 31, 32, 64, 172, 256, 4097]))
 
 
-@given(coding=INTEGER, shape=SHAPE, order=st.booleans())
+@given(coding=INTEGER | CODEBOOK, shape=SHAPE, order=st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_stored_bytes_are_the_bytes_of_the_real_tensors(coding, shape, order) -> None:
     packed = random_packed(coding, shape, order)
@@ -70,13 +77,26 @@ def test_a_weight_on_the_grid_survives_packing(coding, shape) -> None:
     assert steps.max() - steps.min() <= 2 * (1 << coding.bits)
 
 
-@given(coding=INTEGER | FLOAT)
+@given(coding=CODEBOOK, shape=SHAPE, order=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_a_codebook_weight_is_levels_times_scales(coding, shape, order) -> None:
+    packed = random_packed(coding, shape, order)
+    codes = unpack_codes(packed.tensors["codes"], 4, shape[1]).long()
+    group_of = torch.arange(shape[1]) // (coding.group_size or shape[1])
+    stored = coding.levels.double()[codes] * packed.tensors["scales"].double()[:, group_of]
+    weight = packed.dequantize(torch.float64)
+    assert torch.equal(weight[:, packed.tensors["order"].long()] if order else weight, stored)
+    assert packed.tensors.keys() == {"codes", "scales"} | ({"order"} if order else set())
+
+
+@given(coding=INTEGER | CODEBOOK | FLOAT)
 @settings(max_examples=60, deadline=None)
 def test_codings_survive_json(coding: Coding) -> None:
     assert coding_from_dict(json.loads(json.dumps(coding_to_dict(coding)))) == coding
 
 
 GOOD = coding_to_dict(IntegerCoding(4, 64))
+BOOK = coding_to_dict(CodebookCoding("nf4", 64))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +105,15 @@ GOOD = coding_to_dict(IntegerCoding(4, 64))
         (None, "None"),
         ([], r"\[\]"),
         ({}, "kind None"),
-        ({"kind": "codebook"}, "codebook"),
+        ({"kind": "codebooks"}, "codebooks"),
+        ({"kind": "codebook"}, "without `codebook`"),
+        ({**BOOK, "codebook": "nf5"}, "'nf5'"),
+        ({**BOOK, "codebook": ["nf4"]}, "codebook"),
+        ({**BOOK, "codebook": 4}, "codebook 4"),
+        ({**BOOK, "group_size": 48}, "group_size 48"),
+        ({**BOOK, "scale_dtype": "int8"}, "scale_dtype 'int8'"),
+        ({**BOOK, "bits": 4}, "'bits'"),
+        ({**BOOK, "symmetric": False}, "'symmetric'"),
         ({"kind": ["integer"]}, "kind"),
         ({**GOOD, "sparsity": 0.5}, "sparsity"),
         ({**GOOD, "group_sice": 64}, "group_sice"),
@@ -131,6 +159,8 @@ def test_labels() -> None:
     assert IntegerCoding(4, 64, symmetric=True).label == "int4 g64 sym"
     assert IntegerCoding(8, 0).label == "int8 row"
     assert IntegerCoding(3, 32, scale_dtype="float16").label == "int3 g32 fp16"
+    assert [CodebookCoding("nf4", g).label for g in (64, 0)] == ["nf4 g64", "nf4 row"]
+    assert CodebookCoding("nf4", 64, "float16").label == "nf4 g64 fp16"
     assert [FloatCoding(d).label for d in ("bfloat16", "float16", "float32")] == ["bf16", "fp16", "fp32"]
 
 
@@ -153,6 +183,10 @@ def test_tensors_that_do_not_fit_are_refused_by_name() -> None:
     ]:
         with pytest.raises(CheckpointError, match=names):
             replaced(packed, **change)
+    book = random_packed(CodebookCoding("nf4", 64), (4, 172))
+    for name in ("zeros", "levels"):
+        with pytest.raises(CheckpointError, match=f"unknown tensor `{name}`.*`nf4 g64`"):
+            replaced(book, **{name: packed.tensors["zeros"]})
 
 
 def test_from_codes_refuses_what_it_would_have_to_change() -> None:

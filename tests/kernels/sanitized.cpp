@@ -65,7 +65,8 @@ int main(int, char** arguments) {
   std::mt19937 random(std::atoi(arguments[1]));
   const int widths[] = {2, 3, 4, 5, 6, 8};
   for (int round = 0; round < std::atoi(arguments[2]); ++round) {
-    const int bits = widths[random() % 6], version = random() % (tailorbird_best_version() + 1);
+    const bool book = random() % 7 == 0;
+    const int bits = book ? 4 : widths[random() % 6], version = random() % (tailorbird_best_version() + 1);
     if (!dequantizes(random, bits, version)) return 1;
     const std::int64_t rows = 1 + random() % 70, in_features = 1 + random() % 300, tokens = 1 + random() % 29;
     const std::int64_t steps = (in_features + STEP - 1) / STEP, columns = steps * STEP;
@@ -79,10 +80,12 @@ int main(int, char** arguments) {
     for (auto& scale : scales) scale = 0x3f00 + random() % 100;  // bfloat16 from 0.5 on
     for (auto& zero : zeros) zero = random() % (1 << bits);
     for (auto& value : x) value = random() % 2001 / 1000.0f - 1;
-    const bool symmetric = random() % 2, int8 = random() % 2;
+    std::uint8_t table[16];
+    for (auto& level : table) level = random();
+    const bool symmetric = book || random() % 2, int8 = random() % 2;
     tailorbird_lay_out(stored.data(), rows, in_features, bits, codes.data(), 1 + random() % 3);
     const Weight weight{codes.data(), scales.data(), symmetric ? nullptr : zeros.data(), rows, in_features, columns,
-                        groups, group_steps * STEP, bits, 0};
+                        groups, group_steps * STEP, book ? 8 : bits, 0, book ? table : nullptr};
     tailorbird_linear(&weight, x.data(), y.data(), tokens, 0, int8, 1 + random() % 3, version);
     std::vector<double> expected(tokens * rows);
     for (std::int64_t token = 0; token < tokens; ++token) {
@@ -98,15 +101,16 @@ int main(int, char** arguments) {
           const std::uint32_t scale_bits = std::uint32_t(scales[at]) << 16;
           float scale;
           std::memcpy(&scale, &scale_bits, 4);
-          const double weighed = (double(code) - (symmetric ? 1 << (bits - 1) : zeros[at])) * scale;
+          if (book) code = table[code];
+          const double weighed = (double(code) - (symmetric ? 1 << (weight.bits - 1) : zeros[at])) * scale;
           exact += weighed * x[token * in_features + column];
           size += std::fabs(weighed);
         }
         // Activations lie within 1; rounded to bytes each moves by half a 127th at most.
         expected[token * rows + row] = y[token * rows + row];
         if (!(std::fabs(y[token * rows + row] - exact) <= (int8 ? 0.5 / 127 + 1e-4 : 1e-4) * size + 1e-30)) {
-          std::printf("%d bits, version %d, int8 %d: %g is not %g\n", bits, version, int8, y[token * rows + row],
-                      exact);
+          std::printf("%d bits, codebook %d, version %d, int8 %d: %g is not %g\n", bits, book, version, int8,
+                      y[token * rows + row], exact);
           return 1;
         }
       }

@@ -10,7 +10,7 @@ import torch
 
 from packed_weights import random_packed
 from tailorbird.formats.modules import CompressedLinear
-from tailorbird.formats.packed import GROUP_SIZES, IntegerCoding
+from tailorbird.formats.packed import GROUP_SIZES, CodebookCoding, IntegerCoding
 from tailorbird.kernels import cpu, dispatch, native
 from tailorbird.kernels.packing import BITS
 
@@ -29,6 +29,13 @@ def test_every_coding_has_one_fast_path_for_few_bfloat16_rows(bits, group_size, 
     names = {dispatch.choose(coding, 512, rows, BF16, CPU) for rows in (1, 8, 32)}
     assert len(names) == 1
     assert names != {dispatch.REFERENCE}
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_only_paths_that_look_levels_up_serve_a_codebook(group_size: int) -> None:
+    coding = CodebookCoding("nf4", group_size)
+    serving = {path.name for path in dispatch.PATHS if path.serves(coding, 512)}
+    assert serving == {"native-int8", "native-float"}
 
 
 @pytest.mark.parametrize("gradient", [False, True])

@@ -19,15 +19,24 @@ from hypothesis import strategies as st
 
 from packed_weights import laid_out, random_packed
 from tailorbird.formats.modules import CompressedLinear
-from tailorbird.formats.packed import IntegerCoding, PackedWeight
+from tailorbird.formats.packed import CodebookCoding, GroupedCoding, IntegerCoding, PackedWeight
 from tailorbird.kernels import dispatch, native, reference
 from tailorbird.kernels.packing import BITS
 
 CPU = torch.device("cpu")
+NF4 = CodebookCoding("nf4", 64)
 ROOT = Path(__file__).parents[2]
 
 built = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
 versions = st.integers(0, native.best_version())
+codings = st.sampled_from([*(IntegerCoding(bits, 64) for bits in BITS), NF4])
+
+
+def codings_with(group_sizes: list[int]) -> st.SearchStrategy[GroupedCoding]:
+    """Every kind of codes, with groups and scales of every kind."""
+    groups, dtypes = st.sampled_from(group_sizes), st.sampled_from(["float16", "bfloat16"])
+    integers = st.builds(IntegerCoding, st.sampled_from(BITS), groups, st.booleans(), dtypes)
+    return integers | st.builds(CodebookCoding, st.just("nf4"), groups, dtypes)
 
 
 @pytest.fixture
@@ -48,18 +57,16 @@ def activations(rows: int, columns: int) -> torch.Tensor:
 
 @built
 @given(
-    bits=st.sampled_from(BITS),
-    group_size=st.sampled_from([0, 32, 64, 96, 256]),
-    symmetric=st.booleans(),
-    rows=st.sampled_from([1, 2, 4, 7, 8, 13]),
+    coding=codings_with([0, 32, 64, 96, 256]),
+    rows=st.sampled_from([1, 2, 4, 7, 8, 13, 40]),
     shape=st.tuples(st.sampled_from([1, 15, 16, 17, 130]), st.sampled_from([1, 31, 64, 172, 320, 4097])),
     version=versions,
 )
 @settings(max_examples=150, deadline=None)
 def test_products_are_exact_up_to_rounding(
-    bits: int, group_size: int, symmetric: bool, rows: int, shape: tuple[int, int], version: int
+    coding: GroupedCoding, rows: int, shape: tuple[int, int], version: int
 ) -> None:
-    packed = random_packed(IntegerCoding(bits, group_size, symmetric), shape)
+    packed = random_packed(coding, shape)
     x = activations(rows, shape[1])
     weight = packed.dequantize(torch.float64)
     product = native.linear(x, layout_of(packed), False, version)
@@ -70,27 +77,18 @@ def test_products_are_exact_up_to_rounding(
 
 @built
 @given(
-    bits=st.sampled_from(BITS),
-    group_size=st.sampled_from([0, 32, 64, 96, 160, 256]),
-    symmetric=st.booleans(),
-    scale_dtype=st.sampled_from(["float16", "bfloat16"]),
-    rows=st.sampled_from([1, 2, 4, 7, 8, 13, 27]),
+    coding=codings_with([0, 32, 64, 96, 160, 256]),
+    rows=st.sampled_from([1, 2, 4, 7, 8, 13, 27, 40]),
     shape=st.tuples(st.sampled_from([1, 15, 16, 17, 130]), st.sampled_from([1, 31, 64, 172, 320, 4097])),
     version=versions,
 )
 @settings(max_examples=150, deadline=None)
 def test_products_of_bytes_are_those_of_the_reference_up_to_rounding(
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-    scale_dtype: str,
-    rows: int,
-    shape: tuple[int, int],
-    version: int,
+    coding: GroupedCoding, rows: int, shape: tuple[int, int], version: int
 ) -> None:
-    packed = random_packed(IntegerCoding(bits, group_size, symmetric, scale_dtype), shape)
+    packed = random_packed(coding, shape)
     x = activations(rows, shape[1])
-    rounded = reference.to_bytes(x, group_size).double()
+    rounded = reference.to_bytes(x, coding.group_size).double()
     weight = packed.dequantize(torch.float64)
     product = native.linear(x, layout_of(packed), True, version)
     segments = -(-shape[1] // 32) + 4  # at most so many; each one's sum, its scale and their product round
@@ -99,24 +97,24 @@ def test_products_of_bytes_are_those_of_the_reference_up_to_rounding(
 
 
 @built
-@given(rows=st.integers(1, 30), bits=st.sampled_from(BITS), int8=st.booleans(), version=versions)
+@given(rows=st.integers(1, 30), coding=codings, int8=st.booleans(), version=versions)
 @settings(max_examples=40, deadline=None)
 def test_bfloat16_results_are_those_in_float32_rounded_once(
-    rows: int, bits: int, int8: bool, version: int
+    rows: int, coding: GroupedCoding, int8: bool, version: int
 ) -> None:
-    layout = layout_of(random_packed(IntegerCoding(bits, 64), (70, 200)))
+    layout = layout_of(random_packed(coding, (70, 200)))
     x = activations(rows, 200).bfloat16()
     wide = native.linear(x.float(), layout, int8, version)
     assert torch.equal(native.linear(x, layout, int8, version), wide.bfloat16())
 
 
 @built
-@given(bits=st.sampled_from(BITS), rows=st.integers(1, 31), int8=st.booleans(), version=versions)
+@given(coding=codings, rows=st.integers(1, 31), int8=st.booleans(), version=versions)
 @settings(max_examples=60, deadline=None)
 def test_a_row_has_the_same_bits_alone_and_among_others(
-    bits: int, rows: int, int8: bool, version: int
+    coding: GroupedCoding, rows: int, int8: bool, version: int
 ) -> None:
-    layout = layout_of(random_packed(IntegerCoding(bits, 64), (70, 200)))
+    layout = layout_of(random_packed(coding, (70, 200)))
     x = activations(rows, 200)
     together = native.linear(x, layout, int8, version)
     alone = [native.linear(x[i : i + 1], layout, int8, version)[0] for i in range(rows)]
@@ -125,9 +123,13 @@ def test_a_row_has_the_same_bits_alone_and_among_others(
 
 @built
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("bits", BITS)
-def test_the_number_of_threads_changes_no_bit(bits: int, int8: bool, threads: None) -> None:
-    layout = layout_of(random_packed(IntegerCoding(bits, 32), (515, 1030)))
+@pytest.mark.parametrize(
+    "coding",
+    [*(IntegerCoding(bits, 32) for bits in BITS), CodebookCoding("nf4", 32)],
+    ids=lambda coding: coding.label,
+)
+def test_the_number_of_threads_changes_no_bit(coding: GroupedCoding, int8: bool, threads: None) -> None:
+    layout = layout_of(random_packed(coding, (515, 1030)))
     for rows in (5, 40):
         x = activations(rows, 1030)
         torch.set_num_threads(1)
@@ -139,8 +141,9 @@ def test_the_number_of_threads_changes_no_bit(bits: int, int8: bool, threads: No
 
 @built
 @pytest.mark.parametrize("int8", [False, True])
-def test_what_is_not_finite_stays_in_its_row(int8: bool) -> None:
-    packed = random_packed(IntegerCoding(4, 64), (40, 128))
+@pytest.mark.parametrize("coding", [IntegerCoding(4, 64), NF4], ids=lambda coding: coding.label)
+def test_what_is_not_finite_stays_in_its_row(coding: GroupedCoding, int8: bool) -> None:
+    packed = random_packed(coding, (40, 128))
     x = activations(4, 128)
     clean = native.linear(x, layout_of(packed), int8)
     x[1, 5], x[2, 7], x[3, 7] = float("nan"), float("inf"), -float("inf")
@@ -168,8 +171,11 @@ def test_bytes_lie_within_half_a_step_of_the_activations(group_size: int) -> Non
 
 @built
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_linear_that_may_round_its_inputs_takes_the_products_of_bytes(dtype: torch.dtype) -> None:
-    packed = random_packed(IntegerCoding(4, 64), (48, 100))
+@pytest.mark.parametrize("coding", [IntegerCoding(4, 64), NF4], ids=lambda coding: coding.label)
+def test_a_linear_that_may_round_its_inputs_takes_the_products_of_bytes(
+    coding: GroupedCoding, dtype: torch.dtype
+) -> None:
+    packed = random_packed(coding, (48, 100))
     module = CompressedLinear.from_packed(packed, rounds=True)
     assert module.path(1, dtype) == module.path(500, dtype) == "native-int8"
     assert CompressedLinear.from_packed(packed).path(1, dtype) != "native-int8"
@@ -185,6 +191,17 @@ def test_a_linear_takes_the_compiled_path_in_float32_and_agrees_with_its_weight(
     assert module.path(1, torch.float32) == "native-float"
     x = activations(4, 100)
     torch.testing.assert_close(module(x.view(2, 2, 100)).view(4, 48), x @ module.weight.t() + module.bias)
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_codebook_takes_the_compiled_path_and_no_operator_for_integers(dtype: torch.dtype) -> None:
+    packed = random_packed(NF4, (48, 100), order=True)
+    module = CompressedLinear.from_packed(packed)
+    assert module.path(1, dtype) == "native-float"
+    x = activations(4, 100).to(dtype)
+    exact = x.double() @ packed.dequantize(torch.float64).t()
+    torch.testing.assert_close(module(x).double(), exact, atol=1e-4, rtol=torch.finfo(dtype).eps)
 
 
 def test_groups_that_cross_steps_are_left_to_the_reference() -> None:
@@ -236,26 +253,50 @@ def test_products_touch_nothing_that_is_not_theirs(tmp_path: Path) -> None:
 
 
 @built
-@pytest.mark.parametrize("rounds", [False, True])
-def test_torch_compile_takes_a_linear_that_has_run_into_its_graph(rounds: bool) -> None:
-    packed = random_packed(IntegerCoding(4, 64), (48, 128))
+@pytest.mark.parametrize(
+    ("coding", "rounds", "dtype"),
+    [
+        (IntegerCoding(4, 64), False, torch.float32),
+        (IntegerCoding(4, 64), True, torch.float32),
+        (IntegerCoding(4, 64), True, torch.bfloat16),
+        (NF4, False, torch.float32),
+        (NF4, False, torch.bfloat16),
+        (NF4, True, torch.bfloat16),
+    ],
+)
+def test_torch_compile_takes_a_linear_that_has_run_into_its_graph(
+    coding: GroupedCoding, rounds: bool, dtype: torch.dtype
+) -> None:
+    packed = random_packed(coding, (48, 128))
     module = CompressedLinear.from_packed(packed, bias=torch.arange(48.0), rounds=rounds)
-    x = activations(6, 128).view(2, 3, 128)
+    x = activations(6, 128).view(2, 3, 128).to(dtype)
     with torch.no_grad():
+        module(x.float())
         eager = module(x)
         compiled = torch.compile(module, backend="eager", fullgraph=True)(x)
     assert torch.equal(compiled, eager)
 
 
 @built
+def test_float16_is_left_to_the_reference_when_compiled() -> None:
+    module = CompressedLinear.from_packed(random_packed(IntegerCoding(4, 64), (48, 128)), rounds=True)
+    x = activations(6, 128)
+    with torch.no_grad():
+        module(x)
+        eager = module(x.half())
+        assert torch.equal(torch.compile(module, backend="eager")(x.half()), eager)
+
+
+@built
 def test_the_operator_says_its_shape() -> None:
-    layout = layout_of(random_packed(IntegerCoding(3, 32, symmetric=False), (40, 100)))
-    arguments = (layout.codes, layout.scales, layout.zeros, 40, 100, 32, True)
-    torch.library.opcheck(
-        torch.ops.tailorbird.packed_linear.default,
-        (activations(5, 100), *arguments),
-        test_utils=("test_schema", "test_faketensor"),
-    )
+    for coding in (IntegerCoding(3, 32, symmetric=False), CodebookCoding("nf4", 32)):
+        layout = layout_of(random_packed(coding, (40, 100)))
+        arguments = (layout.codes, layout.scales, layout.zeros, layout.table, 40, 100, 32, True)
+        torch.library.opcheck(
+            torch.ops.tailorbird.packed_linear.default,
+            (activations(5, 100), *arguments),
+            test_utils=("test_schema", "test_faketensor"),
+        )
 
 
 @built

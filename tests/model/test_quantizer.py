@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from compressed import INT4, linears, save_compressed
 from tailorbird.errors import CheckpointError, UnsupportedArchitecture
 from tailorbird.formats.modules import CompressedEmbedding, CompressedLinear
-from tailorbird.formats.packed import FloatCoding, IntegerCoding
+from tailorbird.formats.packed import CodebookCoding, FloatCoding, IntegerCoding, coding_to_dict
 from tailorbird.model.layout import BlockLayout, ModelLayout
 from tailorbird.model.load import load, load_tokenizer
 from tiny import ARCHITECTURES, byte_tokenizer, make_model
@@ -47,6 +47,24 @@ def test_loaded_model_computes_with_the_rounded_weights(tmp_path, architecture, 
     assert isinstance(model.get_input_embeddings(), CompressedEmbedding)
     torch.testing.assert_close(logits(model), logits(source), atol=2e-4, rtol=2e-4)
     assert torch.equal(logits(load(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_codebook_loads_computes_and_is_saved_again(tmp_path, dtype):
+    nf4 = CodebookCoding("nf4", 32)
+    model = make_model("llama", tie_word_embeddings=True).to(dtype)
+    source = save_compressed(tmp_path / "a", model, nf4, embedding=nf4, ordered=True)
+    first = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=dtype)
+    linear = first.model.layers[0].self_attn.q_proj
+    assert linear.coding == nf4
+    assert linear.zeros is None
+    tolerance = {"atol": 2e-4, "rtol": 2e-4} if dtype == torch.float32 else {"atol": 5e-2, "rtol": 5e-2}
+    torch.testing.assert_close(logits(first), logits(source), **tolerance)
+    first.save_pretrained(tmp_path / "b")
+    assert torch.equal(logits(load(tmp_path / "b")), logits(first))
+    a, b = tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_import_of_tailorbird_is_enough_in_either_order(tmp_path):
@@ -256,6 +274,13 @@ NAME = "model.layers.0.mlp.up_proj"
         (lambda q: q["modules"].update({"model.layers.0.mlp.side": q["modules"][NAME]}), "mlp.side"),
         (lambda q: q["modules"][NAME].update(out=80), NAME),
         (lambda q: q["modules"][NAME]["coding"].update(bits=8), NAME),
+        (lambda q: q["modules"][NAME].update(coding=coding_to_dict(CodebookCoding("nf4", 32))), "zeros"),
+        (
+            lambda q: q["modules"][NAME].update(
+                coding={**coding_to_dict(CodebookCoding("nf4", 32)), "codebook": "nf3"}
+            ),
+            "nf3",
+        ),
         (lambda q: q["modules"][NAME]["coding"].update(symmetric=True), NAME + ".zeros"),
         (lambda q: q["modules"][NAME]["coding"].update(scale_dtype="float16"), NAME + ".scales"),
         (lambda q: q["modules"][NAME].update(bias=True), NAME + ".bias"),

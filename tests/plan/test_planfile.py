@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tailorbird.errors import SettingsError
-from tailorbird.formats.packed import FloatCoding, IntegerCoding, stored_bytes
+from tailorbird.formats.packed import CodebookCoding, FloatCoding, IntegerCoding, stored_bytes
 from tailorbird.plan.planfile import Plan, load_plan, save_plan
 from tailorbird.plan.yaml_file import MAX_BYTES
 
@@ -136,10 +136,22 @@ def test_a_few_lines_written_by_hand_are_a_plan(tmp_path):
         tmp_path,
         "places:\n"
         "- {name: a, coding: {kind: integer, bits: 3, group_size: 0}}\n"
-        "- {name: b, coding: {kind: float}, shape: [4, 8]}\n",
+        "- {name: b, coding: {kind: float}, shape: [4, 8]}\n"
+        "- {name: c, coding: {kind: codebook, codebook: nf4, group_size: 32}, shape: [4, 96]}\n",
     )
-    assert plan.codings() == {"a": IntegerCoding(3, 0), "b": FloatCoding()}
-    assert [p.bytes for p in plan.places] == [None, 64]
+    assert plan.codings() == {"a": IntegerCoding(3, 0), "b": FloatCoding(), "c": CodebookCoding("nf4", 32)}
+    assert [p.bytes for p in plan.places] == [None, 64, 4 * (48 + 3 * 2)]
+    save_plan(plan, tmp_path / "again.yaml")
+    assert load_plan(tmp_path / "again.yaml") == plan
+
+
+def test_integers_edited_to_a_codebook_lose_what_was_measured(tmp_path):
+    text = saved(tmp_path)
+    coding = "{kind: integer, bits: 4, group_size: 64, symmetric: false, scale_dtype: float16}"
+    assert coding in text
+    edited = load_text(tmp_path, text.replace(coding, "{kind: codebook, codebook: nf4, group_size: 64}", 1))
+    assert edited.places[0].bytes == stored_bytes(CodebookCoding("nf4", 64), 688, 256)
+    assert edited.places[0].measured is None
 
 
 def test_numbers_may_be_written_as_people_write_them(tmp_path):
@@ -190,6 +202,10 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("places: [{name: a, coding: {kind: integer, bits: 4, group_size: 65}}]", r"places\[0\]\.coding.*65"),
         ("places: [{name: a, coding: {kind: integer, bits: '4', group_size: 64}}]", r"coding\.bits.*'4'"),
         ("places: [{name: a, coding: {kind: integer, bitz: 4, group_size: 64}}]", "did you mean `bits`"),
+        ("places: [{name: a, coding: {kind: codebook, codebook: nf5, group_size: 64}}]", "'nf5'.*one of nf4"),
+        ("places: [{name: a, coding: {kind: codebook, group_size: 64}}]", r"lacks .*coding\.codebook"),
+        ("places: [{name: a, coding: {kind: codebook, codebok: nf4}}]", "did you mean `codebook`"),
+        ("places: [{name: a, coding: {kind: codebook, codebook: nf4, group_size: 64, bits: 4}}]", "bits"),
         ("places: [{name: a, coding: {kind: float, dtype: int8}}]", "int8"),
         (MINIMAL + "- {name: a, coding: {kind: float}}\n", "not YAML"),
         (2 * "- {name: a, coding: {kind: float}}\n", "holds a list"),

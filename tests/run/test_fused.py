@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from compressed import save_compressed
 from tailorbird.formats.modules import CompressedLinear
-from tailorbird.formats.packed import IntegerCoding
+from tailorbird.formats.packed import CodebookCoding, GroupedCoding, IntegerCoding
 from tailorbird.kernels import blocks, native
 from tailorbird.model.layout import ModelLayout
 from tailorbird.model.load import load
@@ -26,12 +26,13 @@ from tiny import ARCHITECTURES, make_model
 pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
 
 LENGTH = 70
+INT4, NF4 = IntegerCoding(4, 32), CodebookCoding("nf4", 32)
 
 
 def compressed(
     directory: Path,
     architecture: str,
-    bits: int = 4,
+    coding: GroupedCoding = INT4,
     rounds: bool = False,
     dtype: torch.dtype = torch.float32,
     **config: Any,
@@ -43,7 +44,7 @@ def compressed(
         return replace(stated, modules=modules)
 
     model = make_model(architecture, **config).to(dtype)
-    save_compressed(directory, model, IntegerCoding(bits, 32), layout=layout)
+    save_compressed(directory, model, coding, layout=layout)
     return load(str(directory))
 
 
@@ -122,29 +123,37 @@ def test_variants_agree(architecture: str, config: dict[str, Any], tmp_path: Pat
     torch.testing.assert_close(logits, by_modules(model, ids), atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 5, 6, 8])
+@pytest.mark.parametrize(
+    "coding",
+    [*(IntegerCoding(bits, 32) for bits in (2, 3, 5, 6, 8)), NF4],
+    ids=lambda coding: coding.label,
+)
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "falcon", "olmo2"])
-def test_every_width_agrees(bits: int, architecture: str, tmp_path: Path) -> None:
-    model = compressed(tmp_path / "m", architecture, bits)
+def test_every_coding_agrees(architecture: str, coding: GroupedCoding, tmp_path: Path) -> None:
+    model = compressed(tmp_path / "m", architecture, coding)
     ids = tokens(2)
     torch.testing.assert_close(in_pieces(model, ids, [40]), by_modules(model, ids), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("coding", [INT4, NF4], ids=lambda c: c.label)
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "phi3", "gemma3_text", "falcon", "olmo2"])
-def test_rounded_inputs_agree_up_to_their_rounding(architecture: str, tmp_path: Path) -> None:
+def test_rounded_inputs_agree_up_to_their_rounding(
+    architecture: str, coding: GroupedCoding, tmp_path: Path
+) -> None:
     """A value between two bytes may fall to either side: the last float32 bit before it decides."""
-    model = compressed(tmp_path / "m", architecture, rounds=True)
+    model = compressed(tmp_path / "m", architecture, coding, rounds=True)
     ids = tokens(2)
     logits, expected = in_pieces(model, ids, [50]), by_modules(model, ids)
     assert float((logits - expected).norm() / expected.norm()) < 5e-3
 
 
+@pytest.mark.parametrize("coding", [INT4, NF4], ids=lambda c: c.label)
 @pytest.mark.parametrize("rounds", [False, True])
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma3_text", "falcon", "olmo2"])
 def test_a_token_has_the_same_bits_whatever_runs_beside_it(
-    architecture: str, rounds: bool, tmp_path: Path
+    architecture: str, rounds: bool, coding: GroupedCoding, tmp_path: Path
 ) -> None:
-    model = compressed(tmp_path / "m", architecture, rounds=rounds)
+    model = compressed(tmp_path / "m", architecture, coding, rounds=rounds)
     ids = tokens(9)
     together = in_pieces(model, ids, [40])
     assert torch.equal(in_pieces(model, ids, [3, 35, 36, 64]), together)
@@ -223,12 +232,17 @@ def test_unlike_lengths_run_in_one_batch(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("coding", [IntegerCoding(3, 32), NF4], ids=lambda c: c.label)
 @pytest.mark.parametrize("version", range(native.best_version() + 1))
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "falcon", "olmo2"])
 def test_every_version_of_the_blocks_agrees(
-    architecture: str, version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str,
+    version: int,
+    coding: GroupedCoding,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = compressed(tmp_path / "m", architecture, 3)
+    model = compressed(tmp_path / "m", architecture, coding)
     expected = by_modules(model, tokens(2))
     monkeypatch.setattr("tailorbird.kernels.blocks.best_version", lambda: version)
     torch.testing.assert_close(in_pieces(model, tokens(2), [33]), expected, atol=2e-5, rtol=1e-4)

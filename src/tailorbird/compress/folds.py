@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.errors import CheckpointError
-from tailorbird.formats.packed import Coding, IntegerCoding
+from tailorbird.formats.packed import Coding, GroupedCoding
 from tailorbird.linear.quantize.awq import Awq, apply_norm_fold, apply_pair_fold, scale_statistics
 from tailorbird.model.anatomy import Anatomy, BlockAnatomy, LinearPlace, NormGroup, ScalePair
 from tailorbird.model.outline import put_tensor
@@ -257,7 +257,7 @@ class BlockFolding:
         return scale_statistics(statistics, folded.scales)
 
     def _rounded(self, names: Iterable[str]) -> bool:
-        return all(isinstance(self.codings.get(name), IntegerCoding) for name in names)
+        return all(isinstance(self.codings.get(name), GroupedCoding) for name in names)
 
     def _put(self, name: str, part: str, tensor: Tensor | None) -> None:
         """Replace a norm's weight or a bias in the file and in the block."""

@@ -26,7 +26,7 @@ from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.compress.folds import FOLDS_FILE, BlockFolding
 from tailorbird.compress.job import Job
 from tailorbird.evaluate.streamed import batches
-from tailorbird.formats.packed import Coding, IntegerCoding, PackedWeight, coding_to_dict
+from tailorbird.formats.packed import Coding, GroupedCoding, PackedWeight, coding_to_dict
 from tailorbird.linear import LinearMethod
 from tailorbird.linear.error import output_error, row_errors
 from tailorbird.linear.quantize.awq import Awq
@@ -372,14 +372,14 @@ def quantization_config(
     modules: dict[str, Any] = {}
     for place in anatomy.linears():
         coding = codings.get(place.name)
-        if isinstance(coding, IntegerCoding):
+        if isinstance(coding, GroupedCoding):
             modules[place.name] = {
                 "out": place.out_features, "in": place.in_features, "bias": place.bias,
                 "coding": coding_to_dict(coding), "order": False,
             }  # fmt: skip
     for name in dict.fromkeys((anatomy.embedding, anatomy.head)):
         coding = codings.get(name)
-        if isinstance(coding, IntegerCoding):
+        if isinstance(coding, GroupedCoding):
             out_features, in_features = anatomy.end_shape(name)
             modules[name] = {
                 "out": out_features, "in": in_features, "bias": False,

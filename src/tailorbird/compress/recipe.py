@@ -1,7 +1,7 @@
 """A recipe: which method compresses, and for `compress` also which coding every linear takes.
 
-Written as one line, ``gptq:bits=4,group=64``, or with a fold before the method,
-``awq+gptq:bits=4,group=64``, or as a YAML file:
+Written as one line, ``gptq:bits=4,group=64`` or ``gptq:codebook=nf4,group=64``, or with a fold before the
+method, ``awq+gptq:bits=4,group=64``, or as a YAML file:
 
     method: gptq
     settings: {act_order: true}
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tailorbird.errors import CheckpointError, SettingsError, nearest
-from tailorbird.formats.packed import Coding, IntegerCoding, coding_from_dict, coding_to_dict
+from tailorbird.formats.packed import CodebookCoding, Coding, IntegerCoding, coding_from_dict, coding_to_dict
 from tailorbird.linear import FOLDS, LINEAR_METHODS, LinearMethod
 from tailorbird.linear.quantize.awq import Awq
 from tailorbird.linear.quantize.gptq import Gptq
@@ -32,7 +32,7 @@ FIELDS = ("method", "settings", "coding", "embedding", "fold", "fold_settings")
 JOINT = "+"
 SHORT = {"group": "group_size"}
 #: what a line may state of the coding
-CODING = ("bits", "symmetric", "scale_dtype", "group_size")
+CODING = ("bits", "codebook", "symmetric", "scale_dtype", "group_size")
 EXAMPLE = "write for example gptq:bits=4,group=64"
 
 _Kind = TypeVar("_Kind", bound=Rtn | Gptq | Awq)
@@ -90,7 +90,7 @@ def make_recipe(
     settings, fold_settings : dict, optional
         Of the method and of the fold.
     coding, embedding : dict, optional
-        As in ``config.json``; of an integer coding, what is left out is 4 bits in groups of 64.
+        As in ``config.json``; left out are 4 bits, or with `codebook` those of its codes, and groups of 64.
 
     Raises
     ------
@@ -155,7 +155,8 @@ def _coding(entry: dict[str, Any] | None) -> Coding | None:
         raise SettingsError(
             f"coding {entry!r}", "a mapping such as {bits: 4, group_size: 64}", "correct the recipe"
         )
-    full = entry if "kind" in entry else {**coding_to_dict(IntegerCoding(4, 64)), **entry}
+    default = CodebookCoding("nf4", 64) if "codebook" in entry else IntegerCoding(4, 64)
+    full = entry if "kind" in entry else {**coding_to_dict(default), **entry}
     try:
         return coding_from_dict(full)
     except CheckpointError as error:
@@ -194,8 +195,8 @@ def parse_recipe(text: str) -> Recipe:
                 nearest(key, {*SHORT, *CODING, "embedding_bits", *known}),
             )
     recipe = make_recipe(name, stated, coding, embedding)
-    if "bits" not in coding:
-        raise SettingsError(f"recipe `{text}` states no bits", "name:bits=N", EXAMPLE)
+    if not coding.keys() & {"bits", "codebook"}:
+        raise SettingsError(f"recipe `{text}` states no bits", "name:bits=N, or name:codebook=nf4", EXAMPLE)
     return recipe
 
 

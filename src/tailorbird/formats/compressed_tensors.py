@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from tailorbird.errors import ExportError
-from tailorbird.formats.packed import Coding, FloatCoding, IntegerCoding, PackedWeight
+from tailorbird.formats.packed import CodebookCoding, Coding, FloatCoding, IntegerCoding, PackedWeight
 from tailorbird.kernels.packing import pack_codes, unpack_codes
 from tailorbird.kernels.reference import group_layout
 
@@ -38,6 +38,8 @@ def refusal(coding: Coding, in_features: int, has_order: bool = False) -> str | 
     """
     if isinstance(coding, FloatCoding):
         return f"`{coding.label}` is not an integer coding"
+    if isinstance(coding, CodebookCoding):
+        return f"the levels of `{coding.codebook}` have no place in it"
     groups, _ = group_layout(in_features, coding.group_size)
     if has_order and groups > 1:
         return "its columns are stored in another order than the inputs', across groups"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tailorbird.errors import ExportError
-from tailorbird.formats.packed import Coding, FloatCoding, IntegerCoding, PackedWeight
+from tailorbird.formats.packed import CodebookCoding, Coding, FloatCoding, GroupedCoding, PackedWeight
 from tailorbird.kernels.packing import unpack_codes
 from tailorbird.kernels.reference import group_layout
 
@@ -34,6 +34,8 @@ def refusal(coding: Coding, in_features: int, has_order: bool = False) -> str | 
     """Why no GGUF type holds a weight of this coding exactly; None where one does."""
     if isinstance(coding, FloatCoding):
         return None
+    if isinstance(coding, CodebookCoding):
+        return f"the levels of `{coding.codebook}` have no place in GGUF's block types"
     _, size = group_layout(in_features, coding.group_size)
     if not coding.symmetric:
         return "its zero points have no place in GGUF's block types"
@@ -98,7 +100,7 @@ def blocks(weight: PackedWeight) -> Tensor:
     return torch.cat(parts, dim=-1).flatten(1)
 
 
-def _block_values(values: Tensor, coding: IntegerCoding) -> list[Tensor]:
+def _block_values(values: Tensor, coding: GroupedCoding) -> list[Tensor]:
     """What follows the scale in each block; `values` are codes `[out, blocks, 32]`."""
     name = gguf_type(coding)
     zero = 1 << (coding.bits - 1)

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from tailorbird.errors import CheckpointError, SettingsError
-from tailorbird.formats.packed import FloatCoding, IntegerCoding, PackedWeight, check_order, tensor_layout
+from tailorbird.formats.packed import (
+    FloatCoding,
+    GroupedCoding,
+    PackedWeight,
+    check_order,
+    tensor_layout,
+    unpacking,
+)
 from tailorbird.kernels import dispatch, native, reference
 
 _STORED = ("codes", "scales", "zeros", "order")
@@ -85,18 +92,18 @@ class _PackedModule(nn.Module):
     only `compute_dtype`.
     """
 
-    coding: IntegerCoding
+    coding: GroupedCoding
     compute_dtype: torch.dtype
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
     order: Tensor | None
 
-    def _create(self, rows: int, columns: int, coding: IntegerCoding, has_order: bool, device: Any) -> None:
+    def _create(self, rows: int, columns: int, coding: GroupedCoding, has_order: bool, device: Any) -> None:
         if isinstance(coding, FloatCoding):
             raise SettingsError(
                 f"a compressed module of coding `{coding.label}`",
-                "an integer coding",
+                "integers or a codebook",
                 "keep weights of a float coding in an ordinary module",
             )
         self.coding = coding
@@ -132,11 +139,10 @@ class _PackedModule(nn.Module):
             self.codes,
             self.scales,
             self.zeros,
-            bits=self.coding.bits,
-            group_size=self.coding.group_size,
             in_features=self._shape()[1],
             dtype=self.compute_dtype,
             order=self.order,
+            **unpacking(self.coding),
         )
         return weight.as_subclass(DequantizedWeight)
 
@@ -208,7 +214,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
     Parameters
     ----------
     in_features, out_features : int
-    coding : IntegerCoding
+    coding : IntegerCoding or CodebookCoding
     bias : bool
     has_order : bool
         Whether columns are stored in another order than that of the inputs.
@@ -230,7 +236,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
         self,
         in_features: int,
         out_features: int,
-        coding: IntegerCoding,
+        coding: GroupedCoding,
         bias: bool,
         has_order: bool = False,
         device: torch.device | str | None = None,
@@ -261,7 +267,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
         if isinstance(packed.coding, FloatCoding):
             raise SettingsError(
                 f"a packed weight of coding `{packed.coding.label}`",
-                "an integer coding",
+                "integers or a codebook",
                 "put the weight into an ordinary nn.Linear",
             )
         module = cls(
@@ -323,7 +329,10 @@ class CompressedLinear(_PackedModule, nn.Linear):
         fast = self._native or self._fast
         if torch.compiler.is_compiling() and fast is not None and not gradient:
             layout = fast.layout
-            if isinstance(layout, native.Tiles) and (self.rounds or input.dtype == torch.float32):
+            if isinstance(layout, native.Tiles) and (
+                input.dtype == torch.float32
+                or (input.dtype == torch.bfloat16 and (self.rounds or layout.table is not None))
+            ):
                 output = native.traced_linear(_ordered(input, order), layout, self.rounds)
                 return output if self.bias is None else output + self.bias.to(output.dtype)
         rows = input.numel() // self.in_features
@@ -336,10 +345,9 @@ class CompressedLinear(_PackedModule, nn.Linear):
                 codes,
                 stored["scales"],
                 stored["zeros"],
-                bits=self.coding.bits,
-                group_size=self.coding.group_size,
                 in_features=self.in_features,
                 bias=self.bias,
+                **unpacking(self.coding),
             )
         if path.as_stored:
             layout = self._prepare(path, order=order)
@@ -378,9 +386,8 @@ class CompressedLinear(_PackedModule, nn.Linear):
             self.codes,
             self.scales,
             self.zeros,
-            bits=self.coding.bits,
-            group_size=self.coding.group_size,
             in_features=self.in_features,
+            **unpacking(self.coding),
             **settings,
         )
 
@@ -430,7 +437,7 @@ class CompressedEmbedding(_PackedModule, nn.Embedding):
     Parameters
     ----------
     num_embeddings, embedding_dim : int
-    coding : IntegerCoding
+    coding : IntegerCoding or CodebookCoding
     padding_idx : int, optional
         Kept for whoever reads it; its row is what is stored.
     device : torch.device or str, optional
@@ -446,7 +453,7 @@ class CompressedEmbedding(_PackedModule, nn.Embedding):
         self,
         num_embeddings: int,
         embedding_dim: int,
-        coding: IntegerCoding,
+        coding: GroupedCoding,
         padding_idx: int | None = None,
         has_order: bool = False,
         device: torch.device | str | None = None,
@@ -467,7 +474,7 @@ class CompressedEmbedding(_PackedModule, nn.Embedding):
         if isinstance(packed.coding, FloatCoding):
             raise SettingsError(
                 f"a packed weight of coding `{packed.coding.label}`",
-                "an integer coding",
+                "integers or a codebook",
                 "put the weight into an ordinary nn.Embedding",
             )
         module = cls(
@@ -497,11 +504,10 @@ class CompressedEmbedding(_PackedModule, nn.Embedding):
             self.codes.index_select(0, ids),
             self.scales.index_select(0, ids),
             None if self.zeros is None else self.zeros.index_select(0, ids),
-            bits=self.coding.bits,
-            group_size=self.coding.group_size,
             in_features=self.embedding_dim,
             dtype=self.compute_dtype,
             order=self.order,
+            **unpacking(self.coding),
         )
         return rows.view(*input.shape, self.embedding_dim)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tailorbird.errors import CheckpointError, SettingsError, nearest
+from tailorbird.formats import codebooks
 from tailorbird.kernels.packing import check_bits, pack_codes, packed_width
 from tailorbird.kernels.reference import dequantize, group_layout
 
@@ -57,6 +58,7 @@ class IntegerCoding:
     """
 
     kind: ClassVar[str] = "integer"
+    levels: ClassVar[None] = None
     bits: int
     group_size: int
     symmetric: bool = False
@@ -75,6 +77,54 @@ class IntegerCoding:
         parts = [f"int{self.bits}", f"g{self.group_size}" if self.group_size else "row"]
         if self.symmetric:
             parts.append("sym")
+        if self.scale_dtype != "bfloat16":
+            parts.append(_SHORT[self.scale_dtype])
+        return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class CodebookCoding:
+    """Codes of 4 bits for the 16 levels of a codebook: `scale * levels[code]`, one scale per group of a row.
+
+    Parameters
+    ----------
+    codebook : str
+        "nf4" (`codebooks`).
+    group_size : int
+        As of `IntegerCoding`.
+    scale_dtype : str
+        "bfloat16" or "float16".
+    """
+
+    kind: ClassVar[str] = "codebook"
+    codebook: str
+    group_size: int
+    scale_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        _one_of("codebook", self.codebook, codebooks.LEVELS)
+        _one_of("group_size", self.group_size, GROUP_SIZES)
+        _one_of("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+
+    @property
+    def bits(self) -> int:
+        """Bits per code: 4."""
+        return codebooks.BITS
+
+    @property
+    def symmetric(self) -> bool:
+        """True: no zero points are stored."""
+        return True
+
+    @property
+    def levels(self) -> Tensor:
+        """What the codes stand for, up to the scale: int8 `[16]`, ascending."""
+        return codebooks.LEVELS[self.codebook]
+
+    @property
+    def label(self) -> str:
+        """Short name: `nf4 g64`, `nf4 row`, `nf4 g64 fp16`."""
+        parts = [self.codebook, f"g{self.group_size}" if self.group_size else "row"]
         if self.scale_dtype != "bfloat16":
             parts.append(_SHORT[self.scale_dtype])
         return " ".join(parts)
@@ -107,9 +157,12 @@ class FloatCoding:
         return _SHORT[self.dtype]
 
 
-Coding = IntegerCoding | FloatCoding
-_KINDS: dict[str, type[IntegerCoding] | type[FloatCoding]] = {
+#: codings of codes with scales of groups
+GroupedCoding = IntegerCoding | CodebookCoding
+Coding = GroupedCoding | FloatCoding
+_KINDS: dict[str, type[IntegerCoding] | type[CodebookCoding] | type[FloatCoding]] = {
     IntegerCoding.kind: IntegerCoding,
+    CodebookCoding.kind: CodebookCoding,
     FloatCoding.kind: FloatCoding,
 }
 
@@ -179,6 +232,12 @@ def tensor_layout(
     return layout
 
 
+def unpacking(coding: GroupedCoding) -> dict[str, Any]:
+    """What those who read codes, such as `reference.dequantize`, are told of a coding."""
+    told: dict[str, Any] = {"bits": coding.bits, "group_size": coding.group_size}
+    return told if coding.levels is None else {**told, "levels": coding.levels}
+
+
 def stored_bytes(coding: Coding, out_features: int, in_features: int, has_order: bool = False) -> int:
     """Exact bytes of the tensors of `tensor_layout`: codes, scales, zeros, order; or the float values."""
     layout = tensor_layout(coding, out_features, in_features, has_order)
@@ -196,7 +255,8 @@ class PackedWeight:
     tensors : dict[str, Tensor]
         Integer coding: `codes` uint8 `[out, ceil(in * bits / 8)]`, `scales` `[out, groups]`, `zeros` uint8
         `[out, ceil(groups * bits / 8)]` unless symmetric, and where columns are permuted `order` int32
-        `[in]` (stored column j is input `order[j]`). Float coding: `weight` `[out, in]`.
+        `[in]` (stored column j is input `order[j]`). Codebook: the same without zeros. Float coding: `weight`
+        `[out, in]`.
 
     Raises
     ------
@@ -236,7 +296,7 @@ class PackedWeight:
         values: Tensor,
         scales: Tensor,
         zeros: Tensor | None,
-        coding: IntegerCoding,
+        coding: GroupedCoding,
         order: Tensor | None = None,
     ) -> PackedWeight:
         """Pack codes that a rounding method has chosen.
@@ -248,8 +308,8 @@ class PackedWeight:
         scales : Tensor[out_features, groups], floating point
             Already rounded to the coding's scale dtype (the tensor itself may be wider).
         zeros : Tensor[out_features, groups], integer, or None
-            None exactly for a symmetric coding.
-        coding : IntegerCoding
+            None exactly for a symmetric coding and for a codebook.
+        coding : IntegerCoding or CodebookCoding
         order : Tensor[in_features], integer, or None
             Stored column `j` is input `order[j]`.
 
@@ -292,11 +352,10 @@ class PackedWeight:
             self.tensors["codes"],
             self.tensors["scales"],
             self.tensors.get("zeros"),
-            bits=self.coding.bits,
-            group_size=self.coding.group_size,
             in_features=self.in_features,
             dtype=dtype,
             order=self.tensors.get("order"),
+            **unpacking(self.coding),
         )
 
 

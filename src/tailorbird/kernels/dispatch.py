@@ -27,7 +27,7 @@ logger = logging.getLogger("tailorbird")
 REFERENCE = "reference"
 
 
-class GroupedIntegers(Protocol):
+class GroupedCodes(Protocol):
     """What a path needs to know of a coding."""
 
     @property
@@ -36,6 +36,8 @@ class GroupedIntegers(Protocol):
     def group_size(self) -> int: ...
     @property
     def symmetric(self) -> bool: ...
+    @property
+    def levels(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +58,7 @@ class Path:
         Whether this machine has what it needs.
     missing : str
         What it lacks otherwise.
-    serves : Callable[[GroupedIntegers, int], bool]
+    serves : Callable[[GroupedCodes, int], bool]
         Whether a coding with so many inputs can be laid out for it.
     prepare : Callable[..., layout]
         Lays stored tensors out; arguments as in `reference.dequantize`.
@@ -79,7 +81,7 @@ class Path:
     max_rows: int
     runs_here: Callable[[], bool]
     missing: str
-    serves: Callable[[GroupedIntegers, int], bool]
+    serves: Callable[[GroupedCodes, int], bool]
     prepare: Callable[..., Any]
     multiply: Callable[[Tensor, Any], Tensor]
     example: tuple[int, int]
@@ -88,7 +90,7 @@ class Path:
     as_stored: bool = False
 
 
-def _fits_signed_bytes(coding: GroupedIntegers, in_features: int) -> bool:
+def _fits_signed_bytes(coding: GroupedCodes, in_features: int) -> bool:
     one_group = group_layout(in_features, coding.group_size)[0] == 1
     return one_group and (coding.bits in (5, 6) or (coding.bits == 8 and coding.symmetric))
 
@@ -153,7 +155,7 @@ PATHS = (
         max_rows=48,
         runs_here=cpu.has_vector_kernels,
         missing="this processor has neither AVX2 nor AVX-512",
-        serves=lambda coding, in_features: coding.bits <= 4,
+        serves=lambda coding, in_features: coding.levels is None and coding.bits <= 4,
         prepare=cpu.nibble_planes,
         multiply=cpu.linear_nibbles,
         example=(4, 32),
@@ -173,7 +175,7 @@ PATHS = (
     Path(
         name="native-float",
         device="cpu",
-        dtypes=(torch.float32,),
+        dtypes=(torch.float32, torch.bfloat16),
         max_rows=32,
         runs_here=native.available,
         missing="tailorbird was installed without a C++ compiler",
@@ -189,7 +191,7 @@ PATHS = (
         max_rows=1 << 30,
         runs_here=native.available,
         missing="tailorbird was installed without a C++ compiler",
-        serves=native.serves,
+        serves=lambda coding, in_features: coding.levels is None and native.serves(coding, in_features),
         prepare=panels.StoredWeight,
         multiply=panels.linear,
         example=(3, 32),
@@ -235,7 +237,7 @@ _works._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def find(
-    coding: GroupedIntegers,
+    coding: GroupedCodes,
     in_features: int,
     rows: int,
     dtype: torch.dtype,
@@ -263,7 +265,7 @@ def find(
 
 
 def choose(
-    coding: GroupedIntegers,
+    coding: GroupedCodes,
     in_features: int,
     rows: int,
     dtype: torch.dtype,

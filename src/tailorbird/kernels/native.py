@@ -37,6 +37,7 @@ class WeightStructure(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros")),
         *((name, ctypes.c_int64) for name in ("rows", "in_features", "columns", "groups", "group_columns")),
         *((name, ctypes.c_int32) for name in ("bits", "half")),
+        ("table", ctypes.c_void_p),
     ]
 
 
@@ -57,9 +58,12 @@ class Tiles:
     Parameters
     ----------
     codes : Tensor[tiles, steps, bits, LANES], int32
+        `bits` as they are stored.
     scales : Tensor[tiles, groups, LANES], float16 or bfloat16
     zeros : Tensor[tiles, groups, LANES], uint8, or None
         None means symmetric.
+    table : Tensor[16], uint8, or None
+        Levels of a codebook plus 128; None means that codes are integers.
     out_features, in_features : int
     described : WeightStructure
         The C structure that describes them.
@@ -68,6 +72,7 @@ class Tiles:
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
+    table: Tensor | None
     out_features: int
     in_features: int
     described: WeightStructure
@@ -194,6 +199,7 @@ def tiles(
     bits: int,
     group_size: int,
     in_features: int,
+    levels: Tensor | None = None,
     arena: Arena | None = None,
 ) -> Tiles:
     """Lay a stored weight out for `linear`; other arguments as in `reference.dequantize`.
@@ -213,12 +219,29 @@ def tiles(
     )
     by_tile = rows_by_tile(scales)
     zero = None if zeros is None else rows_by_tile(unpack_codes(zeros, bits, groups))
-    described = WeightStructure(
-        words.data_ptr(), by_tile.data_ptr(), None if zero is None else zero.data_ptr(), out_features,
-        in_features, steps * STEP, groups, steps * STEP if groups == 1 else size, bits,
-        int(scales.dtype == torch.float16),
+    table = None if levels is None else (levels.short() + 128).to(torch.uint8)
+    described = _described(
+        words, by_tile, zero, table, out_features, in_features, steps * STEP if groups == 1 else size
+    )
+    return Tiles(words, by_tile, zero, table, out_features, in_features, described)
+
+
+def _described(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    out_features: int,
+    in_features: int,
+    group_columns: int,
+) -> WeightStructure:
+    """The C structure of tensors as in `Tiles`."""
+    steps, bits = codes.shape[1:3]
+    return WeightStructure(
+        codes.data_ptr(), scales.data_ptr(), None if zeros is None else zeros.data_ptr(), out_features,
+        in_features, steps * STEP, scales.shape[1], group_columns, bits if table is None else 8,
+        int(scales.dtype == torch.float16), None if table is None else table.data_ptr(),
     )  # fmt: skip
-    return Tiles(words, by_tile, zero, out_features, in_features, described)
 
 
 def rows_by_tile(values: Tensor) -> Tensor:
@@ -283,8 +306,8 @@ def traced_linear(x: Tensor, layout: Tiles, int8: bool) -> Tensor:
     """`linear` as an operator that `torch.compile` takes into its graph; `x` may have more dimensions."""
     described = layout.described
     return torch.ops.tailorbird.packed_linear(
-        x, layout.codes, layout.scales, layout.zeros, layout.out_features, layout.in_features,
-        described.group_columns, int8,
+        x, layout.codes, layout.scales, layout.zeros, layout.table, layout.out_features,
+        layout.in_features, described.group_columns, int8,
     )  # fmt: skip
 
 
@@ -302,8 +325,8 @@ def _multiply(x: Tensor, described: WeightStructure, int8: bool, version: int) -
 
 torch.library.define(
     "tailorbird::packed_linear",
-    "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, SymInt out_features, SymInt in_features, "
-    "SymInt group_columns, bool int8) -> Tensor",
+    "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? table, SymInt out_features, "
+    "SymInt in_features, SymInt group_columns, bool int8) -> Tensor",
 )
 
 
@@ -313,16 +336,13 @@ def _packed_linear(
     codes: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
+    table: Tensor | None,
     out_features: int,
     in_features: int,
     group_columns: int,
     int8: bool,
 ) -> Tensor:
-    steps, bits = codes.shape[1:3]
-    described = WeightStructure(
-        codes.data_ptr(), scales.data_ptr(), None if zeros is None else zeros.data_ptr(), out_features,
-        in_features, steps * STEP, scales.shape[1], group_columns, bits, int(scales.dtype == torch.float16),
-    )  # fmt: skip
+    described = _described(codes, scales, zeros, table, out_features, in_features, group_columns)
     y = _multiply(x.reshape(-1, in_features), described, int8, best_version())
     return y.view(*x.shape[:-1], out_features)
 
@@ -333,6 +353,7 @@ def _packed_linear_shape(
     codes: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
+    table: Tensor | None,
     out_features: int,
     in_features: int,
     group_columns: int,

@@ -40,7 +40,7 @@ class StoredWeight:
     scales : Tensor[out_features, groups], float16 or bfloat16
     zeros : Tensor[out_features, ceil(groups * bits / 8)], uint8, or None
     bits, group_size, in_features : int
-        Groups are as in `native.serves`.
+        Groups are as in `native.serves`; the codes are integers.
     order : Tensor[in_features], integer, or None
     """
 

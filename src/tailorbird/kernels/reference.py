@@ -1,7 +1,7 @@
-"""The exact, slow path of grouped integer weights: dequantize, then multiply.
+"""The exact, slow path of weights of codes and scales: dequantize, then multiply.
 
 Every fast kernel is tested against these two functions. A dequantized float32 value is exact: the
-difference of code and zero point has at most 9 significant bits and a 16-bit scale at most 11.
+difference of code and zero point has at most 9 significant bits, a level 7, and a 16-bit scale at most 11.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ def dequantize(
     in_features: int,
     dtype: torch.dtype = torch.float32,
     order: Tensor | None = None,
+    levels: Tensor | None = None,
 ) -> Tensor:
-    """Weight `scale * (code - zero)`, computed in float32 and then rounded to `dtype`.
+    """Weight `scale * (code - zero)`, or `scale * levels[code]`, in float32 and then rounded to `dtype`.
 
     Works through the rows in chunks: beyond the result it takes a few megabytes, or a few copies of
     one row where that is more.
@@ -53,6 +54,8 @@ def dequantize(
         Of the result.
     order : Tensor[in_features], integer, or None
         Column `j` of the stored codes belongs to input `order[j]`.
+    levels : Tensor[2**bits], int8, or None
+        What codes stand for where they aren't integers; then there are no zero points.
 
     Returns
     -------
@@ -63,12 +66,15 @@ def dequantize(
     groups, size = group_layout(in_features, group_size)
     weight = torch.empty((rows_total, in_features), dtype=dtype, device=codes.device)
     position = None if order is None else torch.argsort(order)
+    table = None if levels is None else levels.to(codes.device).float()
     for rows in row_chunks(rows_total, in_features):
         values = unpack_codes(codes[rows], bits, in_features)
         if groups * size != in_features:
             values = torch.nn.functional.pad(values, (0, groups * size - in_features))
         chunk = values.view(-1, groups, size).float()
-        if zeros is None:
+        if table is not None:
+            chunk = table.index_select(0, values.flatten().int()).view(-1, groups, size)
+        elif zeros is None:
             chunk.sub_(float(1 << (bits - 1)))
         else:
             chunk.sub_(unpack_codes(zeros[rows], bits, groups).unsqueeze(-1))
@@ -121,6 +127,7 @@ def linear(
     in_features: int,
     bias: Tensor | None = None,
     order: Tensor | None = None,
+    levels: Tensor | None = None,
 ) -> Tensor:
     """`x @ weight.T + bias` with the weight dequantized to the dtype of `x`.
 
@@ -128,7 +135,7 @@ def linear(
     ----------
     x : Tensor[..., in_features], floating point
     bias : Tensor[out_features] or None
-    codes, scales, zeros, bits, group_size, in_features, order
+    codes, scales, zeros, bits, group_size, in_features, order, levels
         As for `dequantize`.
 
     Returns
@@ -144,5 +151,6 @@ def linear(
         in_features=in_features,
         dtype=x.dtype,
         order=order,
+        levels=levels,
     )
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))

@@ -77,7 +77,7 @@ class Planes:
 def serves(coding: Any, in_features: int) -> bool:
     """Whether weights of such a coding can be laid out: one group a row, or groups of whole chunks."""
     groups, size = group_layout(in_features, coding.group_size)
-    return coding.bits in PLANES and (groups == 1 or size % CHUNK == 0)
+    return coding.levels is None and coding.bits in PLANES and (groups == 1 or size % CHUNK == 0)
 
 
 def step_inputs(bits: int) -> int:

@@ -16,7 +16,7 @@ from tailorbird.formats.packed import (
     SCHEMA_VERSION,
     Coding,
     FloatCoding,
-    IntegerCoding,
+    GroupedCoding,
     coding_from_dict,
     coding_to_dict,
     tensor_layout,
@@ -56,9 +56,9 @@ class ModuleLayout:
 
     def __post_init__(self) -> None:
         if self.rounds and isinstance(self.coding, FloatCoding):
-            raise _wrong(f"`activation` {INT8} with float values", "it only where values are integers")
+            raise _wrong(f"`activation` {INT8} with float values", "it only where values are codes")
         if self.order and isinstance(self.coding, FloatCoding):
-            raise _wrong("`order` true with float values", "order only where values are integers")
+            raise _wrong("`order` true with float values", "order only where values are codes")
 
     def tensor_names(self, module: str) -> tuple[str, ...]:
         """Names under which the weight of `module` is stored, the bias not among them."""
@@ -120,7 +120,7 @@ class ModelLayout:
         """Whether embedding and head are one compressed place."""
         if not self.tied or self.embedding is None or self.embedding not in self.modules:
             return False
-        return isinstance(self.modules[self.embedding].coding, IntegerCoding)
+        return isinstance(self.modules[self.embedding].coding, GroupedCoding)
 
     def to_dict(self) -> dict[str, Any]:
         """The value of `quantization_config`, in JSON types."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.calibrate.stream import StreamingModel
-from tailorbird.formats.packed import Coding, IntegerCoding
+from tailorbird.formats.packed import Coding, GroupedCoding
 from tailorbird.linear import LinearMethod
 from tailorbird.linear.error import output_error, row_energies
 from tailorbird.model.anatomy import Anatomy
@@ -87,7 +87,7 @@ def end_errors(
     for coding in codings:
         approximation = (
             rounded(sample, coding).dequantize()
-            if isinstance(coding, IntegerCoding)
+            if isinstance(coding, GroupedCoding)
             else sample.to(getattr(torch, coding.dtype)).to(sample.dtype)
         )
         for use, gram in grams.items():

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tailorbird.formats.packed import Coding, IntegerCoding
+from tailorbird.formats.packed import Coding, GroupedCoding
 from tailorbird.kernels.reference import to_bytes
 from tailorbird.plan.scores import Scores
 
@@ -43,7 +43,7 @@ class InputErrors:
     """
 
     def __init__(self, in_features: int, codings: Sequence[Coding]) -> None:
-        groups = sorted({coding.group_size for coding in codings if isinstance(coding, IntegerCoding)})
+        groups = sorted({coding.group_size for coding in codings if isinstance(coding, GroupedCoding)})
         self.sums = {group: torch.zeros(in_features, dtype=torch.float64) for group in groups}
         self.tokens = 0
 
@@ -73,11 +73,11 @@ class InputErrors:
 
 
 def input_cost(scores: Scores, codings: Mapping[str, Coding]) -> dict[str, float]:
-    """Place -> nats of KL that rounding its inputs to bytes adds, where its weight holds integers."""
+    """Place -> nats of KL that rounding its inputs to bytes adds, where its weight holds codes."""
     costs = {}
     for place in scores.places:
         coding = codings.get(place.name)
-        if isinstance(coding, IntegerCoding) and input_key(coding.group_size) in place.errors:
+        if isinstance(coding, GroupedCoding) and input_key(coding.group_size) in place.errors:
             costs[place.name] = place.coefficient * place.errors[input_key(coding.group_size)]
     return costs
 

@@ -17,7 +17,14 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, Strict, Validation
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from tailorbird.errors import CheckpointError, SettingsError, nearest
-from tailorbird.formats.packed import Coding, FloatCoding, IntegerCoding, coding_from_dict, stored_bytes
+from tailorbird.formats.packed import (
+    CodebookCoding,
+    Coding,
+    FloatCoding,
+    IntegerCoding,
+    coding_from_dict,
+    stored_bytes,
+)
 from tailorbird.model.writing import write_text
 from tailorbird.plan.yaml_file import FLOAT, read_yaml, refuse, shortened
 
@@ -61,6 +68,15 @@ class IntegerEntry(_CodingEntry):
     scale_dtype: str = IntegerCoding.scale_dtype
 
 
+class CodebookEntry(_CodingEntry):
+    """`CodebookCoding`, likewise."""
+
+    kind: Literal["codebook"]
+    codebook: str
+    group_size: int
+    scale_dtype: str = CodebookCoding.scale_dtype
+
+
 class FloatEntry(_CodingEntry):
     """`FloatCoding`."""
 
@@ -82,7 +98,7 @@ class Place(_Section):
     ----------
     name : str
         Module path of the linear or the embedding.
-    coding : IntegerEntry or FloatEntry
+    coding : IntegerEntry, CodebookEntry or FloatEntry
     role, block : str, int
         As in the anatomy.
     shape : (int, int)
@@ -99,7 +115,7 @@ class Place(_Section):
     role: str | None = None
     block: Count | None = None
     shape: Annotated[tuple[Dimension, Dimension], Strict(False)] | None = None
-    coding: Annotated[IntegerEntry | FloatEntry, Field(discriminator="kind")]
+    coding: Annotated[IntegerEntry | CodebookEntry | FloatEntry, Field(discriminator="kind")]
     bytes: Count | None = None
     activation: Literal["int8"] | None = None
     predicted: Costs | None = None
@@ -269,6 +285,7 @@ _HEADER = """\
 # One choice per place. Edit a coding and run: tailorbird compress MODEL --plan THIS_FILE -o OUT
 #   coding: {kind: integer, bits: 2 3 4 5 6 or 8, group_size: 32 64 128 ... or 0 for one group per row,
 #            symmetric: true or false, scale_dtype: bfloat16 or float16}
+#   coding: {kind: codebook, codebook: nf4, group_size and scale_dtype likewise}
 #   coding: {kind: float, dtype: bfloat16, float16 or float32}
 # A place that is not listed stays as the source stores it. `bytes` is counted anew from shape and coding;
 # `predicted` and `measured` (error relative to the place's output, kl in nats per token) are a record.
@@ -309,7 +326,8 @@ _Dumper.add_implicit_resolver(
 
 _SECTIONS: dict[str, type[BaseModel]] = {
     "": Plan, "source": Source, "budget": BudgetEntry, "calibration": Text, "evaluation": Text, "folds": Fold,
-    "places": Place, "predicted": Costs, "measured": Costs, "integer": IntegerEntry, "float": FloatEntry,
+    "places": Place, "predicted": Costs, "measured": Costs, "integer": IntegerEntry,
+    "codebook": CodebookEntry, "float": FloatEntry,
 }  # fmt: skip
 
 
@@ -350,12 +368,15 @@ def _explain(path: Path, data: dict[str, Any], error: ErrorDetails, others: int)
             return _refuse(
                 path,
                 f"states at {field} the unknown kind {kind}{more}",
-                "`integer` or `float`",
+                "`integer`, `codebook` or `float`",
                 "read it with a newer version of tailorbird, or correct the kind",
             )
         case "union_tag_not_found":
             return _refuse(
-                path, f"lacks `kind` at {field}{more}", "`kind: integer` or `kind: float`", "add it"
+                path,
+                f"lacks `kind` at {field}{more}",
+                "`kind: integer`, `kind: codebook` or `kind: float`",
+                "add it",
             )
     message = error["msg"][0].lower() + error["msg"][1:]
     return _refuse(

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from tailorbird.formats import codebooks
+
 ABSENT = "–"
 _DENSE_BITS = 16
 
@@ -230,10 +232,11 @@ def coding_text(coding: Any) -> str:
     """The short name of a stored coding: ``int4 g64``, ``int8 row``, ``bf16``; ``–`` for anything else."""
     if not isinstance(coding, Mapping):
         return ABSENT
-    if coding.get("kind") == "integer":
+    if coding.get("kind") in ("integer", "codebook"):
         group = coding.get("group_size")
         symmetric = " sym" if coding.get("symmetric") else ""
-        return f"int{coding.get('bits')} {f'g{group}' if group else 'row'}{symmetric}"
+        values = f"int{coding.get('bits')}" if coding["kind"] == "integer" else str(coding.get("codebook"))
+        return f"{values} {f'g{group}' if group else 'row'}{symmetric}"
     dtype = str(coding.get("dtype", ABSENT))
     return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(dtype, dtype)
 
@@ -244,6 +247,8 @@ def coding_bits(coding: Any) -> int | None:
         return None
     if coding.get("kind") == "integer":
         return coding["bits"] if isinstance(coding.get("bits"), int) else None
+    if coding.get("kind") == "codebook":
+        return codebooks.BITS
     return {"bfloat16": 16, "float16": 16, "float32": 32}.get(str(coding.get("dtype")))
 
 

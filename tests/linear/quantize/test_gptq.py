@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.errors import SettingsError, TailorbirdError
-from tailorbird.formats.packed import FloatCoding, IntegerCoding, PackedWeight
+from tailorbird.formats.packed import CodebookCoding, FloatCoding, GroupedCoding, IntegerCoding, PackedWeight
 from tailorbird.linear.error import output_error
 from tailorbird.linear.quantize.gptq import Gptq, column_residuals, inverse_factor
 from tailorbird.linear.quantize.grid import fit_grid
@@ -22,6 +22,7 @@ CODINGS = [
     IntegerCoding(3, 32, symmetric=True),
     IntegerCoding(2, 0),
     IntegerCoding(8, 64, scale_dtype="float16"),
+    CodebookCoding("nf4", 32),
 ]
 VARIANTS = [
     Gptq(act_order=False, correction=1.0),
@@ -55,7 +56,7 @@ def same(first: PackedWeight, second: PackedWeight) -> bool:
     )
 
 
-def reference(method: Gptq, weight: Tensor, statistics: LinearStatistics, coding: IntegerCoding) -> Tensor:
+def reference(method: Gptq, weight: Tensor, statistics: LinearStatistics, coding: GroupedCoding) -> Tensor:
     """One column at a time in float64, inverting what is left of the Gram matrix anew for each.
 
     After column `q` has been rounded to `v`, the columns `F` not yet rounded change by
@@ -95,8 +96,12 @@ def reference(method: Gptq, weight: Tensor, statistics: LinearStatistics, coding
             groups[group] = grid_of(order[place : place + size])
         scale, zero = groups[group]
         old = current[:, column].clone()
-        code = ((old / scale).round() + zero).clamp(0, 2**coding.bits - 1)
-        result[:, column] = scale * (code - zero)
+        if coding.levels is None:
+            steps = ((old / scale).round() + zero).clamp(0, 2**coding.bits - 1) - zero
+        else:
+            levels = coding.levels.double()
+            steps = levels[((old / scale)[:, None] - levels).abs().argmin(1)]
+        result[:, column] = scale * steps
         left = order[place:]
         inverse = torch.linalg.inv(gram[left][:, left])
         change = -(old - result[:, column])[:, None] / inverse[0, 0] * inverse[0]
@@ -110,7 +115,7 @@ def reference(method: Gptq, weight: Tensor, statistics: LinearStatistics, coding
 
 @pytest.mark.parametrize("coding", CODINGS, ids=lambda coding: coding.label)
 @pytest.mark.parametrize("method", VARIANTS, ids=str)
-def test_it_is_the_formula(method: Gptq, coding: IntegerCoding) -> None:
+def test_it_is_the_formula(method: Gptq, coding: GroupedCoding) -> None:
     for rows, columns in ((4, 44), (1, 70)):
         weight, statistics = case(rows, columns)
         found = method(weight, statistics, coding).dequantize(torch.float32).double()
@@ -157,7 +162,7 @@ def test_block_size_does_not_matter(method: Gptq) -> None:
 @pytest.mark.parametrize("coding", CODINGS, ids=lambda coding: coding.label)
 @pytest.mark.parametrize("act_order", [False, True])
 def test_with_uncorrelated_inputs_of_one_size_it_rounds_to_nearest(
-    coding: IntegerCoding, act_order: bool
+    coding: GroupedCoding, act_order: bool
 ) -> None:
     weight, statistics = case(3, 172)
     white = LinearStatistics(2.5 * torch.eye(172), None, statistics.mean_abs, 1)

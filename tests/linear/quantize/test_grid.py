@@ -8,18 +8,23 @@ import pytest
 import torch
 
 from tailorbird.errors import SettingsError
-from tailorbird.formats.packed import IntegerCoding, PackedWeight
+from tailorbird.formats.packed import CodebookCoding, GroupedCoding, IntegerCoding, PackedWeight
 from tailorbird.kernels.packing import BITS
 from tailorbird.linear.quantize import grid as grids
 from tailorbird.linear.quantize.grid import fit_grid, quantize_to_grid
 
 SHAPES = [(1, 64), (3, 172), (5, 33), (2, 1), (4, 300)]
-CODINGS = [
+INTEGERS = [
     IntegerCoding(bits, group, symmetric, dtype)
     for bits, group, symmetric, dtype in itertools.product(
         BITS, (0, 64), (False, True), ("bfloat16", "float16")
     )
 ]
+CODEBOOKS = [
+    CodebookCoding("nf4", group, dtype)
+    for group, dtype in itertools.product((0, 32, 64, 128), ("bfloat16", "float16"))
+]
+CODINGS = [*INTEGERS, *CODEBOOKS]
 
 
 def normal(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -27,7 +32,7 @@ def normal(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 
 def rounded(
-    weight: torch.Tensor, coding: IntegerCoding, importance: torch.Tensor | None = None, clip: bool = True
+    weight: torch.Tensor, coding: GroupedCoding, importance: torch.Tensor | None = None, clip: bool = True
 ) -> torch.Tensor:
     scales, zeros = fit_grid(weight, coding, importance, clip)
     codes = quantize_to_grid(weight, scales, zeros, coding)
@@ -41,7 +46,7 @@ def step_of(weight: torch.Tensor, coding: IntegerCoding) -> torch.Tensor:
     return scales.float().abs().repeat_interleave(size, dim=1)[:, : weight.shape[1]]
 
 
-@pytest.mark.parametrize("coding", CODINGS, ids=lambda coding: coding.label)
+@pytest.mark.parametrize("coding", INTEGERS, ids=lambda coding: coding.label)
 def test_without_clipping_rounding_moves_no_weight_by_more_than_about_a_step(coding: IntegerCoding) -> None:
     # half a step of rounding, half of the zero point's, and the scale's own rounding at the far end; a
     # symmetric grid may instead lose its missing last step
@@ -53,20 +58,24 @@ def test_without_clipping_rounding_moves_no_weight_by_more_than_about_a_step(cod
 
 
 @pytest.mark.parametrize("coding", CODINGS, ids=lambda coding: coding.label)
-def test_every_code_is_the_nearest_of_its_grid(coding: IntegerCoding) -> None:
+def test_every_code_is_the_nearest_of_its_grid(coding: GroupedCoding) -> None:
     weight = normal(3, 172)
     scales, zeros = fit_grid(weight, coding)
     codes = quantize_to_grid(weight, scales, zeros, coding).long()
     group = torch.arange(172) // (coding.group_size or 172)
-    zero = torch.tensor(2 ** (coding.bits - 1)) if zeros is None else zeros.long()[:, group, None]
-    values = scales.float()[:, group, None] * (torch.arange(2**coding.bits) - zero)
+    if coding.levels is not None:
+        steps = torch.tensor(coding.levels.tolist())
+    else:
+        zero = torch.tensor(2 ** (coding.bits - 1)) if zeros is None else zeros.long()[:, group, None]
+        steps = torch.arange(2**coding.bits) - zero
+    values = scales.float()[:, group, None] * steps
     distances = (values - weight[..., None]).abs()
     chosen = distances.gather(2, codes[..., None])[..., 0]
     assert bool((chosen <= distances.amin(2) * (1 + 1e-5) + 1e-9).all())
 
 
 @pytest.mark.parametrize("coding", CODINGS, ids=lambda coding: coding.label)
-def test_the_search_never_makes_the_error_larger(coding: IntegerCoding) -> None:
+def test_the_search_never_makes_the_error_larger(coding: GroupedCoding) -> None:
     weight = torch.cat([normal(4, 172), normal(4, 172, 1).pow(3) * 400])
     importance = torch.rand(172, generator=torch.Generator().manual_seed(2))
     plain, searched = (
@@ -94,7 +103,39 @@ def test_importance_decides_what_is_clipped() -> None:
     torch.testing.assert_close(rounded(weight, coding, 7.3 * torch.ones(64)), rounded(weight, coding))
 
 
-@pytest.mark.parametrize("coding", CODINGS, ids=lambda coding: coding.label)
+@pytest.mark.parametrize("coding", CODEBOOKS, ids=lambda coding: coding.label)
+def test_without_clipping_the_largest_weight_of_a_group_is_at_an_end_of_the_codebook(
+    coding: CodebookCoding,
+) -> None:
+    weight = normal(5, 172)
+    scales, _ = fit_grid(weight, coding, clip=False)
+    for group, columns in enumerate(weight.split(coding.group_size or 172, dim=1)):
+        ratio = columns.abs().amax(1) / scales[:, group].float().abs()
+        assert bool(((ratio / 127 - 1).abs() <= 2.0**-8).all())
+
+
+def test_a_codebook_is_turned_round_where_that_fits_better() -> None:
+    """NF4 has eight levels above zero, seven below: a mirrored weight takes the other sign of the scale."""
+    weight, coding = normal(64, 64), CodebookCoding("nf4", 64)
+    for clip in (False, True):
+        there, back = (fit_grid(w, coding, clip=clip)[0].float() for w in (weight, -weight))
+        assert torch.equal(there, -back)
+        assert bool((there > 0).any())
+        assert bool((there < 0).any())
+        torch.testing.assert_close(rounded(-weight, coding, clip=clip), -rounded(weight, coding, clip=clip))
+
+
+@pytest.mark.parametrize("coding", CODEBOOKS, ids=lambda coding: coding.label)
+def test_a_codebook_keeps_zeros_and_one_value_up_to_its_scale(coding: CodebookCoding) -> None:
+    weight = normal(6, 130)
+    weight[:, 5:40] = 0
+    weight[4], weight[5] = 0.3, 0
+    found = rounded(weight, coding)
+    assert not found[:, 5:40][:4].any()
+    torch.testing.assert_close(found[4:], weight[4:], rtol=2.0**-8, atol=0)
+
+
+@pytest.mark.parametrize("coding", INTEGERS, ids=lambda coding: coding.label)
 def test_groups_of_zeros_and_of_one_value_are_exact(coding: IntegerCoding) -> None:
     weight = torch.zeros(4, 130)
     weight[1, :64] = 0.3125
@@ -131,16 +172,17 @@ def test_scales_are_judged_as_they_are_stored() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_tiny_and_huge_weights_stay_finite_and_near(magnitude: float, dtype: str) -> None:
     weight = normal(3, 96) / 0.2 * magnitude
-    coding = IntegerCoding(4, 32, scale_dtype=dtype)
-    if magnitude == 1e37 and dtype == "float16":
-        with pytest.raises(SettingsError, match="bfloat16"):
-            fit_grid(weight, coding)
-        return
-    for clip in (False, True):
-        found = rounded(weight, coding, clip=clip)
-        assert bool(found.isfinite().all())
-        least = 2.0**-24 if dtype == "float16" else 2.0**-126
-        assert float((found - weight).abs().max()) <= 0.3 * magnitude + 0.5 * least
+    for coding in (IntegerCoding(4, 32, scale_dtype=dtype), CodebookCoding("nf4", 32, dtype)):
+        if magnitude == 1e37 and dtype == "float16":
+            with pytest.raises(SettingsError, match="bfloat16"):
+                fit_grid(weight, coding)
+            continue
+        for clip in (False, True):
+            found = rounded(weight, coding, clip=clip)
+            assert bool(found.isfinite().all())
+            least = 2.0**-24 if dtype == "float16" else 2.0**-126
+            reach = 1 if coding.levels is None else 127  # levels that the least scale is multiplied by
+            assert float((found - weight).abs().max()) <= 0.3 * magnitude + 0.5 * least * reach
 
 
 def test_float16_scales_reach_their_largest_value_and_no_further() -> None:

@@ -7,11 +7,16 @@ import torch
 
 from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.errors import SettingsError
-from tailorbird.formats.packed import FloatCoding, IntegerCoding, PackedWeight
+from tailorbird.formats.packed import CodebookCoding, FloatCoding, GroupedCoding, IntegerCoding, PackedWeight
 from tailorbird.linear.quantize.grid import fit_grid, quantize_to_grid
 from tailorbird.linear.quantize.rtn import Rtn
 
-CODINGS = [IntegerCoding(3, 64), IntegerCoding(4, 0, symmetric=True), IntegerCoding(8, 32)]
+CODINGS = [
+    IntegerCoding(3, 64),
+    IntegerCoding(4, 0, symmetric=True),
+    IntegerCoding(8, 32),
+    CodebookCoding("nf4", 64),
+]
 
 
 def weight_and_statistics() -> tuple[torch.Tensor, LinearStatistics]:
@@ -28,7 +33,7 @@ def same(first: PackedWeight, second: PackedWeight) -> bool:
 
 
 @pytest.mark.parametrize("coding", CODINGS, ids=lambda coding: coding.label)
-def test_it_packs_the_nearest_values_of_the_fitted_grid(coding: IntegerCoding) -> None:
+def test_it_packs_the_nearest_values_of_the_fitted_grid(coding: GroupedCoding) -> None:
     weight, statistics = weight_and_statistics()
     for known in (None, statistics):
         importance = None if known is None else known.gram.diagonal()

@@ -6,6 +6,9 @@
 // vector. Word v holds the columns from 32 / p * v on; its byte j has columns j, 4 + j, 8 + j, ... of them, the first in
 // the lowest bits. So the same shift and mask bring four neighbouring columns of all rows into place at once, as the
 // instructions that multiply bytes in fours want them.
+//
+// Codes of a codebook are stored as those of 4 bits are, and read as the codes of 8 bits that its table makes of them:
+// signed levels plus 128, whose zero point is 128.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +26,8 @@ struct Weight {
   const std::uint16_t* scales;  // [tiles][groups][LANES], float16 or bfloat16
   const std::uint8_t* zeros;    // [tiles][groups][LANES], or null: 2^(bits - 1) everywhere
   std::int64_t rows, in_features, columns, groups, group_columns;  // columns: in_features in whole steps
-  std::int32_t bits, half;      // half: whether scales are float16
+  std::int32_t bits, half;      // bits: of a code as it is read; half: whether scales are float16
+  const std::uint8_t* table;    // [16], or null: codes are what they stand for
 };
 
 // A weight as it is stored: rows of a bit stream each, the first code in the lowest bits.
@@ -34,6 +38,10 @@ struct Stored {
   std::int64_t rows, in_features, groups, group_columns;
   std::int32_t bits, half;      // half: whether scales are float16
 };
+
+//: Where numbers of bits are template arguments: 4 that a table makes 8 of.
+constexpr int CODEBOOK = 16 + 4;
+constexpr int stored_bits(int bits) { return bits % 16; }
 
 constexpr int part_count(int bits) { return bits == 3 || bits == 5 || bits == 6 ? 2 : 1; }
 constexpr int part_bits(int bits, int part) {

@@ -31,9 +31,9 @@ from torch import Tensor
 
 from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.errors import SettingsError, TailorbirdError
-from tailorbird.formats.packed import Coding, FloatCoding, IntegerCoding, PackedWeight
+from tailorbird.formats.packed import Coding, FloatCoding, GroupedCoding, PackedWeight
 from tailorbird.kernels.reference import group_layout
-from tailorbird.linear.quantize.grid import coding_zero, fit_grid, nearest_codes
+from tailorbird.linear.quantize.grid import coding_zero, fit_grid, nearest_codes, steps_of
 from tailorbird.linear.quantize.rtn import round_to_float
 
 #: how often the damping is raised tenfold before the Gram matrix is given up
@@ -158,7 +158,7 @@ class Gptq:
         self,
         weight: Tensor,
         statistics: LinearStatistics,
-        coding: IntegerCoding,
+        coding: GroupedCoding,
         order: Tensor,
         factor: Tensor,
     ) -> PackedWeight:
@@ -184,7 +184,7 @@ class Gptq:
         feedback: Tensor | None,
         energies: Tensor,
         order: Tensor,
-        coding: IntegerCoding,
+        coding: GroupedCoding,
         static: bool,
     ) -> PackedWeight:
         """Round `columns` `[in, out]`, which stand in `order` and are overwritten, one after the other."""
@@ -211,10 +211,11 @@ class Gptq:
             for column in range(start, stop):
                 scale, zero = scales[group_of[column]], zeros[group_of[column]]
                 values, inside = columns[column], slice(column + 1, stop)
-                code = nearest_codes(values, scale, zero, coding.bits)
+                code = nearest_codes(values, scale, zero, coding)
                 codes[column] = code
                 error = errors[column - start]
-                torch.sub(values, code.sub_(zero).mul_(scale), out=error).div_(factor[column, column])
+                value = steps_of(code, zero, coding).mul_(scale)
+                torch.sub(values, value, out=error).div_(factor[column, column])
                 columns[inside].addr_(factor[column, inside], error, alpha=-1)
                 if feedback is not None:
                     columns[inside].addr_(feedback[column, inside], values)

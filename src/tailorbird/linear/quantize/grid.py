@@ -1,22 +1,25 @@
-"""Grids of grouped integers: where the representable values of each group of a row lie.
+"""Grids of grouped codes: where the representable values of each group of a row lie.
 
-A grid is a scale and a zero point per group; the value of code `c` is `scale * (c - zero)`. Grids start
-from the least and greatest value of the group (round to nearest between them) and may then be made
-narrower where clipping a few values costs less than coarse steps cost all others. Scales are rounded to
-the dtype in which they are stored before any code is computed, so that what is judged is what is stored.
+A grid is a scale and a zero point per group; the value of code `c` is `scale * (c - zero)`, or of a codebook
+`scale * levels[c]`. Grids start from the least and greatest value of the group (round to nearest between
+them) and may then be made narrower where clipping a few values costs less than coarse steps cost all
+others. Scales are rounded to the dtype in which they are stored before any code is computed, so that what
+is judged is what is stored.
 
 Which code a value gets beyond rounding to the nearest (error feedback) is not decided here.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tailorbird.errors import SettingsError
-from tailorbird.formats.packed import SCALE_DTYPES, IntegerCoding
+from tailorbird.formats.codebooks import LARGEST
+from tailorbird.formats.packed import SCALE_DTYPES, CodebookCoding, GroupedCoding, IntegerCoding
 from tailorbird.kernels.reference import group_layout
 
 #: weights handled at once; some ten temporaries of this many values live at a time
@@ -36,7 +39,7 @@ class _Grid(NamedTuple):
 
 def fit_grid(
     weight: Tensor,
-    coding: IntegerCoding,
+    coding: GroupedCoding,
     importance: Tensor | None = None,
     clip: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
@@ -45,17 +48,18 @@ def fit_grid(
     The grid without clipping spans `[min(w, 0), max(w, 0)]`. With `clip`, grids narrowed in
     `CLIP_STEPS` steps down to `NARROWEST` of that span are tried, the best is refined once by the least
     squares scale of its codes, `sum h w (c - z) / sum h (c - z)^2`, and the one with the least
-    `sum h (w - scale * (c - z))^2` is kept.
+    `sum h (w - scale * (c - z))^2` is kept; for a codebook `levels[c]` takes the place of `c - z`.
 
     A symmetric grid has codes for `-2^(bits-1)` to `2^(bits-1) - 1` steps; its scale may be negative, so
     that the value of largest magnitude falls on the side that has one step more. That grid and the one
-    that keeps the largest magnitude on the shorter side are both tried.
+    that keeps the largest magnitude on the shorter side are both tried. A codebook's ends lie equally far
+    from zero, but its levels on either side don't mirror each other: it is tried both ways round.
 
     Parameters
     ----------
     weight : Tensor[out_features, in_features], float
         Finite; not modified. Works through the rows in chunks, in float32.
-    coding : IntegerCoding
+    coding : IntegerCoding or CodebookCoding
     importance : Tensor[in_features], non-negative, or None
         Weight `h` of each input's squared error, such as the diagonal of its Gram matrix; None: all
         equal.
@@ -67,7 +71,7 @@ def fit_grid(
     scales : Tensor[out_features, groups]
         In the coding's scale dtype, never zero (a group of zeros gets 1).
     zeros : Tensor[out_features, groups], uint8, or None
-        None for a symmetric coding.
+        None for a symmetric coding and for a codebook.
 
     Raises
     ------
@@ -98,7 +102,7 @@ def fit_grid(
     return scales, None if coding.symmetric else zeros
 
 
-def quantize_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor | None, coding: IntegerCoding) -> Tensor:
+def quantize_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor | None, coding: GroupedCoding) -> Tensor:
     """Round every weight to the nearest value of its group's grid.
 
     Parameters
@@ -106,13 +110,14 @@ def quantize_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor | None, codin
     weight : Tensor[out_features, in_features], float
     scales : Tensor[out_features, groups]
     zeros : Tensor[out_features, groups], uint8, or None
-        None for a symmetric coding.
-    coding : IntegerCoding
+        None for a symmetric coding and for a codebook.
+    coding : IntegerCoding or CodebookCoding
 
     Returns
     -------
     Tensor[out_features, in_features], uint8
-        `clamp(round(w / scale) + zero, 0, 2^bits - 1)`, halves rounded to even.
+        `clamp(round(w / scale) + zero, 0, 2^bits - 1)`, halves rounded to even; of a codebook the nearest
+        level, the lower of two.
     """
     out_features, in_features = weight.shape
     _, size = group_layout(in_features, coding.group_size)
@@ -122,23 +127,42 @@ def quantize_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor | None, codin
     for start in range(0, out_features, step):
         rows = slice(start, start + step)
         zero: Tensor | int = coding_zero(coding) if zeros is None else zeros[rows].float()[:, group_of]
-        codes[rows] = nearest_codes(
-            weight[rows].float(), scales[rows].float()[:, group_of], zero, coding.bits
-        )
+        codes[rows] = nearest_codes(weight[rows].float(), scales[rows].float()[:, group_of], zero, coding)
     return codes
 
 
-def nearest_codes(values: Tensor, scales: Tensor, zeros: Tensor | int, bits: int) -> Tensor:
+def nearest_codes(values: Tensor, scales: Tensor, zeros: Tensor | int, coding: GroupedCoding) -> Tensor:
     """Codes of the grid values nearest to `values`, as floats; `scales` and `zeros` broadcast."""
-    return (values / scales).round_().add_(zeros).clamp_(0, (1 << bits) - 1)
+    if isinstance(coding, IntegerCoding):
+        return (values / scales).round_().add_(zeros).clamp_(0, (1 << coding.bits) - 1)
+    # whole levels meet halfway at halves: the nearest is the same from above one half up to the next
+    halves = (values / scales).mul_(2).ceil_().clamp_(-2 * LARGEST, 2 * LARGEST).add_(2 * LARGEST)
+    codes = _codes_at_halves(coding).to(values.device)
+    return codes.index_select(0, halves.flatten().int()).view_as(halves)
 
 
-def coding_zero(coding: IntegerCoding) -> int:
-    """The zero point that every group of a symmetric coding has."""
+@functools.cache
+def _codes_at_halves(coding: CodebookCoding) -> Tensor:
+    """Codes of the levels nearest to -127, -126.5, ..., 127, the lower of two, as floats."""
+    levels = coding.levels.float()
+    halves = torch.arange(-2 * LARGEST, 2 * LARGEST + 1, device="cpu") / 2
+    return torch.bucketize(halves, (levels[1:] + levels[:-1]) / 2).float()
+
+
+def steps_of(codes: Tensor, zeros: Tensor | int, coding: GroupedCoding) -> Tensor:
+    """How many scales the values of `codes`, floats, are; `codes` may be overwritten."""
+    if coding.levels is None:
+        return codes.sub_(zeros)
+    levels = coding.levels.to(codes.device).float()
+    return levels.index_select(0, codes.flatten().int()).view_as(codes)
+
+
+def coding_zero(coding: GroupedCoding) -> int:
+    """The zero point that every group of a symmetric coding has; a codebook's isn't looked at."""
     return 1 << (coding.bits - 1)
 
 
-def _fit_groups(values: Tensor, importance: Tensor | None, coding: IntegerCoding, clip: bool) -> _Grid:
+def _fit_groups(values: Tensor, importance: Tensor | None, coding: GroupedCoding, clip: bool) -> _Grid:
     """The grid of values `[rows, groups, length]`, float32, with importance `[groups, length]`."""
     low, high = torch.aminmax(values, dim=-1)
     _check_range(low, high, coding)
@@ -155,11 +179,13 @@ def _fit_groups(values: Tensor, importance: Tensor | None, coding: IntegerCoding
         if clip:
             refined = _refined_grid(values, importance, best, coding)
             best = _choose(_grid_error(values, importance, refined, coding) < least, refined, best)
+    if coding.levels is not None:
+        return best
     one_value = (low == high) & (high.abs() <= torch.finfo(SCALE_DTYPES[coding.scale_dtype]).max)
     return _choose(one_value, _constant_grid(low, coding), best)
 
 
-def _spanning_grids(low: Tensor, high: Tensor, coding: IntegerCoding) -> list[_Grid]:
+def _spanning_grids(low: Tensor, high: Tensor, coding: GroupedCoding) -> list[_Grid]:
     """Grids whose first and last code lie at the ends of the span from `low` to `high` and zero."""
     levels = (1 << coding.bits) - 1
     if not coding.symmetric:
@@ -167,15 +193,23 @@ def _spanning_grids(low: Tensor, high: Tensor, coding: IntegerCoding) -> list[_G
         scales = _stored(high / levels - low / levels, coding)
         return [_Grid(scales, (-low / scales).round_().clamp_(0, levels))]
     largest = torch.where(high >= -low, high, low)
-    half = coding_zero(coding)
-    zeros = torch.full_like(largest, half)
+    lowest, highest = _ends(coding)
+    zeros = torch.full_like(largest, coding_zero(coding))
     return [
-        _Grid(_stored(largest / -half, coding), zeros),
-        _Grid(_stored(largest / (half - 1), coding), zeros),
+        _Grid(_stored(largest / lowest, coding), zeros),
+        _Grid(_stored(largest / highest, coding), zeros),
     ]
 
 
-def _constant_grid(value: Tensor, coding: IntegerCoding) -> _Grid:
+def _ends(coding: GroupedCoding) -> tuple[int, int]:
+    """Least and greatest number of steps of a coding without zero points."""
+    if coding.levels is None:
+        half = coding_zero(coding)
+        return -half, half - 1
+    return int(coding.levels[0]), int(coding.levels[-1])
+
+
+def _constant_grid(value: Tensor, coding: GroupedCoding) -> _Grid:
     """The grid one step of which is `value`: exact where a group holds one value that a scale can hold."""
     if coding.symmetric:
         half = coding_zero(coding)
@@ -183,20 +217,21 @@ def _constant_grid(value: Tensor, coding: IntegerCoding) -> _Grid:
     return _Grid(_stored(value.abs(), coding), (value < 0).float())
 
 
-def _refined_grid(values: Tensor, importance: Tensor | None, grid: _Grid, coding: IntegerCoding) -> _Grid:
+def _refined_grid(values: Tensor, importance: Tensor | None, grid: _Grid, coding: GroupedCoding) -> _Grid:
     """The grid with the scale that fits its codes best in the sense of least squares."""
     zeros = grid.zeros[..., None]
-    steps = nearest_codes(values, grid.scales[..., None], zeros, coding.bits).sub_(zeros)
+    steps = steps_of(nearest_codes(values, grid.scales[..., None], zeros, coding), zeros, coding)
     weighted = steps if importance is None else steps * importance
     scales = (weighted * values).sum(-1) / (weighted * steps).sum(-1)
     usable = scales.isfinite() & (scales != 0)
     return _Grid(torch.where(usable, _stored(scales.nan_to_num(1.0), coding), grid.scales), grid.zeros)
 
 
-def _grid_error(values: Tensor, importance: Tensor | None, grid: _Grid, coding: IntegerCoding) -> Tensor:
+def _grid_error(values: Tensor, importance: Tensor | None, grid: _Grid, coding: GroupedCoding) -> Tensor:
     """Summed squared error `[rows, groups]` of rounding to the grid."""
     scales, zeros = grid.scales[..., None], grid.zeros[..., None]
-    error = nearest_codes(values, scales, zeros, coding.bits).sub_(zeros).mul_(scales).sub_(values).square_()
+    steps = steps_of(nearest_codes(values, scales, zeros, coding), zeros, coding)
+    error = steps.mul_(scales).sub_(values).square_()
     return (error if importance is None else error.mul_(importance)).sum(-1)
 
 
@@ -208,7 +243,7 @@ def _choose(condition: Tensor, first: _Grid, second: _Grid) -> _Grid:
     )
 
 
-def _stored(scales: Tensor, coding: IntegerCoding) -> Tensor:
+def _stored(scales: Tensor, coding: GroupedCoding) -> Tensor:
     """Scales rounded to their stored dtype, in float32, of a magnitude that it holds; zero becomes one."""
     dtype = SCALE_DTYPES[coding.scale_dtype]
     information = torch.finfo(dtype)
@@ -218,16 +253,16 @@ def _stored(scales: Tensor, coding: IntegerCoding) -> Tensor:
     return torch.where(scales == 0, 1.0, torch.where(scales < 0, -magnitude, magnitude))
 
 
-def _check_range(low: Tensor, high: Tensor, coding: IntegerCoding) -> None:
+def _check_range(low: Tensor, high: Tensor, coding: GroupedCoding) -> None:
     """Refuse weights that lie more than half a step beyond the widest grid."""
     most = torch.finfo(SCALE_DTYPES[coding.scale_dtype]).max
     if coding.symmetric:
-        levels = coding_zero(coding)
-        needed = torch.maximum(high, -low) / levels
+        steps = -_ends(coding)[0]
+        needed = torch.maximum(high, -low) / steps
     else:
-        levels = (1 << coding.bits) - 1
-        needed = high.clamp(min=0) / levels - low.clamp(max=0) / levels
-    if float(needed.max()) > most * (1 + 0.5 / levels):
+        steps = (1 << coding.bits) - 1
+        needed = high.clamp(min=0) / steps - low.clamp(max=0) / steps
+    if float(needed.max()) > most * (1 + 0.5 / steps):
         largest = max(abs(float(low.min())), abs(float(high.max())))
         raise SettingsError(
             f"weights up to {largest:.3g} for {coding.bits}-bit codes with {coding.scale_dtype} scales",

@@ -1,0 +1,40 @@
+"""Codebooks by name: the few values, up to a scale, that codes stand for.
+
+Levels are whole numbers of one signed byte, the largest 127, so that products of integers read them exactly
+as those of floats do. They belong to the format: another number under the same name would be another weight.
+"""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+#: bits of a code
+BITS = 4
+#: magnitude of the largest level
+LARGEST = 127
+
+
+def normal_quantiles() -> list[float]:
+    """The 16 values of NF4, ascending from -1 to 1, 0 among them.
+
+    Quantiles of the standard normal distribution over the largest of them, evenly spaced in probability on
+    either side of zero, eight above it and seven below. They begin at the mean of the two probabilities at
+    which 15 and 16 values would begin if each stood in the middle of its share. Dettmers et al. 2023,
+    "QLoRA: Efficient Finetuning of Quantized LLMs" (arXiv:2305.14314).
+    """
+    quantile = NormalDist().inv_cdf
+    first = 1 - (1 / 30 + 1 / 32) / 2
+    above, below = ([quantile(first + (0.5 - first) * i / n) for i in range(n)] for n in (8, 7))
+    return [value / above[0] for value in (*(-q for q in below), 0.0, *reversed(above))]
+
+
+def _as_bytes(values: list[float]) -> Tensor:
+    """Values from -1 to 1 as levels: int8."""
+    return torch.tensor([round(LARGEST * value) for value in values], dtype=torch.int8, device="cpu")
+
+
+#: name -> levels, int8 `[16]`, strictly ascending; shared, and never to be changed
+LEVELS = {"nf4": _as_bytes(normal_quantiles())}

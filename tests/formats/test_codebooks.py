@@ -1,0 +1,34 @@
+"""Codebooks: NF4 is the one that was published, and its levels are signed bytes beside it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tailorbird.formats.codebooks import LEVELS, normal_quantiles
+
+#: As printed in appendix E of Dettmers et al. 2023, arXiv:2305.14314.
+PUBLISHED = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+    1.0,
+]  # fmt: skip
+
+
+def test_the_quantiles_are_those_of_the_paper() -> None:
+    assert normal_quantiles() == pytest.approx(PUBLISHED, abs=1e-6)
+
+
+def test_levels_are_the_quantiles_to_the_nearest_127th() -> None:
+    levels = LEVELS["nf4"].double()
+    assert bool(((levels / 127 - torch.tensor(PUBLISHED).double()).abs() <= 0.5 / 127 + 1e-6).all())
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_levels_ascend_over_the_whole_byte_and_hold_zero(name: str) -> None:
+    levels = LEVELS[name]
+    assert levels.dtype == torch.int8
+    assert bool((levels[1:] > levels[:-1]).all())
+    assert (int(levels[0]), int(levels[-1]), len(levels)) == (-127, 127, 16)
+    assert 0 in levels.tolist()
