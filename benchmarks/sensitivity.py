@@ -218,7 +218,7 @@ def run(subject: Subject, tokens: int) -> dict[str, Any]:
     ids = calibration[: max(1, SENSITIVITY_TOKENS // calibration.shape[1])]
     length = min(held_out.shape[1], TEST_LENGTH)
     test = held_out[spread(max(2, tokens // length), len(held_out)), :length]
-    candidates = tuple(dict.fromkeys((*CODINGS, *candidate_codings(None, work.float_dtype, False))))
+    candidates = tuple(dict.fromkeys((*CODINGS, *candidate_codings(None, work.float_dtype))))
     statistics = collect_statistics(model, calibration)
     errors, probe_errors = collect_errors(model, statistics, candidates)
     coefficients, seconds = coefficients_of(model, ids, probe_errors)
@@ -261,7 +261,7 @@ def run(subject: Subject, tokens: int) -> dict[str, Any]:
     plans = []
     tied = model.anatomy.head if model.anatomy.tied else None
     weight_count = sum(w.numel() for name, w in weights(model) if name != tied)
-    allowed = candidate_codings(None, work.float_dtype, False)
+    allowed = candidate_codings(None, work.float_dtype)
     for bits_per_weight in PLANNED_BITS:
         for kind, values in coefficients.items():
             scores = assemble(work.anatomy, errors, {}, values, "")

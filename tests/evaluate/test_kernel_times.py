@@ -14,7 +14,7 @@ import torch
 from tailorbird.errors import SettingsError
 from tailorbird.evaluate import kernel_times as module
 from tailorbird.evaluate.kernel_times import Kernel, kernel_times
-from tailorbird.formats.packed import FloatCoding, IntegerCoding
+from tailorbird.formats.packed import CodebookCoding, FloatCoding, IntegerCoding
 from tailorbird.hardware.cache import cache_directory
 from tailorbird.hardware.cost import KernelTimes
 from tailorbird.kernels import native
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(not native.available(), reason="tailorbird was i
 KERNELS = [
     Kernel(IntegerCoding(4, 64), int8=True),
     Kernel(IntegerCoding(3, 0, symmetric=True)),
+    Kernel(CodebookCoding("nf4", 64), int8=True),
     Kernel(FloatCoding("bfloat16")),
     Kernel(FloatCoding("float16")),
 ]

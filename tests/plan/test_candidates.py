@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tailorbird.calibrate.statistics import GramAccumulator
 from tailorbird.errors import SettingsError
-from tailorbird.formats.packed import CodebookCoding, FloatCoding, IntegerCoding, stored_bytes
+from tailorbird.formats.packed import FloatCoding, IntegerCoding, stored_bytes
 from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.plan.candidates import (
     BITS,
@@ -27,7 +27,7 @@ from tailorbird.plan.candidates import (
     spread,
 )
 
-CODINGS = candidate_codings(None, "bfloat16", True)
+CODINGS = candidate_codings(None, "bfloat16")
 
 
 def weight_and_statistics(rows=40, width=128):
@@ -43,15 +43,13 @@ def weight_and_statistics(rows=40, width=128):
 
 
 def test_free_candidates_are_every_width_and_group_and_the_float_last():
-    *integers, last = candidate_codings(None, "bfloat16", False)
-    assert {(c.bits, c.group_size) for c in integers} == {(b, g) for b in BITS for g in GROUPS}
-    assert last == CODINGS[-1] == FloatCoding("bfloat16")
-    assert CODINGS[:-1] == (*integers, *(CodebookCoding("nf4", g) for g in GROUPS))
+    assert {(c.bits, c.group_size) for c in CODINGS[:-1]} == {(b, g) for b in BITS for g in GROUPS}
+    assert CODINGS[-1] == FloatCoding("bfloat16")
 
 
 @pytest.mark.parametrize("target", ["gguf", "compressed-tensors"])
 def test_targets_allow_only_what_their_formats_hold(target):
-    *integers, last = candidate_codings(target, "float16", True)
+    *integers, last = candidate_codings(target, "float16")
     assert last == FloatCoding("float16")
     assert integers
     for coding in integers:
@@ -66,23 +64,22 @@ def test_targets_allow_only_what_their_formats_hold(target):
 
 def test_an_unknown_target_is_answered_with_the_nearest():
     with pytest.raises(SettingsError, match="gguf"):
-        candidate_codings("ggml", "bfloat16", True)
+        candidate_codings("ggml", "bfloat16")
 
 
 @given(st.integers(1, 600), st.integers(1, 600))
 @settings(max_examples=60, deadline=None)
 def test_distinct_leaves_one_of_each_price_and_loses_none(out_features, in_features):
     kept = distinct(CODINGS, out_features, in_features)
-    prices = [(c.kind, c.bits, stored_bytes(c, out_features, in_features)) for c in kept]
+    prices = [(c.bits, stored_bytes(c, out_features, in_features)) for c in kept]
     assert len(set(prices)) == len(prices)
-    assert set(prices) == {(c.kind, c.bits, stored_bytes(c, out_features, in_features)) for c in CODINGS}
+    assert set(prices) == {(c.bits, stored_bytes(c, out_features, in_features)) for c in CODINGS}
     assert [c for c in CODINGS if c in kept] == kept
 
 
 def test_groups_beyond_the_row_are_one_choice():
     assert len(distinct(CODINGS, 10, 128)) == len(CODINGS)
-    labels = ("int4 g32", "int4 g64", "nf4 g32", "nf4 g64")
-    assert tuple(c.label for c in distinct(CODINGS, 10, 48) if c.bits == 4) == labels
+    assert [c.group_size for c in distinct(CODINGS, 10, 48) if c.bits == 4] == [32, 64]
 
 
 def test_errors_fall_with_bits_and_with_smaller_groups():

@@ -18,7 +18,6 @@ from tailorbird.formats.packed import (
     coding_from_dict,
     coding_to_dict,
 )
-from tailorbird.kernels import native
 from tailorbird.plan.allocate import Allocation, PlaceOptions, allocate
 from tailorbird.plan.budget import Budget
 from tailorbird.plan.candidates import candidate_codings
@@ -77,7 +76,7 @@ def score(work: Work, ledger: Ledger) -> tuple[Scores, ScoreCache]:
 def _wider_caches(work: Work) -> list[ScoreCache]:
     """Where a `fit` of the same source keeps its scores, if the codings of `work` are among them."""
     wide = copy.copy(work)
-    wide.codings = candidate_codings(None, work.float_dtype, native.available())
+    wide.codings = candidate_codings(None, work.float_dtype)
     wide.sensitivity_tokens = SENSITIVITY_TOKENS
     return [score_cache(wide)] if set(work.codings) < set(wide.codings) else []
 

@@ -232,7 +232,7 @@ def open_work(
         calibration, evaluation, sequences or SEQUENCES, length or min(anatomy.context, LONGEST_WINDOW)
     )
     work = Work(model, checkpoint, anatomy, tokenizer, recipe, texts, target, seed, progress)
-    work.codings = candidate_codings(target, work.float_dtype, native.available())
+    work.codings = candidate_codings(target, work.float_dtype)
     return work
 
 

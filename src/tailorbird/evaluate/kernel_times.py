@@ -138,12 +138,15 @@ class _Weights:
         scales = self._keep(
             torch.full((tiles, groups, native.LANES), 1e-3, dtype=torch.bfloat16, device="cpu")
         )
-        zeros = None
-        if not coding.symmetric:
+        zeros = table = None
+        if coding.levels is not None:
+            table = self._keep(torch.arange(16, dtype=torch.uint8, device="cpu"))
+        elif not coding.symmetric:
             zeros = self._keep(torch.ones((tiles, groups, native.LANES), dtype=torch.uint8, device="cpu"))
         described = native.WeightStructure(
             codes.data_ptr(), scales.data_ptr(), None if zeros is None else zeros.data_ptr(), rows, columns,
-            steps * native.STEP, groups, steps * native.STEP if groups == 1 else size, coding.bits, 0,
+            steps * native.STEP, groups, steps * native.STEP if groups == 1 else size,
+            coding.bits if table is None else 8, 0, None if table is None else table.data_ptr(),
         )  # fmt: skip
         self.left -= codes.nbytes + scales.nbytes + (0 if zeros is None else zeros.nbytes)
         return LinearStructure(described, None, None, 0, int(self.kernel.int8))

@@ -15,8 +15,7 @@ import torch
 
 from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.errors import SettingsError, nearest
-from tailorbird.formats.codebooks import LEVELS
-from tailorbird.formats.packed import CodebookCoding, Coding, FloatCoding, IntegerCoding, stored_bytes
+from tailorbird.formats.packed import Coding, FloatCoding, IntegerCoding, stored_bytes
 from tailorbird.linear.error import output_error, row_energies
 from tailorbird.linear.quantize.rtn import Rtn
 
@@ -31,7 +30,7 @@ PROBE_KEY = "probe"
 ERROR_ROWS = 256
 
 
-def candidate_codings(target: str | None, float_dtype: str, codebooks: bool) -> tuple[Coding, ...]:
+def candidate_codings(target: str | None, float_dtype: str) -> tuple[Coding, ...]:
     """Codings that a plan may choose, the 16-bit one last.
 
     Parameters
@@ -40,28 +39,23 @@ def candidate_codings(target: str | None, float_dtype: str, codebooks: bool) -> 
         Another tool whose format must hold the result exactly.
     float_dtype : str
         The 16-bit dtype that stands for "leave it".
-    codebooks : bool
-        Whether codebooks are among them where there is no target. Only the compiled products run them fast.
     """
-    codes: list[Coding]
     if target is None:
-        codes = [IntegerCoding(bits, group) for bits in BITS for group in GROUPS]
-        if codebooks:
-            codes += [CodebookCoding(name, group) for name in LEVELS for group in GROUPS]
+        integers = [IntegerCoding(bits, group) for bits in BITS for group in GROUPS]
     elif target == "gguf":
         # Blocks of 32 with a float16 scale; fewer bits than a block type's own would be stored wider.
-        codes = [
+        integers = [
             IntegerCoding(bits, group, symmetric=True, scale_dtype="float16")
             for bits in (4, 5, 8)
             for group in (32,)
         ]
     elif target == "compressed-tensors":
-        codes = [IntegerCoding(bits, group, symmetric=True) for bits in (4, 8) for group in (32, 64, 128)]
+        integers = [IntegerCoding(bits, group, symmetric=True) for bits in (4, 8) for group in (32, 64, 128)]
     else:
         raise SettingsError(
             f"target `{target}` is unknown", "one of " + ", ".join(TARGETS), nearest(target, TARGETS)
         )
-    return (*codes, FloatCoding(float_dtype))
+    return (*integers, FloatCoding(float_dtype))
 
 
 def distinct(codings: Sequence[Coding], out_features: int, in_features: int) -> list[Coding]:
