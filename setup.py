@@ -1,5 +1,7 @@
 """Builds the native kernels where there is a compiler; without one the package works through PyTorch."""
 
+from glob import glob
+
 from setuptools import Extension, setup
 
 SOURCES = "src/tailorbird/kernels/cpp/"
@@ -9,7 +11,7 @@ setup(
         Extension(
             "tailorbird.kernels._native",
             [SOURCES + "library.cpp"],
-            depends=[SOURCES + name for name in ("layout.h", "block.h", "products.inc", "block.inc")],
+            depends=glob(SOURCES + "*"),
             extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-Wno-psabi"],
             extra_link_args=["-fopenmp"],
             language="c++",

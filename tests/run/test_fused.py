@@ -133,7 +133,7 @@ def test_unlike_lengths_run_in_one_batch(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("version", range(native.best_version() + 1))
+@pytest.mark.parametrize("version", native.versions())
 def test_every_version_of_the_blocks_agrees(
     version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

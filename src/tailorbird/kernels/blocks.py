@@ -108,7 +108,7 @@ def run_blocks(
         For trees of tokens, whose siblings share a position and not a slot: of the keys in slots
         ``tree_start[i] + j`` token `i` sees those whose bit `j` is set. A tree has at most 63 tokens.
     version : int, optional
-        Instructions to use, up to `best_version()`, which is the default.
+        Instructions to use, one of `native.versions()`; the fastest by default.
     """
     _check_hidden(hidden)
     described = _Batch(

@@ -11,9 +11,16 @@
 #include <vector>
 
 #include "block.h"
+#include "forking.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 #endif
 
 namespace tailorbird {
@@ -107,6 +114,15 @@ void wait() {
 #undef TARGET
 #undef DOT_AVX2
 
+#define VERSION avxvnni
+#define TARGET __attribute__((target("avx2,fma,avxvnni")))
+#define DOT_AVXVNNI
+#include "products.inc"
+#include "block.inc"
+#undef VERSION
+#undef TARGET
+#undef DOT_AVXVNNI
+
 #define VERSION avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,prefer-vector-width=512")))
 #define DOT_AVX512
@@ -115,6 +131,16 @@ void wait() {
 #undef VERSION
 #undef TARGET
 #undef DOT_AVX512
+#elif defined(__aarch64__)
+#define UNROLL(n) _Pragma("GCC unroll 16")
+#define VERSION neon
+#define TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
+#define DOT_NEON
+#include "products.inc"
+#include "block.inc"
+#undef VERSION
+#undef TARGET
+#undef DOT_NEON
 #endif
 
 namespace tailorbird {
@@ -135,6 +161,11 @@ Version<T> version_of(int version) {
   if (version == 2) {
     return {avx512::quantize<T>, avx512::widen<T>, avx512::int8_products_of, avx512::float_products_of};
   }
+  if (version == 3) {
+    return {avxvnni::quantize<T>, avxvnni::widen<T>, avxvnni::int8_products_of, avxvnni::float_products_of};
+  }
+#elif defined(__aarch64__)
+  if (version == 4) return {neon::quantize<T>, neon::widen<T>, neon::int8_products_of, neon::float_products_of};
 #endif
   return {portable::quantize<T>, portable::widen<T>, portable::int8_products_of, portable::float_products_of};
 }
@@ -148,6 +179,9 @@ BlockVersion block_version_of(int version) {
 #if defined(__x86_64__)
   if (version == 1) return {avx2::run_blocks, avx2::run_head};
   if (version == 2) return {avx512::run_blocks, avx512::run_head};
+  if (version == 3) return {avxvnni::run_blocks, avxvnni::run_head};
+#elif defined(__aarch64__)
+  if (version == 4) return {neon::run_blocks, neon::run_head};
 #endif
   return {portable::run_blocks, portable::run_head};
 }
@@ -206,15 +240,32 @@ void multiply(const Weight& w, const T* x, const Outputs& y, std::int64_t tokens
 
 extern "C" {
 
-// The best version that this processor runs: 0 portable, 1 AVX2, 2 AVX-512 with VNNI.
-int tailorbird_best_version() {
+// Whether this processor runs a version: 0 portable, 1 AVX2, 2 AVX-512 with VNNI, 3 AVX2 with AVX-VNNI, 4 NEON with dot
+// products.
+int tailorbird_runs_version(int version) {
+  if (version == 0) return 1;
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
-    return 2;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (version == 1) return avx2;
+  if (version == 2) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni");
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+  if (version == 3) return avx2 && __builtin_cpu_supports("avxvnni");
+#elif defined(__ARM_FEATURE_DOTPROD)  // what was built runs nowhere else
+  if (version == 4) return 1;
+#elif defined(__aarch64__) && defined(__linux__)
+  if (version == 4) return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #endif
+  return 0;
+}
+
+// The fastest of those.
+int tailorbird_best_version() {
+  for (const int version : {4, 2, 3, 1}) {
+    if (tailorbird_runs_version(version)) return version;
+  }
   return 0;
 }
 
