@@ -1,4 +1,4 @@
-"""NEON's version of the products and blocks gives the portable version's bits, here in an emulated processor."""
+"""NEON's version of products and blocks gives the portable version's bits, here in an emulated processor."""
 
 from __future__ import annotations
 
