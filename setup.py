@@ -12,7 +12,7 @@ setup(
             "tailorbird.kernels._native",
             [SOURCES + "library.cpp"],
             depends=glob(SOURCES + "*"),
-            extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-Wno-psabi"],
+            extra_compile_args=["-O3", "-g0", "-std=c++17", "-fopenmp", "-Wno-psabi"],
             extra_link_args=["-fopenmp"],
             language="c++",
             optional=True,

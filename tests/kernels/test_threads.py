@@ -99,6 +99,32 @@ def test_children_of_children_and_threads_of_children_go_on() -> None:
     assert by_a_thread()
 
 
+@forks
+def test_a_process_forks_while_its_threads_multiply() -> None:
+    layout, x = layout_of(4), activations(20)
+    expected = native.linear(x, layout, True)
+    found: list[bool] = []
+    ended = threading.Event()
+
+    def right() -> bool:
+        return torch.equal(native.linear(x, layout, True), expected)
+
+    def work() -> None:
+        while not ended.is_set():
+            found.append(right())
+
+    callers = [threading.Thread(target=work) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    children = [true_in_child(right) for _ in range(10)]
+    ended.set()
+    for caller in callers:
+        caller.join()
+    assert all(children)
+    assert found
+    assert all(found)
+
+
 def _sum_of_product(x: torch.Tensor) -> list[float]:
     return native.linear(x, layout_of(4), True).double().sum(1).tolist()
 
