@@ -90,15 +90,17 @@ struct Places {
   float* scales;
   std::int32_t* sums;
   std::int64_t four_stride, step;  // from four columns to the next, in bytes; from one segment to the next
+  std::uint32_t flip;              // the bits in which the bytes of four columns differ from those with a sign
 };
 
 inline Places places_of(std::int64_t columns, const Quantized& q, std::int64_t token) {
   if (q.tokens < MANY_TOKENS) {
     const std::int64_t at = token * q.segments;
-    return {q.bytes + token * byte_stride(columns), q.scales + at, q.sums + at, 4, 1};
+    return {q.bytes + token * byte_stride(columns), q.scales + at, q.sums + at, 4, 1, 0};
   }
   const std::int64_t within = token % TOGETHER, at = (token - within) * q.segments + within;
-  return {q.bytes + (token - within) * columns + 4 * within, q.scales + at, q.sums + at, 4 * TOGETHER, TOGETHER};
+  return {q.bytes + (token - within) * columns + 4 * within, q.scales + at, q.sums + at, 4 * TOGETHER, TOGETHER,
+          0x80808080u};
 }
 
 // Memory for activations as bytes, kept from call to call.
