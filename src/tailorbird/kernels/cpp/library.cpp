@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <limits>
+#include <new>
 #include <vector>
 
 #include "block.h"
@@ -25,8 +26,12 @@
 
 namespace tailorbird {
 
-// Tokens that go through a block of tiles together, and bytes of unpacked codes that stay in the second cache.
-constexpr int MOST_TOKENS = 12;
+// So many tokens are worth unpacking codes for; bytes of unpacked codes that stay in the second cache.
+constexpr int MANY_TOKENS = 12;
+// Tokens whose bytes lie side by side then, and that go through two tiles together. Their 16 sums leave the processor
+// room to begin the next segment while it scales the last one: 24 sums of 12 tokens take 17 % longer each, and 8 wait
+// for one another.
+constexpr int TOGETHER = 8;
 // Rows so long go through fewer tokens two tiles at a time; of shorter ones two streams are slower than one.
 constexpr std::int64_t PAIRED_COLUMNS = 2048;
 constexpr std::int64_t PANEL_BYTES = 256 << 10;
@@ -47,28 +52,83 @@ struct Outputs {
   const float* bias;  // or null
 };
 
+// Memory that begins where a line of the cache does: a vector that crosses lines costs twice.
 template <typename T>
-T* room(std::vector<T>& in, std::int64_t count) {
+struct Lines {
+  using value_type = T;
+  Lines() = default;
+  template <typename U>
+  Lines(const Lines<U>&) {}
+  T* allocate(std::size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T* at, std::size_t) { ::operator delete(at, std::align_val_t(64)); }
+  bool operator==(const Lines&) const { return true; }
+  bool operator!=(const Lines&) const { return false; }
+};
+template <typename T>
+using Values = std::vector<T, Lines<T>>;
+
+template <typename T>
+T* room(Values<T>& in, std::int64_t count) {
   if (std::int64_t(in.size()) < count) in.resize(count);
   return in.data();
 }
 
-// Activations as bytes.
+// Activations as bytes, with a scale and minus the sum of the bytes for each segment.
+//
+// Fewer than MANY_TOKENS: bytes with a sign [tokens][byte_stride(columns)], scales and sums [tokens][segments]. More:
+// plus 128, in blocks of TOGETHER tokens that lie side by side, so that products read one stream:
+// [blocks][columns / 4][TOGETHER][4], scales and sums [blocks][segments][TOGETHER].
 struct Quantized {
-  const std::int8_t* values;    // [tokens][byte_stride(columns)]
-  const std::uint8_t* shifted;  // the same plus 128; null for a few tokens
-  const float* scales;          // [tokens][segments]
-  const std::int32_t* sums;     // [tokens][segments], minus the sum of the bytes
+  std::uint8_t* bytes;
+  float* scales;
+  std::int32_t* sums;
   std::int64_t tokens, segments;
+
+  Quantized of(const Weight& w) const { return {bytes, scales, sums, tokens, segment_count(w)}; }
+};
+
+inline std::int64_t whole_blocks(std::int64_t tokens) {
+  return (tokens + TOGETHER - 1) / TOGETHER * TOGETHER;
+}
+
+// Where one token's bytes and segments lie.
+struct Places {
+  std::uint8_t* bytes;
+  float* scales;
+  std::int32_t* sums;
+  std::int64_t four_stride, step;  // from four columns to the next, in bytes; from one segment to the next
+  std::uint32_t flip;              // the bits in which the bytes of four columns differ from those with a sign
+};
+
+inline Places places_of(std::int64_t columns, const Quantized& q, std::int64_t token) {
+  if (q.tokens < MANY_TOKENS) {
+    const std::int64_t at = token * q.segments;
+    return {q.bytes + token * byte_stride(columns), q.scales + at, q.sums + at, 4, 1, 0};
+  }
+  const std::int64_t within = token % TOGETHER, at = (token - within) * q.segments + within;
+  return {q.bytes + (token - within) * columns + 4 * within, q.scales + at, q.sums + at, 4 * TOGETHER, TOGETHER,
+          0x80808080u};
+}
+
+// Memory for activations as bytes, kept from call to call.
+struct ByteSpace {
+  Values<std::uint8_t> bytes;
+  Values<float> scales;
+  Values<std::int32_t> sums;
+
+  void reach(const Weight& w, std::int64_t tokens) {
+    room(bytes, whole_blocks(tokens) * byte_stride(w.columns));
+    room(scales, whole_blocks(tokens) * segment_count(w));
+    room(sums, whole_blocks(tokens) * segment_count(w));
+  }
+
+  Quantized of(std::int64_t tokens) { return {bytes.data(), scales.data(), sums.data(), tokens, 0}; }
 };
 
 // What one thread keeps for the blocks that it runs, from call to call.
 struct BlockSpace {
-  std::vector<float> wide, projected, inner, added;
-  std::vector<std::int8_t> values[3];
-  std::vector<std::uint8_t> shifted[3];
-  std::vector<float> scales[3];
-  std::vector<std::int32_t> sums[3];
+  Values<float> wide, projected, inner, added;
+  ByteSpace rounded[3];
 };
 
 // Room for linears that read the same activations: `count` of them.
@@ -79,11 +139,7 @@ void room_for(const Linear* linears, int count, std::int64_t tokens, BlockSpace&
     const Weight& w = linears[i].weight;
     columns = std::max(columns, w.columns);
     together += w.rows;
-    if (!linears[i].int8 || linears[i].dense != nullptr) continue;
-    room(space.values[i], tokens * byte_stride(w.columns));
-    if (tokens >= MOST_TOKENS) room(space.shifted[i], tokens * byte_stride(w.columns));
-    room(space.scales[i], tokens * segment_count(w));
-    room(space.sums[i], tokens * segment_count(w));
+    if (linears[i].int8 && linears[i].dense == nullptr) space.rounded[i].reach(w, tokens);
   }
   rows = std::max(rows, together);
 }
@@ -147,7 +203,7 @@ namespace tailorbird {
 
 template <typename T>
 struct Version {
-  void (*quantize)(const Weight&, const T*, std::int8_t*, std::uint8_t*, float*, std::int32_t*);
+  void (*quantize)(const Weight&, const T*, const Quantized&, std::int64_t);
   void (*widen)(const Weight&, const T*, float*);
   void (*int8_products)(const Weight&, const Quantized&, const Outputs&, std::int64_t, std::int64_t);
   void (*float_products)(const Weight&, const float*, std::int64_t, const Outputs&, std::int64_t, std::int64_t,
@@ -186,34 +242,18 @@ BlockVersion block_version_of(int version) {
   return {portable::run_blocks, portable::run_head};
 }
 
-// Memory that a thread keeps from call to call.
-struct Workspace {
-  std::vector<std::int8_t> values;
-  std::vector<std::uint8_t> shifted;
-  std::vector<float> floats;
-  std::vector<std::int32_t> sums;
-};
-
 template <typename T>
 void multiply(const Weight& w, const T* x, const Outputs& y, std::int64_t tokens, bool int8, int threads, int version) {
-  thread_local Workspace space;
+  thread_local ByteSpace rounded;
+  thread_local Values<float> floats;
   const Version<T> run = version_of<T>(version);
-  const std::int64_t segments = segment_count(w), tiles = tile_count(w);
-  if (int8) {
-    room(space.values, tokens * byte_stride(w.columns));
-    room(space.sums, tokens * segments);
-  }
-  const std::int64_t floats = tokens * (int8 ? segments : w.columns);
-  if (std::int64_t(space.floats.size()) < floats) space.floats.resize(floats);
-  std::int8_t* values = space.values.data();
-  const std::int64_t stride = byte_stride(w.columns);
-  std::uint8_t* shifted = int8 && tokens >= MOST_TOKENS ? room(space.shifted, tokens * stride) : nullptr;
-  float* wide = space.floats.data();
-  std::int32_t* sums = space.sums.data();
+  const std::int64_t tiles = tile_count(w);
+  if (int8) rounded.reach(w, tokens);
+  const Quantized q = rounded.of(tokens).of(w);
+  float* wide = int8 ? nullptr : room(floats, tokens * w.columns);
   auto prepare = [&](std::int64_t t) {
     if (int8) {
-      run.quantize(w, x + t * w.in_features, values + t * stride, shifted ? shifted + t * stride : nullptr,
-                   wide + t * segments, sums + t * segments);
+      run.quantize(w, x + t * w.in_features, q, t);
     } else {
       run.widen(w, x + t * w.in_features, wide + t * w.columns);
     }
@@ -224,7 +264,6 @@ void multiply(const Weight& w, const T* x, const Outputs& y, std::int64_t tokens
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (std::int64_t t = 0; t < tokens; ++t) prepare(t);
   }
-  const Quantized q{values, shifted, wide, sums, tokens, segments};
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int part = 0; part < threads; ++part) {
     const std::int64_t first = tiles * part / threads, last = tiles * (part + 1) / threads;
