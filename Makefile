@@ -1,9 +1,9 @@
-# make demo, make test: each sets up what it needs. make test-full: the long tests.
+# make demo, make test, make wheel: each sets up what it needs. make test-full: the long tests.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-full lint clean
+.PHONY: setup demo test test-full wheel lint clean
 
 setup: $(VENV)/installed
 
@@ -28,5 +28,11 @@ test: lint
 test-full: lint
 	$(BIN)/python -m pytest
 
+# For this system and this version of Python, with the compiled library; without a compiler it fails.
+wheel: setup
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(BIN)/python -m zipfile --list dist/*.whl | grep kernels/_native
+
 clean:
-	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf out build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

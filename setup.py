@@ -1,5 +1,7 @@
 """Builds the native kernels where there is a compiler; without one the package works through PyTorch."""
 
+from glob import glob
+
 from setuptools import Extension, setup
 
 SOURCES = "src/tailorbird/kernels/cpp/"
@@ -9,18 +11,8 @@ setup(
         Extension(
             "tailorbird.kernels._native",
             [SOURCES + "library.cpp"],
-            depends=[
-                SOURCES + name
-                for name in (
-                    "layout.h",
-                    "block.h",
-                    "products.inc",
-                    "block.inc",
-                    "additions.inc",
-                    "dequantize.inc",
-                )
-            ],
-            extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-Wno-psabi"],
+            depends=glob(SOURCES + "*"),
+            extra_compile_args=["-O3", "-g0", "-std=c++17", "-fopenmp", "-Wno-psabi"],
             extra_link_args=["-fopenmp"],
             language="c++",
             optional=True,

@@ -66,7 +66,9 @@ int main(int, char** arguments) {
   const int widths[] = {2, 3, 4, 5, 6, 8};
   for (int round = 0; round < std::atoi(arguments[2]); ++round) {
     const bool book = random() % 7 == 0;
-    const int bits = book ? 4 : widths[random() % 6], version = random() % (tailorbird_best_version() + 1);
+    const int bits = book ? 4 : widths[random() % 6];
+    int version = random() % 5;
+    if (!tailorbird_runs_version(version)) version = 0;
     if (!dequantizes(random, bits, version)) return 1;
     const std::int64_t rows = 1 + random() % 70, in_features = 1 + random() % 300, tokens = 1 + random() % 29;
     const std::int64_t steps = (in_features + STEP - 1) / STEP, columns = steps * STEP;

@@ -211,7 +211,7 @@ def test_adapters_of_all_kinds_share_a_batch(architecture: str, seed: int, tmp_p
     torch.testing.assert_close(logits, expected, atol=3e-5, rtol=2e-4)
 
 
-@pytest.mark.parametrize("version", range(native.best_version() + 1))
+@pytest.mark.parametrize("version", native.versions())
 def test_every_version_agrees(version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fused, dense, paths = pair(tmp_path / "m", "llama")
     changes = [change("mixed", dense, paths, 20)]

@@ -123,7 +123,7 @@ def run_blocks(
     segments : iterable of Segment
         Which tokens have an adapter, which was made for `blocks`; others have none.
     version : int, optional
-        Instructions to use, up to `best_version()`, which is the default.
+        Instructions to use, one of `native.versions()`; the fastest by default.
     seconds : Tensor[len(STEPS)], float64, optional
         What each of `STEPS` takes is added here.
 

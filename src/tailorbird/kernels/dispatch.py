@@ -202,10 +202,18 @@ PATHS = (
 
 
 @functools.cache
+def _say_missing(missing: str, names: tuple[str, ...]) -> None:
+    """Log it once for all paths that lack the same."""
+    logger.warning(
+        "no fast path %s: %s; other paths or the exact reference serve", " or ".join(names), missing
+    )
+
+
+@functools.cache
 def works(path: Path) -> bool:
     """Whether `path` runs here and multiplies a small weight right; logged once where not."""
     if not path.runs_here():
-        logger.warning("the fast path %s isn't there: %s; using the exact reference", path.name, path.missing)
+        _say_missing(path.missing, tuple(other.name for other in PATHS if other.missing == path.missing))
         return False
     bits, group_size = path.example
     values = (torch.arange(16 * 64).view(16, 64) * 7) % (1 << bits)

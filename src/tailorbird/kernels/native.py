@@ -87,6 +87,8 @@ def library() -> Any:
             try:
                 found = ctypes.CDLL(str(path))
                 found.tailorbird_best_version.restype = ctypes.c_int
+                found.tailorbird_runs_version.restype = ctypes.c_int
+                found.tailorbird_runs_version.argtypes = [ctypes.c_int]
                 multiply, lay_out = found.tailorbird_linear, found.tailorbird_lay_out
             except (OSError, AttributeError):
                 return None
@@ -180,9 +182,18 @@ def fingerprint() -> str:
 
 @functools.cache
 def best_version() -> int:
-    """Which instructions this processor has: 0 none in particular, 1 AVX2, 2 AVX-512 with VNNI."""
+    """The fastest of `versions`."""
     found = library()
     return 0 if found is None else int(found.tailorbird_best_version())
+
+
+def versions() -> tuple[int, ...]:
+    """Which instructions products can use here.
+
+    0 none in particular, 1 AVX2, 2 AVX-512 with VNNI, 3 AVX2 with AVX-VNNI, 4 NEON with dot products.
+    """
+    found = library()
+    return tuple(i for i in range(5) if found is not None and found.tailorbird_runs_version(i))
 
 
 def serves(coding: Any, in_features: int) -> bool:
@@ -262,7 +273,7 @@ def linear(x: Tensor, layout: Tiles, int8: bool = False, version: int | None = N
     int8 : bool
         Whether `x` is first rounded to bytes (`reference.to_bytes`), for products of integers.
     version : int, optional
-        Instructions to use, up to `best_version()`, which is the default.
+        Instructions to use, one of `versions()`; the fastest by default.
     """
     return _multiply(x, layout.described, int8, best_version() if version is None else version)
 
@@ -360,3 +371,6 @@ def _packed_linear_shape(
     int8: bool,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+library()  # now, so that it hears of the first fork (`cpp/forking.h`)

@@ -47,7 +47,8 @@ class FusedModel:
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        On the CPU. Its tensors are shared and must stay as they are.
+        On the CPU. Its tensors are shared and must stay as they are. Threads that run it at the same time
+        take a `FusedModel` each.
 
     Raises
     ------

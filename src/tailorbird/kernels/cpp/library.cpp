@@ -9,18 +9,33 @@
 #include <chrono>
 #include <cmath>
 #include <limits>
+#include <new>
 #include <vector>
 
 #include "block.h"
+#include "forking.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 #endif
 
 namespace tailorbird {
 
-// Tokens that go through a block of tiles together, and bytes of unpacked codes that stay in the second cache.
-constexpr int MOST_TOKENS = 12;
+// So many tokens are worth unpacking codes for; bytes of unpacked codes that stay in the second cache.
+constexpr int MANY_TOKENS = 12;
+// For so many at most, codes are fetched ahead of their turn.
+constexpr int NEAR_TOKENS = 96;
+// Tokens whose bytes lie side by side then, and that go through two tiles together. Zen 5 takes 9.5 cycles for each of
+// their 16 sums over 64 columns, 8 of them dot products: it begins the next segment while it scales the last one. Of
+// the 24 sums of 12 tokens each took 11, since too few instructions fit its window; the 8 of 4 tokens wait for each
+// other.
+constexpr int TOGETHER = 8;
 // Rows so long go through fewer tokens two tiles at a time; of shorter ones two streams are slower than one.
 constexpr std::int64_t PAIRED_COLUMNS = 2048;
 constexpr std::int64_t PANEL_BYTES = 256 << 10;
@@ -44,28 +59,83 @@ struct Outputs {
   const float* bias;  // or null
 };
 
+// Memory that begins where a line of the cache does: a vector that crosses lines costs twice.
 template <typename T>
-T* room(std::vector<T>& in, std::int64_t count) {
+struct Lines {
+  using value_type = T;
+  Lines() = default;
+  template <typename U>
+  Lines(const Lines<U>&) {}
+  T* allocate(std::size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T* at, std::size_t) { ::operator delete(at, std::align_val_t(64)); }
+  bool operator==(const Lines&) const { return true; }
+  bool operator!=(const Lines&) const { return false; }
+};
+template <typename T>
+using Values = std::vector<T, Lines<T>>;
+
+template <typename T>
+T* room(Values<T>& in, std::int64_t count) {
   if (std::int64_t(in.size()) < count) in.resize(count);
   return in.data();
 }
 
-// Activations as bytes.
+// Activations as bytes, with a scale and minus the sum of the bytes for each segment.
+//
+// Fewer than MANY_TOKENS: bytes with a sign [tokens][byte_stride(columns)], scales and sums [tokens][segments]. More:
+// plus 128, in blocks of TOGETHER tokens that lie side by side, so that products read one stream:
+// [blocks][columns / 4][TOGETHER][4], scales and sums [blocks][segments][TOGETHER].
 struct Quantized {
-  const std::int8_t* values;    // [tokens][byte_stride(columns)]
-  const std::uint8_t* shifted;  // the same plus 128; null for a few tokens
-  const float* scales;          // [tokens][segments]
-  const std::int32_t* sums;     // [tokens][segments], minus the sum of the bytes
+  std::uint8_t* bytes;
+  float* scales;
+  std::int32_t* sums;
   std::int64_t tokens, segments;
+
+  Quantized of(const Weight& w) const { return {bytes, scales, sums, tokens, segment_count(w)}; }
+};
+
+inline std::int64_t whole_blocks(std::int64_t tokens) {
+  return (tokens + TOGETHER - 1) / TOGETHER * TOGETHER;
+}
+
+// Where one token's bytes and segments lie.
+struct Places {
+  std::uint8_t* bytes;
+  float* scales;
+  std::int32_t* sums;
+  std::int64_t four_stride, step;  // from four columns to the next, in bytes; from one segment to the next
+  std::uint32_t flip;              // the bits in which the bytes of four columns differ from those with a sign
+};
+
+inline Places places_of(std::int64_t columns, const Quantized& q, std::int64_t token) {
+  if (q.tokens < MANY_TOKENS) {
+    const std::int64_t at = token * q.segments;
+    return {q.bytes + token * byte_stride(columns), q.scales + at, q.sums + at, 4, 1, 0};
+  }
+  const std::int64_t within = token % TOGETHER, at = (token - within) * q.segments + within;
+  return {q.bytes + (token - within) * columns + 4 * within, q.scales + at, q.sums + at, 4 * TOGETHER, TOGETHER,
+          0x80808080u};
+}
+
+// Memory for activations as bytes, kept from call to call.
+struct ByteSpace {
+  Values<std::uint8_t> bytes;
+  Values<float> scales;
+  Values<std::int32_t> sums;
+
+  void reach(const Weight& w, std::int64_t tokens) {
+    room(bytes, whole_blocks(tokens) * byte_stride(w.columns));
+    room(scales, whole_blocks(tokens) * segment_count(w));
+    room(sums, whole_blocks(tokens) * segment_count(w));
+  }
+
+  Quantized of(std::int64_t tokens) { return {bytes.data(), scales.data(), sums.data(), tokens, 0}; }
 };
 
 // What one thread keeps for the blocks that it runs, from call to call.
 struct BlockSpace {
-  std::vector<float> wide, projected, inner, added, low;
-  std::vector<std::int8_t> values[3];
-  std::vector<std::uint8_t> shifted[3];
-  std::vector<float> scales[3];
-  std::vector<std::int32_t> sums[3];
+  Values<float> wide, projected, inner, added, low;
+  ByteSpace rounded[3];
 };
 
 // Room for linears that read the same activations: `count` of them.
@@ -76,11 +146,7 @@ void room_for(const Linear* linears, int count, std::int64_t tokens, BlockSpace&
     const Weight& w = linears[i].weight;
     columns = std::max(columns, w.columns);
     together += w.rows;
-    if (!linears[i].int8 || linears[i].dense != nullptr) continue;
-    room(space.values[i], tokens * byte_stride(w.columns));
-    if (tokens >= MOST_TOKENS) room(space.shifted[i], tokens * byte_stride(w.columns));
-    room(space.scales[i], tokens * segment_count(w));
-    room(space.sums[i], tokens * segment_count(w));
+    if (linears[i].int8 && linears[i].dense == nullptr) space.rounded[i].reach(w, tokens);
   }
   rows = std::max(rows, together);
 }
@@ -126,6 +192,16 @@ struct Laps {
 #undef TARGET
 #undef DOT_AVX2
 
+#define VERSION avxvnni
+#define TARGET __attribute__((target("avx2,fma,avxvnni")))
+#define DOT_AVXVNNI
+#include "products.inc"
+#include "block.inc"
+#include "dequantize.inc"
+#undef VERSION
+#undef TARGET
+#undef DOT_AVXVNNI
+
 #define VERSION avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,prefer-vector-width=512")))
 #define DOT_AVX512
@@ -135,13 +211,24 @@ struct Laps {
 #undef VERSION
 #undef TARGET
 #undef DOT_AVX512
+#elif defined(__aarch64__)
+#define UNROLL(n) _Pragma("GCC unroll 16")
+#define VERSION neon
+#define TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
+#define DOT_NEON
+#include "products.inc"
+#include "block.inc"
+#include "dequantize.inc"
+#undef VERSION
+#undef TARGET
+#undef DOT_NEON
 #endif
 
 namespace tailorbird {
 
 template <typename T>
 struct Version {
-  void (*quantize)(const Weight&, const T*, std::int8_t*, std::uint8_t*, float*, std::int32_t*);
+  void (*quantize)(const Weight&, const T*, const Quantized&, std::int64_t);
   void (*widen)(const Weight&, const T*, float*);
   void (*int8_products)(const Weight&, const Quantized&, const Outputs&, std::int64_t, std::int64_t);
   void (*float_products)(const Weight&, const float*, std::int64_t, const Outputs&, std::int64_t, std::int64_t,
@@ -155,6 +242,11 @@ Version<T> version_of(int version) {
   if (version == 2) {
     return {avx512::quantize<T>, avx512::widen<T>, avx512::int8_products_of, avx512::float_products_of};
   }
+  if (version == 3) {
+    return {avxvnni::quantize<T>, avxvnni::widen<T>, avxvnni::int8_products_of, avxvnni::float_products_of};
+  }
+#elif defined(__aarch64__)
+  if (version == 4) return {neon::quantize<T>, neon::widen<T>, neon::int8_products_of, neon::float_products_of};
 #endif
   return {portable::quantize<T>, portable::widen<T>, portable::int8_products_of, portable::float_products_of};
 }
@@ -170,6 +262,9 @@ decltype(&portable::dequantize) dequantize_of(int version) {
 #if defined(__x86_64__)
   if (version == 1) return avx2::dequantize;
   if (version == 2) return avx512::dequantize;
+  if (version == 3) return avxvnni::dequantize;
+#elif defined(__aarch64__)
+  if (version == 4) return neon::dequantize;
 #endif
   return portable::dequantize;
 }
@@ -178,38 +273,25 @@ BlockVersion block_version_of(int version) {
 #if defined(__x86_64__)
   if (version == 1) return {avx2::run_blocks, avx2::run_head, avx2::adapt, avx2::add_sparse};
   if (version == 2) return {avx512::run_blocks, avx512::run_head, avx512::adapt, avx512::add_sparse};
+  if (version == 3) return {avxvnni::run_blocks, avxvnni::run_head, avxvnni::adapt, avxvnni::add_sparse};
+#elif defined(__aarch64__)
+  if (version == 4) return {neon::run_blocks, neon::run_head, neon::adapt, neon::add_sparse};
 #endif
   return {portable::run_blocks, portable::run_head, portable::adapt, portable::add_sparse};
 }
 
-// Memory that a thread keeps from call to call.
-struct Workspace {
-  std::vector<std::int8_t> values;
-  std::vector<std::uint8_t> shifted;
-  std::vector<float> floats;
-  std::vector<std::int32_t> sums;
-};
-
 template <typename T>
 void multiply(const Weight& w, const T* x, const Outputs& y, std::int64_t tokens, bool int8, int threads, int version) {
-  thread_local Workspace space;
+  thread_local ByteSpace rounded;
+  thread_local Values<float> floats;
   const Version<T> run = version_of<T>(version);
-  const std::int64_t segments = segment_count(w), tiles = tile_count(w);
-  if (int8) {
-    room(space.values, tokens * byte_stride(w.columns));
-    room(space.sums, tokens * segments);
-  }
-  const std::int64_t floats = tokens * (int8 ? segments : w.columns);
-  if (std::int64_t(space.floats.size()) < floats) space.floats.resize(floats);
-  std::int8_t* values = space.values.data();
-  const std::int64_t stride = byte_stride(w.columns);
-  std::uint8_t* shifted = int8 && tokens >= MOST_TOKENS ? room(space.shifted, tokens * stride) : nullptr;
-  float* wide = space.floats.data();
-  std::int32_t* sums = space.sums.data();
+  const std::int64_t tiles = tile_count(w);
+  if (int8) rounded.reach(w, tokens);
+  const Quantized q = rounded.of(tokens).of(w);
+  float* wide = int8 ? nullptr : room(floats, tokens * w.columns);
   auto prepare = [&](std::int64_t t) {
     if (int8) {
-      run.quantize(w, x + t * w.in_features, values + t * stride, shifted ? shifted + t * stride : nullptr,
-                   wide + t * segments, sums + t * segments);
+      run.quantize(w, x + t * w.in_features, q, t);
     } else {
       run.widen(w, x + t * w.in_features, wide + t * w.columns);
     }
@@ -220,7 +302,6 @@ void multiply(const Weight& w, const T* x, const Outputs& y, std::int64_t tokens
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (std::int64_t t = 0; t < tokens; ++t) prepare(t);
   }
-  const Quantized q{values, shifted, wide, sums, tokens, segments};
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int part = 0; part < threads; ++part) {
     const std::int64_t first = tiles * part / threads, last = tiles * (part + 1) / threads;
@@ -236,15 +317,32 @@ void multiply(const Weight& w, const T* x, const Outputs& y, std::int64_t tokens
 
 extern "C" {
 
-// The best version that this processor runs: 0 portable, 1 AVX2, 2 AVX-512 with VNNI.
-int tailorbird_best_version() {
+// Whether this processor runs a version: 0 portable, 1 AVX2, 2 AVX-512 with VNNI, 3 AVX2 with AVX-VNNI, 4 NEON with dot
+// products.
+int tailorbird_runs_version(int version) {
+  if (version == 0) return 1;
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
-    return 2;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (version == 1) return avx2;
+  if (version == 2) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni");
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+  if (version == 3) return avx2 && __builtin_cpu_supports("avxvnni");
+#elif defined(__ARM_FEATURE_DOTPROD)  // what was built runs nowhere else
+  if (version == 4) return 1;
+#elif defined(__aarch64__) && defined(__linux__)
+  if (version == 4) return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #endif
+  return 0;
+}
+
+// The fastest of those.
+int tailorbird_best_version() {
+  for (const int version : {4, 2, 3, 1}) {
+    if (tailorbird_runs_version(version)) return version;
+  }
   return 0;
 }
 
@@ -306,7 +404,7 @@ void tailorbird_run_head(const void* norm, const void* head, const float* hidden
 void tailorbird_adapt(const void* adapter, const float* x, std::int64_t in_features, float* y, std::int64_t rows,
                       std::int64_t tokens, int threads, int version) {
   using namespace tailorbird;
-  thread_local std::vector<float> space;
+  thread_local Values<float> space;
   const LinearAdapter& a = *static_cast<const LinearAdapter*>(adapter);
   const auto run = block_version_of(version).adapt;
   float* low = room(space, tokens * a.rank);

@@ -1,0 +1,131 @@
+// Products and blocks of NEON's version against those of the portable one, bit for bit: both sum in the same order, and
+// both multiply and add at once. Every width, with zero points and without, odd shapes, few tokens and many.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <deque>
+#include <random>
+#include <vector>
+
+#include "../../src/tailorbird/kernels/cpp/library.cpp"
+
+using namespace tailorbird;
+
+constexpr int PORTABLE = 0, NEON = 4;
+std::mt19937 random_bits;
+
+std::int64_t between(std::int64_t least, std::int64_t most) { return least + random_bits() % (most - least + 1); }
+
+std::vector<float> floats(std::int64_t count) {
+  std::vector<float> values(count);
+  for (float& value : values) value = between(-1000, 1000) / 1000.0f;
+  return values;
+}
+
+// Packed linears with all that they point to.
+struct Weights {
+  std::deque<std::vector<std::uint32_t>> codes;
+  std::deque<std::vector<std::uint16_t>> scales;
+  std::deque<std::vector<std::uint8_t>> zeros;
+
+  Weight add(std::int64_t rows, std::int64_t in_features, int bits, bool symmetric, bool half) {
+    const std::int64_t steps = (in_features + STEP - 1) / STEP, tiles = (rows + LANES - 1) / LANES;
+    const std::int64_t group_steps = between(1, 6), groups = (steps + group_steps - 1) / group_steps;
+    std::vector<std::uint8_t> stored(rows * ((in_features * bits + 7) / 8));
+    for (auto& byte : stored) byte = random_bits();
+    codes.emplace_back(tiles * steps * bits * LANES);
+    scales.emplace_back(tiles * groups * LANES);
+    zeros.emplace_back(tiles * groups * LANES);
+    for (auto& scale : scales.back()) scale = (half ? 0x2c00 : 0x3d00) + between(0, 100);  // about 1 / 16 to 1 / 32
+    for (auto& zero : zeros.back()) zero = between(0, (1 << bits) - 1);
+    tailorbird_lay_out(stored.data(), rows, in_features, bits, codes.back().data(), between(1, 3));
+    return {codes.back().data(), scales.back().data(), symmetric ? nullptr : zeros.back().data(), rows, in_features,
+            steps * STEP, groups, group_steps * STEP, bits, half};
+  }
+};
+
+bool same(const std::vector<float>& a, const std::vector<float>& b) {
+  return std::memcmp(a.data(), b.data(), 4 * a.size()) == 0;
+}
+
+bool product(int bits, bool symmetric, bool int8) {
+  Weights weights;
+  const std::int64_t rows = between(1, 70), in_features = between(1, 300), tokens = between(1, 29);
+  const Weight weight = weights.add(rows, in_features, bits, symmetric, between(0, 1));
+  const std::vector<float> x = floats(tokens * in_features);
+  std::vector<float> expected(tokens * rows, NAN), found(tokens * rows, NAN);
+  tailorbird_linear(&weight, x.data(), expected.data(), tokens, 0, int8, 1, PORTABLE);
+  tailorbird_linear(&weight, x.data(), found.data(), tokens, 0, int8, between(1, 3), NEON);
+  return same(expected, found) && expected[0] == expected[0];
+}
+
+// A block of the Llama kind and a head, over two sequences of unlike lengths.
+bool block(int bits, bool symmetric, bool int8, Activation activation) {
+  constexpr std::int64_t head_dim = 16, heads = 4, kv_heads = 2, width = 56, inner = 88, vocabulary = 45;
+  const std::int64_t lengths[] = {between(1, 40), between(1, 40)}, tokens = lengths[0] + lengths[1];
+  Weights weights;
+  auto linear = [&](std::int64_t rows, std::int64_t in_features) {
+    return Linear{weights.add(rows, in_features, bits, symmetric, false), nullptr, nullptr, 0, int8};
+  };
+  const std::vector<float> norms = floats(width), angles = floats(64 * head_dim), hidden = floats(tokens * width);
+  const Norm norm{norms.data(), nullptr, 1e-5f, NormKind::root_mean_square};
+  Block b{};
+  b.before_attention = b.before_mlp = norm;
+  b.attention_in[0] = linear((heads + 2 * kv_heads) * head_dim, width);
+  b.attention_out = linear(width, heads * head_dim);
+  b.mlp_in[0] = linear(inner, width);
+  b.mlp_in[1] = linear(inner, width);
+  b.mlp_out = linear(width, inner);
+  b.queries = {0, head_dim};
+  b.keys = {heads * head_dim, head_dim};
+  b.values = {(heads + kv_heads) * head_dim, head_dim};
+  b.heads = heads, b.kv_heads = kv_heads, b.head_dim = b.rotary_dim = head_dim;
+  b.attention_linears = 1, b.mlp_linears = 2, b.gated = 1, b.activation = activation, b.scale = 0.25f;
+  b.cosine = angles.data(), b.sine = angles.data() + head_dim / 2;
+  const Linear head = linear(vocabulary, width);
+  std::vector<std::int32_t> positions, sequences;
+  for (int sequence = 0; sequence < 2; ++sequence) {
+    for (int position = 0; position < lengths[sequence]; ++position) {
+      positions.push_back(position);
+      sequences.push_back(sequence);
+    }
+  }
+  const std::int32_t pages[] = {2, 0, 1, 3};
+  auto run = [&](int version, bool float32) {
+    std::vector<float> keys(4 * kv_heads * head_dim * PAGE), values(keys.size()), out = hidden;
+    b.key_pages = keys.data(), b.value_pages = values.data();
+    const Batch batch{positions.data(), positions.data(), sequences.data(), pages, nullptr, nullptr,
+                      tokens, 2, width, float32};
+    const int threads = between(1, 3);
+    std::vector<float> logits(tokens * vocabulary);
+    tailorbird_run_blocks(&b, 0, 1, &batch, out.data(), threads, version);
+    tailorbird_run_head(&norm, &head, out.data(), tokens, width, logits.data(), threads, version);
+    out.insert(out.end(), logits.begin(), logits.end());
+    return out;
+  };
+  for (const bool float32 : {false, true}) {
+    const std::vector<float> expected = run(PORTABLE, float32);
+    if (!same(expected, run(NEON, float32)) || same(expected, hidden)) return false;
+  }
+  return true;
+}
+
+int main(int, char** arguments) {
+  if (tailorbird_best_version() != NEON) return std::puts("this processor has no dot products"), 1;
+  random_bits.seed(std::atoi(arguments[1]));
+  for (int round = 0; round < std::atoi(arguments[2]); ++round) {
+    for (const int bits : {2, 3, 4, 5, 6, 8}) {
+      for (const int kind : {0, 1, 2, 3}) {
+        const bool symmetric = kind & 1, int8 = kind & 2;
+        const auto activation = static_cast<Activation>(round % 4);
+        const char* wrong = !product(bits, symmetric, int8) ? "product" : nullptr;
+        if (round % 4 == 0 && !block(bits, symmetric, int8, activation)) wrong = "block";
+        if (wrong != nullptr) {
+          std::printf("a %s of %d bits differs, symmetric %d, int8 %d\n", wrong, bits, symmetric, int8);
+          return 1;
+        }
+      }
+    }
+  }
+  return 0;
+}
