@@ -76,9 +76,9 @@ bool block(int bits, bool symmetric, bool int8, Activation activation) {
   b.mlp_in[0] = linear(inner, width);
   b.mlp_in[1] = linear(inner, width);
   b.mlp_out = linear(width, inner);
-  b.queries = {0, head_dim};
-  b.keys = {heads * head_dim, head_dim};
-  b.values = {(heads + kv_heads) * head_dim, head_dim};
+  b.queries = {0, heads / kv_heads * head_dim, head_dim};
+  b.keys = {heads * head_dim, head_dim, head_dim};
+  b.values = {(heads + kv_heads) * head_dim, head_dim, head_dim};
   b.heads = heads, b.kv_heads = kv_heads, b.head_dim = b.rotary_dim = head_dim;
   b.attention_linears = 1, b.mlp_linears = 2, b.gated = 1, b.activation = activation, b.scale = 0.25f;
   b.cosine = angles.data(), b.sine = angles.data() + head_dim / 2;
@@ -95,7 +95,7 @@ bool block(int bits, bool symmetric, bool int8, Activation activation) {
     std::vector<float> keys(4 * kv_heads * head_dim * PAGE), values(keys.size()), out = hidden;
     b.key_pages = keys.data(), b.value_pages = values.data();
     const Batch batch{positions.data(), positions.data(), sequences.data(), pages, nullptr, nullptr,
-                      tokens, 2, width, float32};
+                      tokens, 2, width, nullptr, 0, 0, float32, nullptr};
     const int threads = between(1, 3);
     std::vector<float> logits(tokens * vocabulary);
     tailorbird_run_blocks(&b, 0, 1, &batch, out.data(), threads, version);
