@@ -15,7 +15,7 @@ from tailorbird.errors import BudgetError, GateRefused, SettingsError
 from tailorbird.evaluate import speed as speed_module
 from tailorbird.evaluate.kernel_times import Kernel
 from tailorbird.formats.packed import FloatCoding
-from tailorbird.hardware.cost import KernelTimes
+from tailorbird.hardware.cost import AttentionTimes, KernelTimes
 from tailorbird.model.json_file import read_json
 from tailorbird.plan import speed as planned_speed
 from tailorbird.plan.candidates import candidate_codings
@@ -23,13 +23,14 @@ from tailorbird.plan.planfile import load_plan
 from tiny import save_model
 
 KERNELS = {Kernel(coding, int8) for coding in candidate_codings(None, "bfloat16") for int8 in (False, True)}
+NOTHING = AttentionTimes(0.0, 0.0, 0.0)
 #: Every bit of a weight takes a nanosecond, whatever is done with the inputs.
 TIMES = KernelTimes(
     threads=1, piece=512, tokens=(1,),
     products={kernel.name: ((kernel.coding.bits * 1e-9,) * 2,) for kernel in KERNELS}
     | {Kernel(FloatCoding("float32")).name: ((3.2e-8, 3.2e-8),)},
-    streaming=((1, 0.0),), block=0.0, token=0.0, norms=0.0, rotary=0.0, activation=0.0, attention_alone=0.0,
-    attention_together=0.0, step=0.0, sequence=0.0, logit=0.0, lookup=0.0, unpacked=0.0,
+    streaming=((1, 0.0),), block=0.0, token=0.0, norms=0.0, activation=0.0, alone=NOTHING,
+    alone_streamed=NOTHING, together=NOTHING, step=0.0, sequence=0.0, logit=0.0, lookup=0.0, unpacked=0.0,
 )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from tailorbird.evaluate.speed import (
     step_bytes,
 )
 from tailorbird.formats.packed import IntegerCoding, PackedWeight
-from tailorbird.hardware.cost import KernelTimes
+from tailorbird.hardware.cost import AttentionTimes, KernelTimes
 from tailorbird.kernels.blocks import STEPS
 from tailorbird.model.json_file import read_json
 from tailorbird.model.layout import ModelLayout, ModuleLayout
@@ -34,11 +34,12 @@ from tiny import make_model, save_model
 CODING = IntegerCoding(4, 32, symmetric=True)
 
 
+ATTENTION = AttentionTimes(1e-9, 1e-9, 1e-9)
 TIMES = KernelTimes(
     threads=1, piece=512, tokens=(1,), products={f"{CODING.label} · float": ((1e-9, 1e-9),)},
-    streaming=((1, 0.0),), block=1e-6, token=1e-6, norms=1e-9, rotary=1e-9, activation=1e-9,
-    attention_alone=1e-9, attention_together=1e-9, step=1e-4, sequence=1e-6, logit=1e-9, lookup=1e-5,
-    unpacked=1e-9,
+    streaming=((1, 0.0),), block=1e-6, token=1e-6, norms=1e-9, activation=1e-9,
+    alone=ATTENTION, alone_streamed=ATTENTION, together=ATTENTION, step=1e-4, sequence=1e-6, logit=1e-9,
+    lookup=1e-5, unpacked=1e-9,
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tailorbird.hardware.cost import (
+    AttentionTimes,
     BlockShape,
     KernelTimes,
     ModelShape,
@@ -76,17 +77,19 @@ TIMES = KernelTimes(
     block=1e3,
     token=1e4,
     norms=1e5,
-    rotary=1e6,
     activation=1e7,
-    attention_alone=1e8,
-    attention_together=1e9,
+    alone=AttentionTimes(placed=1e6, query=1e15, pair=1e8),
+    alone_streamed=AttentionTimes(placed=3e6, query=3e15, pair=3e8, byte=1e7),
+    together=AttentionTimes(placed=0.0, query=0.0, pair=1e9),
     step=1e10,
     sequence=1e11,
     logit=1e12,
     lookup=1e13,
     unpacked=1e14,
 )
-BLOCK = BlockShape((ProductShape("a", 6, 40), ProductShape("b", 7, 40)), width=2, attended=3, inner=5)
+BLOCK = BlockShape(
+    (ProductShape("a", 6, 40), ProductShape("b", 7, 40)), width=2, attended=3, inner=5, cached_bytes=4
+)
 SHAPE = ModelShape((BLOCK, replace(BLOCK, window=3)), ProductShape("b", 11, 20), vocab_size=13)
 
 
@@ -95,11 +98,13 @@ def test_a_decoding_step_is_the_sum_of_its_parts(batch: int, context: int) -> No
     own = math.ceil(batch / 2)
     pairs = batch * (context + 1) + batch * min(context + 1, 3)
     a = {1: 1.0, 3: 5 / 3, 4: 2.0}[batch]
-    streamed = 0.5 * math.log10(SHAPE.bytes / 100)  # half of the way from 100 to 10,000 is a factor of ten
+    streamed = 0.5 * math.log10((SHAPE.bytes + 4 * pairs) / 100)  # 100 to 10,000 are two factors of ten
     a += streamed * 2
-    blocks = 2 * (1e3 + own * (1e4 + 2e5 + 3e6 + 5e7) + 6 * a + 7 * 5)
+    more = 1 + 2 * streamed  # attention from memory takes three times as long
+    blocks = 2 * (1e3 + own * (1e4 + 2e5 + 3e6 * more + 5e7) + 6 * a + 7 * 5)
     around = 1e10 + batch * 1e11 + 11 * 5 + batch * 13 * 1e12
-    expected = blocks + pairs * 3 * 1e8 + around
+    attention = (2 * batch * 1e15 + pairs * 1e8) * more * 3 + pairs * streamed * 1e7 * 4
+    expected = blocks + attention + around
     assert decode_step_seconds(SHAPE, TIMES, batch, context) == pytest.approx(expected, rel=1e-12)
 
 
@@ -108,13 +113,13 @@ def test_a_prompt_is_read_in_pieces_whose_queries_meet_what_stands_before_them(
     batch: int, prompt: int
 ) -> None:
     only_attention = replace(
-        TIMES, block=0, token=0, norms=0, rotary=0, activation=0, step=0, sequence=0, logit=0,
+        TIMES, block=0, token=0, norms=0, activation=0, step=0, sequence=0, logit=0,
         products=dict.fromkeys("ab", ((0.0, 0.0),) * 3),
     )  # fmt: skip
     met = sum(min(i + 1, window) for _ in range(batch) for i in range(prompt) for window in (math.inf, 3))
     found = prefill_seconds(SHAPE, only_attention, batch, prompt)
     assert found == pytest.approx(met * 3 * 1e9, rel=1e-12)
-    only_blocks = replace(only_attention, attention_together=0, block=1.0)
+    only_blocks = replace(only_attention, together=AttentionTimes(0, 0, 0), block=1.0)
     assert prefill_seconds(SHAPE, only_blocks, batch, prompt) == 2 * math.ceil(batch * prompt / 8)
 
 

@@ -14,7 +14,7 @@ from tailorbird.errors import BudgetError, SettingsError
 from tailorbird.evaluate.foreseen import shape_of
 from tailorbird.evaluate.kernel_times import Kernel
 from tailorbird.formats.packed import Coding, FloatCoding, IntegerCoding, stored_bytes
-from tailorbird.hardware.cost import KernelTimes
+from tailorbird.hardware.cost import AttentionTimes, KernelTimes
 from tailorbird.model.anatomy import Anatomy, read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.load import load
@@ -28,6 +28,7 @@ from tiny import make_model, save_model
 
 CODINGS = [IntegerCoding(bits, 32) for bits in (2, 4, 8)]
 LEFT = FloatCoding("bfloat16")
+NOTHING = AttentionTimes(0.0, 0.0, 0.0)
 #: Seconds per weight: a bit takes 1e-9, half of that where inputs are bytes, 16 bits take 2e-8.
 TIMES = KernelTimes(
     threads=1, piece=512, tokens=(1,),
@@ -35,8 +36,8 @@ TIMES = KernelTimes(
         Kernel(coding, int8).name: ((coding.bits * 1e-9 * (0.5 if int8 else 1.0),) * 2,)
         for coding in CODINGS for int8 in (False, True)
     } | {"bf16": ((2e-8, 2e-8),)},
-    streaming=((1, 0.0),), block=0.0, token=0.0, norms=0.0, rotary=0.0, activation=0.0, attention_alone=0.0,
-    attention_together=0.0, step=1e-4, sequence=0.0, logit=0.0, lookup=0.0, unpacked=0.0,
+    streaming=((1, 0.0),), block=0.0, token=0.0, norms=0.0, activation=0.0, alone=NOTHING,
+    alone_streamed=NOTHING, together=NOTHING, step=1e-4, sequence=0.0, logit=0.0, lookup=0.0, unpacked=0.0,
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from tailorbird.hardware.cost import (
     decode_step_seconds,
     prefill_seconds,
 )
+from tailorbird.model.anatomy import BYTES_PER_CACHED_VALUE
 from tailorbird.progress import Progress
 from tailorbird.run.parts import Layer, Unsuited, linear_shape, parts_of
 
@@ -82,7 +83,8 @@ def shape_of(model: Any) -> tuple[ModelShape, set[Kernel]]:
         linears = (*layer.attention_in, layer.attention_out, *layer.mlp_in, layer.mlp_out)
         width, attended = linear_shape(layer.attention_out)
         inner = linear_shape(layer.mlp_out)[1]
-        return BlockShape(tuple(map(product, linears)), width, attended, inner, layer.window or None)
+        cached = 2 * layer.kv_heads * layer.head_dim * BYTES_PER_CACHED_VALUE
+        return BlockShape(tuple(map(product, linears)), width, attended, inner, cached, layer.window or None)
 
     embedding = model.get_input_embeddings()
     looked_up = embedding.embedding_dim if isinstance(embedding, CompressedEmbedding) else 0

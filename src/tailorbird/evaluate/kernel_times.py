@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,14 @@ from tailorbird.errors import SettingsError
 from tailorbird.formats.modules import CompressedEmbedding, CompressedLinear
 from tailorbird.formats.packed import Coding, FloatCoding, IntegerCoding, PackedWeight
 from tailorbird.hardware.cache import cache_directory, write_entry
-from tailorbird.hardware.cost import BlockShape, KernelTimes, ModelShape, ProductShape, decode_step_seconds
+from tailorbird.hardware.cost import (
+    AttentionTimes,
+    BlockShape,
+    KernelTimes,
+    ModelShape,
+    ProductShape,
+    decode_step_seconds,
+)
 from tailorbird.hardware.probe import machine_identity
 from tailorbird.kernels import native
 from tailorbird.kernels.blocks import (
@@ -52,8 +59,10 @@ STREAM_BYTES = 128 << 20
 #: Operations after which a measurement of many blocks has enough of them.
 ENOUGH_OPERATIONS = 4e9
 REPEATS = 5
-#: Context at which attention of single queries is timed, and for how many sequences.
-CONTEXT, SEQUENCES = 512, 8
+#: Contexts at which attention of single queries is timed, and for how many sequences.
+CONTEXTS, SEQUENCES = (96, 608), 16
+#: Prompts at which attention of neighbours is timed.
+PROMPTS = (64, 512)
 #: Logits of a token where the head is timed.
 VOCABULARY = 32_768
 #: Channels of an embedding's row.
@@ -197,12 +206,12 @@ class _Stand:
         of, each = self.of, tokens // sequences
         pages = -(-(context + each) // PAGE)
         width = 64 * of.kv_heads * PAGE
-        keys, values = (
-            torch.zeros(sequences * pages * width, dtype=torch.bfloat16, device="cpu") for _ in range(2)
-        )
+        apart = len(self.blocks) if context else 1  # the keys of each block, as a model has them
+        shape = 2, apart, sequences * pages * width
+        cache = torch.zeros(shape, dtype=torch.bfloat16, device="cpu")
         angles = torch.ones(context + each, 64, dtype=torch.float32, device="cpu")
-        for block in self.blocks:
-            block.key_pages, block.value_pages = keys.data_ptr(), values.data_ptr()
+        for index, block in enumerate(self.blocks):
+            block.key_pages, block.value_pages = (part[index % apart].data_ptr() for part in cache)
             block.cosine = block.sine = angles.data_ptr()
         hidden = torch.ones(tokens, of.width, dtype=torch.float32, device="cpu")
         positions = torch.arange(context, context + each, dtype=torch.int32, device="cpu").repeat(sequences)
@@ -258,7 +267,7 @@ def _streaming() -> list[tuple[int, float]]:
     return rising
 
 
-def _around_products(threads: int) -> dict[str, float]:
+def _around_products(threads: int) -> dict[str, Any]:
     """The fields of `KernelTimes` that no kernel changes."""
     kernel = Kernel(IntegerCoding(4, 64), int8=True)
     nothing, cached = _Stand(kernel, _NOTHING), _Stand(kernel, _CACHED)
@@ -270,20 +279,43 @@ def _around_products(threads: int) -> dict[str, float]:
     def per_channel(step: str, channels: int) -> float:
         return max(0.0, _of(wide, step) - _of(many, step)) / own / (channels - 64)
 
-    prompt, few = cached.steps(512), cached.steps(SEQUENCES, SEQUENCES, CONTEXT)
-    attended, nobody = 64 * _CACHED.heads, nothing.steps(SEQUENCES, SEQUENCES)
-    alone = max(0.0, _of(few, "attention") - _of(nobody, "attention"))
+    memory = _Stand(kernel, _STREAMED, most=4, size=STREAM_BYTES)
+    apart = [(SEQUENCES, SEQUENCES, context) for context in CONTEXTS]
+    alone = _attention(cached, apart, threads)
     return {
         "block": max(0.0, float(one.sum()) - token),
         "token": token,
         "norms": per_channel("norms", _CACHED.width),
-        "rotary": per_channel("rotary", attended),
         "activation": per_channel("activation", _CACHED.inner),
-        "attention_alone": alone / (SEQUENCES * (CONTEXT + 1)) / attended,
-        "attention_together": _of(prompt, "attention") / (512 * 513 / 2) / attended,
+        "alone": alone,
+        "alone_streamed": _from_memory(alone, _attention(memory, apart, threads)),
+        "together": _attention(cached, [(tokens, 1, 0) for tokens in PROMPTS], threads),
         **_head(kernel),
         **_lookup(),
     }
+
+
+def _attention(stand: _Stand, cases: Sequence[tuple[int, int, int]], threads: int) -> dict[str, float]:
+    """The fields of `AttentionTimes`, from two cases of tokens, sequences and context before them."""
+    attended = 64 * stand.of.heads
+    queries, keys, taken, placed = [], [], [], 0.0
+    for tokens, sequences, context in cases:
+        seconds, each = stand.steps(tokens, sequences, context), tokens // sequences
+        queries.append(tokens)
+        keys.append(sequences * (each * context + each * (each + 1) / 2))
+        taken.append(_of(seconds, "attention") / attended)
+        placed = _of(seconds, "rotary") / attended / -(-tokens // threads)
+    # taken = queries * query + keys * pair
+    (few, many), (near, far), (short, long) = queries, keys, taken
+    pair = max(0.0, (long * few - short * many) / (far * few - near * many))
+    return {"placed": placed, "query": max(0.0, short - near * pair) / few, "pair": pair}
+
+
+def _from_memory(cached: dict[str, float], streamed: dict[str, float]) -> dict[str, float]:
+    """The fields of `AttentionTimes` where keys and values come from memory: what that adds goes to bytes."""
+    attended, size = 64 * _STREAMED.heads, 2 * 2 * 64 * _STREAMED.kv_heads
+    byte = max(0.0, streamed["pair"] - cached["pair"]) * attended / size
+    return {**cached, "placed": streamed["placed"], "byte": byte}
 
 
 def _head(kernel: Kernel) -> dict[str, float]:
@@ -329,7 +361,7 @@ def _around_blocks(times: KernelTimes) -> dict[str, float]:
             packed = PackedWeight.from_codes(codes, scales, zeros, coding)
             model.set_submodule(name, CompressedLinear.from_packed(packed, rounds=True))
     shape = ProductShape(Kernel(coding, True).name, 64 * 64, 1)
-    block = BlockShape((shape,) * 7, 64, 64, 64)
+    block = BlockShape((shape,) * 7, 64, 64, 64, cached_bytes=4 * 64)
     small = ModelShape((block,), dataclasses.replace(shape, weights=64 * 256), 256)
     taken = []
     for sequences in (1, 32):
@@ -397,9 +429,10 @@ def kernel_times(kernels: Collection[Kernel], progress: Progress | None = None) 
 def _assemble(threads: int, around: dict[str, Any], products: dict[str, Any]) -> KernelTimes:
     streaming = tuple((int(size), float(share)) for size, share in around["streaming"])
     rates = {name: tuple((one, other) for one, other in pairs) for name, pairs in products.items()}
+    attention = {name: AttentionTimes(**around[name]) for name in ("alone", "alone_streamed", "together")}
     return KernelTimes(
         threads=threads, piece=MOST_TOKENS, tokens=TOKENS, products=rates,
-        **{**around, "streaming": streaming},
+        **{**around, **attention, "streaming": streaming},
     )  # fmt: skip
 
 

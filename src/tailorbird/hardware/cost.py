@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from tailorbird.hardware.probe import Probe
 
@@ -113,6 +113,8 @@ class BlockShape:
     products : tuple of ProductShape
     width, attended, inner : int
         Channels between blocks, of all heads together, and inside the feed-forward sublayer.
+    cached_bytes : int
+        Of keys and values of a token.
     window : int or None
         Keys that a query meets at most.
     """
@@ -121,6 +123,7 @@ class BlockShape:
     width: int
     attended: int
     inner: int
+    cached_bytes: int
     window: int | None = None
 
 
@@ -149,6 +152,33 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
+class AttentionTimes:
+    """Seconds for every channel of all heads, but for `byte`.
+
+    Attributes
+    ----------
+    placed : float
+        Of a token of a thread: rotary angles, and its key and value into the cache.
+    query : float
+        Of a query beside its keys.
+    pair : float
+        Of a query and one of its keys.
+    byte : float
+        Of a byte of keys and values that comes from memory.
+    """
+
+    placed: float
+    query: float
+    pair: float
+    byte: float = 0.0
+
+    def between(self, other: AttentionTimes, share: float) -> AttentionTimes:
+        """`share` of the way to `other`."""
+        both = zip(astuple(self), astuple(other), strict=True)
+        return AttentionTimes(*(mine + share * (theirs - mine) for mine, theirs in both))
+
+
+@dataclass(frozen=True)
 class KernelTimes:
     """What compiled blocks take on one machine, with so many threads. Seconds, tokens, bytes.
 
@@ -166,11 +196,11 @@ class KernelTimes:
         memory's rate a product then goes.
     block, token : float
         What a block takes beside all else, and for every token of a thread.
-    norms, rotary, activation : float
-        Per token of a thread and channel: of the width, of all heads, of the feed-forward sublayer.
-    attention_alone, attention_together : float
-        Per pair of a query and a key, and channel of all heads; for queries of different sequences, and for
-        neighbours in one.
+    norms, activation : float
+        Per token of a thread and channel: of the width, of the feed-forward sublayer.
+    alone, alone_streamed, together : AttentionTimes
+        For queries of different sequences, whose keys come from the cache or from memory, and for neighbours
+        in one sequence.
     step, sequence : float
         Around the blocks, once, and for every sequence.
     logit : float
@@ -187,10 +217,10 @@ class KernelTimes:
     block: float
     token: float
     norms: float
-    rotary: float
     activation: float
-    attention_alone: float
-    attention_together: float
+    alone: AttentionTimes
+    alone_streamed: AttentionTimes
+    together: AttentionTimes
     step: float
     sequence: float
     logit: float
@@ -222,23 +252,30 @@ def _interpolate(known: Sequence[float], values: Sequence[float], at: float) -> 
 
 def decode_step_seconds(model: ModelShape, times: KernelTimes, batch: int, context: int) -> float:
     """Seconds in which `batch` sequences, each with `context` tokens in the cache, get one more token."""
-    pairs = _met(lambda window: batch * min(context + 1, window))
-    blocks = _blocks_seconds(model, times, batch, pairs, times.attention_alone)
-    return blocks + _around(model, times, batch, batch)
+
+    def keys(block: BlockShape) -> float:
+        return batch * min(context + 1, math.inf if block.window is None else block.window)
+
+    size = model.bytes + sum(int(keys(block)) * block.cached_bytes for block in model.blocks)
+    streamed = times.streamed_share(size)
+    attention = times.alone.between(times.alone_streamed, streamed)
+    blocks = _blocks_seconds(model, times, batch, streamed, keys, attention)
+    return blocks + _around(model, times, batch, batch, streamed)
 
 
 def prefill_seconds(model: ModelShape, times: KernelTimes, batch: int, prompt: int) -> float:
     """Seconds in which `batch` sequences of `prompt` tokens are read into empty caches."""
     total, seconds = batch * prompt, 0.0
+    streamed = times.streamed_share(model.bytes)
     for start in range(0, total, times.piece):
         end = min(start + times.piece, total)
-        pairs = _met(
-            lambda window, start=start, end=end: (  # type: ignore[misc]
-                _pairs_until(end, prompt, window) - _pairs_until(start, prompt, window)
-            )
-        )
-        seconds += _blocks_seconds(model, times, end - start, pairs, times.attention_together)
-    return seconds + _around(model, times, total, batch)
+
+        def pairs(block: BlockShape, start: int = start, end: int = end) -> float:
+            window = math.inf if block.window is None else block.window
+            return _pairs_until(end, prompt, window) - _pairs_until(start, prompt, window)
+
+        seconds += _blocks_seconds(model, times, end - start, streamed, pairs, times.together)
+    return seconds + _around(model, times, total, batch, streamed)
 
 
 def _pairs_until(token: int, prompt: int, window: float) -> float:
@@ -254,32 +291,31 @@ def _pairs_of(tokens: int, window: float) -> float:
     return window * (window + 1) / 2 + (tokens - window) * window
 
 
-def _met(pairs: Callable[[float], float]) -> Callable[[BlockShape], float]:
-    """Pairs of a block, from those of a window."""
-    return lambda block: pairs(math.inf if block.window is None else block.window)
-
-
 def _blocks_seconds(
     model: ModelShape,
     times: KernelTimes,
     tokens: int,
+    streamed: float,
     pairs: Callable[[BlockShape], float],
-    attention: float,
+    attention: AttentionTimes,
 ) -> float:
-    streamed = times.streamed_share(model.bytes)
     own = -(-tokens // times.threads)  # tokens of the thread that has most
     seconds = 0.0
     for block in model.blocks:
-        channels = times.norms * block.width + times.rotary * block.attended + times.activation * block.inner
+        channels = (
+            times.norms * block.width + attention.placed * block.attended + times.activation * block.inner
+        )
         seconds += times.block + own * (times.token + channels)
-        seconds += attention * pairs(block) * block.attended
+        met = pairs(block)
+        seconds += (tokens * attention.query + met * attention.pair) * block.attended
+        seconds += met * attention.byte * block.cached_bytes
         seconds += sum(times.product_seconds(product, tokens, streamed) for product in block.products)
     return seconds
 
 
-def _around(model: ModelShape, times: KernelTimes, tokens: int, sequences: int) -> float:
+def _around(model: ModelShape, times: KernelTimes, tokens: int, sequences: int, streamed: float) -> float:
     """Embedding, head and what stands around them."""
-    head = times.product_seconds(model.head, sequences, times.streamed_share(model.bytes))
+    head = times.product_seconds(model.head, sequences, streamed)
     logits = sequences * model.vocab_size * times.logit
     embedding = times.lookup + tokens * model.looked_up * times.unpacked if model.looked_up else 0.0
     return times.step + sequences * times.sequence + head + logits + embedding

@@ -20,7 +20,7 @@ from tailorbird.hardware.cost import (
     ProductShape,
     decode_step_seconds,
 )
-from tailorbird.model.anatomy import Anatomy, BlockAnatomy
+from tailorbird.model.anatomy import BYTES_PER_CACHED_VALUE, Anatomy, BlockAnatomy
 from tailorbird.plan.allocate import Allocation, PlaceOptions
 from tailorbird.plan.allocate_timed import allocate_timed
 from tailorbird.plan.budget import Budget
@@ -122,7 +122,8 @@ def model_shape(
         products = tuple(product(p.name, (p.out_features, p.in_features)) for p in one.linears)
         attended = next((p.in_features for p in one.linears if p.role == "o"), 0)
         inner = next((p.in_features for p in one.linears if p.role in ("down", "fc2")), 0)
-        return BlockShape(products, anatomy.hidden_size, attended, inner, one.window)
+        cached = one.cached_width * BYTES_PER_CACHED_VALUE
+        return BlockShape(products, anatomy.hidden_size, attended, inner, cached, one.window)
 
     embedding = codings.get(anatomy.embedding, left)
     return ModelShape(
