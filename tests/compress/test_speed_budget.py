@@ -30,7 +30,8 @@ TIMES = KernelTimes(
     products={kernel.name: ((kernel.coding.bits * 1e-9,) * 2,) for kernel in KERNELS}
     | {Kernel(FloatCoding("float32")).name: ((3.2e-8, 3.2e-8),)},
     streaming=((1, 0.0),), block=0.0, token=0.0, norms=0.0, activation=0.0, alone=NOTHING,
-    alone_streamed=NOTHING, together=NOTHING, step=0.0, sequence=0.0, logit=0.0, lookup=0.0, unpacked=0.0,
+    alone_streamed=NOTHING, together=NOTHING, step=0.0, sequence=0.0, begin=0.0,
+    begin_block=0.0, logit=0.0, lookup=0.0, unpacked=0.0,
 )  # fmt: skip
 
 

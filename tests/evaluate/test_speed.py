@@ -38,8 +38,8 @@ ATTENTION = AttentionTimes(1e-9, 1e-9, 1e-9)
 TIMES = KernelTimes(
     threads=1, piece=512, tokens=(1,), products={f"{CODING.label} · float": ((1e-9, 1e-9),)},
     streaming=((1, 0.0),), block=1e-6, token=1e-6, norms=1e-9, activation=1e-9,
-    alone=ATTENTION, alone_streamed=ATTENTION, together=ATTENTION, step=1e-4, sequence=1e-6, logit=1e-9,
-    lookup=1e-5, unpacked=1e-9,
+    alone=ATTENTION, alone_streamed=ATTENTION, together=ATTENTION, step=1e-4, sequence=1e-6,
+    begin=1e-6, begin_block=1e-6, logit=1e-9, lookup=1e-5, unpacked=1e-9,
 )  # fmt: skip
 
 

@@ -83,6 +83,8 @@ TIMES = KernelTimes(
     together=AttentionTimes(placed=0.0, query=0.0, pair=1e9),
     step=1e10,
     sequence=1e11,
+    begin=1e16,
+    begin_block=1e17,
     logit=1e12,
     lookup=1e13,
     unpacked=1e14,
@@ -113,7 +115,8 @@ def test_a_prompt_is_read_in_pieces_whose_queries_meet_what_stands_before_them(
     batch: int, prompt: int
 ) -> None:
     only_attention = replace(
-        TIMES, block=0, token=0, norms=0, activation=0, step=0, sequence=0, logit=0,
+        TIMES, block=0, token=0, norms=0, activation=0, step=0, sequence=0,
+        begin=0, begin_block=0, logit=0,
         products=dict.fromkeys("ab", ((0.0, 0.0),) * 3),
     )  # fmt: skip
     met = sum(min(i + 1, window) for _ in range(batch) for i in range(prompt) for window in (math.inf, 3))
@@ -121,6 +124,13 @@ def test_a_prompt_is_read_in_pieces_whose_queries_meet_what_stands_before_them(
     assert found == pytest.approx(met * 3 * 1e9, rel=1e-12)
     only_blocks = replace(only_attention, together=AttentionTimes(0, 0, 0), block=1.0)
     assert prefill_seconds(SHAPE, only_blocks, batch, prompt) == 2 * math.ceil(batch * prompt / 8)
+
+
+def test_beginning_takes_its_share_of_a_prompt_only() -> None:
+    nothing = replace(TIMES, begin=0, begin_block=0)
+    more = prefill_seconds(SHAPE, TIMES, 2, 5) - prefill_seconds(SHAPE, nothing, 2, 5)
+    assert more == pytest.approx(1e16 + 2 * 1e17)
+    assert decode_step_seconds(SHAPE, TIMES, 2, 5) == decode_step_seconds(SHAPE, nothing, 2, 5)
 
 
 def test_products_between_and_beyond_the_measured_numbers_of_tokens() -> None:

@@ -37,7 +37,8 @@ TIMES = KernelTimes(
         for coding in CODINGS for int8 in (False, True)
     } | {"bf16": ((2e-8, 2e-8),)},
     streaming=((1, 0.0),), block=0.0, token=0.0, norms=0.0, activation=0.0, alone=NOTHING,
-    alone_streamed=NOTHING, together=NOTHING, step=1e-4, sequence=0.0, logit=0.0, lookup=0.0, unpacked=0.0,
+    alone_streamed=NOTHING, together=NOTHING, step=1e-4, sequence=0.0, begin=0.0,
+    begin_block=0.0, logit=0.0, lookup=0.0, unpacked=0.0,
 )  # fmt: skip
 
 

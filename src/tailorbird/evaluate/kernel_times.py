@@ -31,6 +31,7 @@ from tailorbird.hardware.cost import (
     ModelShape,
     ProductShape,
     decode_step_seconds,
+    prefill_seconds,
 )
 from tailorbird.hardware.probe import machine_identity
 from tailorbird.kernels import native
@@ -58,13 +59,16 @@ TOKENS = (1, 2, 3, 4, 8, 11, 12, 16, 32, 64, 128, 512)
 STREAM_BYTES = 128 << 20
 #: Operations after which a measurement of many blocks has enough of them.
 ENOUGH_OPERATIONS = 4e9
-REPEATS = 5
+#: Repetitions of a measurement, and of one with few tokens, which is the more easily disturbed.
+REPEATS, MORE_REPEATS, FEW_TOKENS = 5, 15, 16
 #: Contexts at which attention of single queries is timed, and for how many sequences.
 CONTEXTS, SEQUENCES = (96, 608), 16
 #: Prompts at which attention of neighbours is timed.
 PROMPTS = (64, 512)
 #: Logits of a token where the head is timed.
 VOCABULARY = 32_768
+#: Blocks of a model that is hardly there, beside one of a single block.
+MANY_LAYERS = 9
 #: Channels of an embedding's row.
 EMBEDDED = 1024
 
@@ -219,7 +223,7 @@ class _Stand:
         table = torch.arange(sequences * pages, dtype=torch.int32, device="cpu").view(sequences, pages)
         count = len(self.blocks) if most is None else min(most, len(self.blocks))
         rounds = []
-        for number in range(REPEATS + 1):
+        for number in range((MORE_REPEATS if tokens <= FEW_TOKENS else REPEATS) + 1):
             seconds = torch.zeros(len(STEPS), dtype=torch.float64, device="cpu")
             run_blocks(
                 self.blocks, hidden, positions, of_sequence, table, torch.bfloat16, last=count,
@@ -257,7 +261,7 @@ def _streaming() -> list[tuple[int, float]]:
     kernel = Kernel(IntegerCoding(8, 64), int8=True)
     stand = _Stand(kernel, _CACHED, most=1 << 10, size=STREAM_BYTES)
     size = _CACHED.weights * (8 + (16 + 8) / 64) / 8
-    counts = [count for count in (1 << power for power in range(10)) if count <= len(stand.blocks)]
+    counts = sorted({round(2 ** (half / 2)) for half in range(20)} & {*range(len(stand.blocks) + 1)})
     taken = [_linears(stand.steps(1, most=count)) for count in counts]
     span = taken[-1] - min(taken)
     share, rising = 0.0, []
@@ -343,11 +347,44 @@ def _lookup() -> dict[str, float]:
 
 
 def _around_blocks(times: KernelTimes) -> dict[str, float]:
-    """What a step takes around blocks, head and embedding: on a model that is hardly there."""
+    """What a step takes around blocks, and what the first one does: on models that are hardly there."""
+    model, shape = _hardly_there(1)
+    taken = []
+    for sequences in (1, 32):
+        decoding = decode(model)
+        decoding.read(torch.zeros(sequences, 8, dtype=torch.int64, device="cpu"))
+        fed = torch.zeros(sequences, 1, dtype=torch.int64, device="cpu")
+        seconds = _least(lambda decoding=decoding, fed=fed: decoding.read(fed).argmax(-1))  # type: ignore[misc]
+        taken.append(seconds - decode_step_seconds(shape, times, sequences, 16))
+    sequence = max(0.0, (taken[1] - taken[0]) / 31)
+    step = max(0.0, taken[0] - sequence)
+    times = dataclasses.replace(times, step=step, sequence=sequence)
+    one, many = (_begin_seconds(layers, times) for layers in (1, MANY_LAYERS))
+    begin_block = max(0.0, (many - one) / (MANY_LAYERS - 1))
+    return {
+        "step": step, "sequence": sequence, "begin": max(0.0, one - begin_block), "begin_block": begin_block
+    }  # fmt: skip
+
+
+def _begin_seconds(layers: int, times: KernelTimes) -> float:
+    """What the first reading takes beyond what is predicted for it."""
+    model, shape = _hardly_there(layers)
+    prompt = torch.zeros(1, PAGE, dtype=torch.int64, device="cpu")
+    rounds = []
+    for _ in range(MORE_REPEATS):
+        decoding = decode(model)
+        began = time.perf_counter()
+        decoding.read(prompt)
+        rounds.append(time.perf_counter() - began)
+    return min(rounds) - prefill_seconds(shape, times, 1, PAGE)
+
+
+def _hardly_there(layers: int) -> tuple[Any, ModelShape]:
+    """A model of so many tiny blocks, and its shape."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, vocab_size=256,
+        hidden_size=64, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=1, vocab_size=256,
         tie_word_embeddings=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
@@ -360,18 +397,9 @@ def _around_blocks(times: KernelTimes) -> dict[str, float]:
             zeros = torch.ones(rows, 1, dtype=torch.uint8, device="cpu")
             packed = PackedWeight.from_codes(codes, scales, zeros, coding)
             model.set_submodule(name, CompressedLinear.from_packed(packed, rounds=True))
-    shape = ProductShape(Kernel(coding, True).name, 64 * 64, 1)
-    block = BlockShape((shape,) * 7, 64, 64, 64, cached_bytes=4 * 64)
-    small = ModelShape((block,), dataclasses.replace(shape, weights=64 * 256), 256)
-    taken = []
-    for sequences in (1, 32):
-        decoding = decode(model)
-        decoding.read(torch.zeros(sequences, 8, dtype=torch.int64, device="cpu"))
-        fed = torch.zeros(sequences, 1, dtype=torch.int64, device="cpu")
-        seconds = _least(lambda decoding=decoding, fed=fed: decoding.read(fed).argmax(-1))  # type: ignore[misc]
-        taken.append(seconds - decode_step_seconds(small, times, sequences, 16))
-    sequence = max(0.0, (taken[1] - taken[0]) / 31)
-    return {"step": max(0.0, taken[0] - sequence), "sequence": sequence}
+    product = ProductShape(Kernel(coding, True).name, 64 * 64, 1)
+    block = BlockShape((product,) * 7, 64, 64, 64, cached_bytes=4 * 64)
+    return model, ModelShape((block,) * layers, dataclasses.replace(product, weights=64 * 256), 256)
 
 
 def _least(call: Callable[[], Any]) -> float:
@@ -417,7 +445,8 @@ def kernel_times(kernels: Collection[Kernel], progress: Progress | None = None) 
         write_entry(path, entry)
         progress.advance(note=kernel.name)
     if entry["around"] is None:
-        around: dict[str, Any] = {"streaming": _streaming(), "step": 0.0, "sequence": 0.0}
+        around: dict[str, Any] = {"streaming": _streaming(), "step": 0.0, "sequence": 0.0, "begin": 0.0}
+        around["begin_block"] = 0.0
         around |= _around_products(threads)
         around |= _around_blocks(_assemble(threads, around, entry["products"]))
         entry["around"] = around

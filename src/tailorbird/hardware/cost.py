@@ -203,6 +203,8 @@ class KernelTimes:
         in one sequence.
     step, sequence : float
         Around the blocks, once, and for every sequence.
+    begin, begin_block : float
+        When sequences begin, once, and for every block: rotary angles, room for keys and values.
     logit : float
         Per logit that is given back, beyond the head's product.
     lookup, unpacked : float
@@ -223,6 +225,8 @@ class KernelTimes:
     together: AttentionTimes
     step: float
     sequence: float
+    begin: float
+    begin_block: float
     logit: float
     lookup: float
     unpacked: float
@@ -265,7 +269,7 @@ def decode_step_seconds(model: ModelShape, times: KernelTimes, batch: int, conte
 
 def prefill_seconds(model: ModelShape, times: KernelTimes, batch: int, prompt: int) -> float:
     """Seconds in which `batch` sequences of `prompt` tokens are read into empty caches."""
-    total, seconds = batch * prompt, 0.0
+    total, seconds = batch * prompt, times.begin + len(model.blocks) * times.begin_block
     streamed = times.streamed_share(model.bytes)
     for start in range(0, total, times.piece):
         end = min(start + times.piece, total)
