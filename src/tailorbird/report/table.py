@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from tailorbird.formats import codebooks
 
 ABSENT = "–"
 _DENSE_BITS = 16
@@ -248,7 +247,9 @@ def coding_bits(coding: Any) -> int | None:
     if coding.get("kind") == "integer":
         return coding["bits"] if isinstance(coding.get("bits"), int) else None
     if coding.get("kind") == "codebook":
-        return codebooks.BITS
+        from tailorbird.formats.codebooks import BITS  # not needed to show help, and loads torch
+
+        return BITS
     return {"bfloat16": 16, "float16": 16, "float32": 32}.get(str(coding.get("dtype")))
 
 
