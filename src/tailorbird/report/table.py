@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-
 ABSENT = "–"
 _DENSE_BITS = 16
 
