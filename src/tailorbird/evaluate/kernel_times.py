@@ -49,8 +49,8 @@ from tailorbird.kernels.blocks import (
 )
 from tailorbird.kernels.reference import group_layout
 from tailorbird.progress import Progress, Silent
-from tailorbird.run.fused import MOST_TOKENS
-from tailorbird.run.generate import decode
+from tailorbird.run.fused import MOST_TOKENS, FusedModel
+from tailorbird.run.generate import FusedDecoding
 
 SCHEMA = 1
 #: Numbers of tokens at which products are timed; 4 and 12 are where other kernels take over.
@@ -351,7 +351,7 @@ def _around_blocks(times: KernelTimes) -> dict[str, float]:
     model, shape = _hardly_there(1)
     taken = []
     for sequences in (1, 32):
-        decoding = decode(model)
+        decoding = FusedDecoding(FusedModel(model))
         decoding.read(torch.zeros(sequences, 8, dtype=torch.int64, device="cpu"))
         fed = torch.zeros(sequences, 1, dtype=torch.int64, device="cpu")
         seconds = _least(lambda decoding=decoding, fed=fed: decoding.read(fed).argmax(-1))  # type: ignore[misc]
@@ -372,7 +372,7 @@ def _begin_seconds(layers: int, times: KernelTimes) -> float:
     prompt = torch.zeros(1, PAGE, dtype=torch.int64, device="cpu")
     rounds = []
     for _ in range(MORE_REPEATS):
-        decoding = decode(model)
+        decoding = FusedDecoding(FusedModel(model))
         began = time.perf_counter()
         decoding.read(prompt)
         rounds.append(time.perf_counter() - began)
@@ -387,7 +387,7 @@ def _hardly_there(layers: int) -> tuple[Any, ModelShape]:
         hidden_size=64, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=1, vocab_size=256,
         tie_word_embeddings=False,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config)
     coding = IntegerCoding(4, 64)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
@@ -399,7 +399,7 @@ def _hardly_there(layers: int) -> tuple[Any, ModelShape]:
             model.set_submodule(name, CompressedLinear.from_packed(packed, rounds=True))
     product = ProductShape(Kernel(coding, True).name, 64 * 64, 1)
     block = BlockShape((product,) * 7, 64, 64, 64, cached_bytes=4 * 64)
-    return model, ModelShape((block,) * layers, dataclasses.replace(product, weights=64 * 256), 256)
+    return model.eval(), ModelShape((block,) * layers, dataclasses.replace(product, weights=64 * 256), 256)
 
 
 def _least(call: Callable[[], Any]) -> float:
