@@ -15,7 +15,7 @@ from tailorbird.errors import SettingsError
 from tailorbird.evaluate import kernel_times as module
 from tailorbird.evaluate.kernel_times import Kernel, kernel_times
 from tailorbird.formats.packed import CodebookCoding, FloatCoding, IntegerCoding
-from tailorbird.hardware.cache import cache_directory
+from tailorbird.hardware.cache import cache_directory, forget_kernel_times
 from tailorbird.hardware.cost import KernelTimes
 from tailorbird.kernels import native
 
@@ -104,6 +104,13 @@ def test_a_kernel_that_was_timed_before_a_kill_stays_known(monkeypatch: pytest.M
         kernel_times(KERNELS[:2])
     (path,) = cache_directory().glob("kernels-*.json")
     assert {kernel.name for kernel in KERNELS[:2]} <= set(json.loads(path.read_text())["products"])
+
+
+def test_a_refreshed_probe_forgets_the_times() -> None:
+    kernel_times(KERNELS[:1])
+    forget_kernel_times()
+    assert not list(cache_directory().glob("kernels-*.json"))
+    assert kernel_times(KERNELS[:1]).products
 
 
 def test_where_nothing_can_be_kept_it_works_all_the_same(

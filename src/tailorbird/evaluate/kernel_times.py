@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tailorbird.errors import SettingsError
 from tailorbird.formats.modules import CompressedEmbedding, CompressedLinear
 from tailorbird.formats.packed import Coding, FloatCoding, IntegerCoding, PackedWeight
-from tailorbird.hardware.cache import cache_directory, write_entry
+from tailorbird.hardware.cache import kernel_times_path, write_entry
 from tailorbird.hardware.cost import (
     AttentionTimes,
     BlockShape,
@@ -437,7 +437,7 @@ def kernel_times(kernels: Collection[Kernel], progress: Progress | None = None) 
     progress = progress or Silent()
     threads = torch.get_num_threads()
     identity = {**machine_identity(), "threads": threads, "library": native.fingerprint()}
-    path = cache_directory() / f"kernels-{threads}.json"
+    path = kernel_times_path(threads)
     entry = _read(path, identity) or {"schema": SCHEMA, "identity": identity, "around": None, "products": {}}
     basic = Kernel(IntegerCoding(4, 64), int8=True)
     wanted = {kernel.name: kernel for kernel in (basic, *kernels)}

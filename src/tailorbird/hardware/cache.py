@@ -18,6 +18,18 @@ def cache_directory() -> Path:
     return Path(stated).expanduser() if stated else Path.home() / ".cache" / "tailorbird"
 
 
+def kernel_times_path(threads: int) -> Path:
+    """Where the times of kernels with so many threads are kept."""
+    return cache_directory() / f"kernels-{threads}.json"
+
+
+def forget_kernel_times() -> None:
+    """Let the kernels be timed again."""
+    for path in cache_directory().glob("kernels-*.json"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 def write_entry(path: Path, entry: Any) -> None:
     """Write JSON whole or not at all; a cache that can't be written costs time next time, nothing else."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")

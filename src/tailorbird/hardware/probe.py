@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from tailorbird.hardware.cache import cache_directory, write_entry
+from tailorbird.hardware.cache import cache_directory, forget_kernel_times, write_entry
 from tailorbird.hardware.cgroup import cpu_quota
 from tailorbird.hardware.memory import available_bytes, total_bytes
 from tailorbird.progress import Progress, Silent
@@ -111,7 +111,7 @@ def probe(
     Parameters
     ----------
     refresh : bool
-        Measure again although the cache holds this machine.
+        Measure again although the cache holds this machine; times of kernels are forgotten, too.
     directory : Path or str, optional
         Where the disk is measured (the nearest existing directory above it); the current one by default.
     progress : Progress, optional
@@ -126,6 +126,8 @@ def probe(
     disk = str(os.stat(place).st_dev)
     identity = machine_identity()
     path = cache_directory() / "probe.json"
+    if refresh:
+        forget_kernel_times()
     entry = None if refresh else _read_cache(path, identity)
     if entry is None or disk not in entry["disks"]:
         progress.stage("probe", 4 if entry is None else 1)
