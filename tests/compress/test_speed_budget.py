@@ -131,7 +131,20 @@ def test_a_result_slower_than_its_source_is_refused(make: Any, monkeypatch: pyte
     assert not check["passed"]
     assert "0.50 times" in check["detail"]
     assert "--allow-slower" in check["detail"]
+    assert any(w.startswith("SLOWER") and "int4 g64 · reference" in w for w in result.warnings)
     assert read_json(Path(result.output) / "report.json")["result"]["accepted"] is False
+
+
+def test_one_that_is_slower_in_most_rounds_is_taken_and_said_to_be(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        speed_module, "compare_in_child", lambda *_: {**slow(), "ratio": 0.9, "slower": False}
+    )
+    result = make("result", "60%", measure_speed=True)
+    (check,) = (check for check in result.checks if check["name"] == "speed")
+    assert check["passed"]
+    assert any(w.startswith("SLOWER") and "int4 g64 · reference" in w for w in result.warnings)
 
 
 def test_it_is_taken_where_that_is_allowed(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:

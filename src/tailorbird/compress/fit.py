@@ -286,7 +286,7 @@ def add_speed(
     found = compare_in_child(work.checkpoint.directory, job.partial, batch)
     warnings, checks = list(result.warnings), list(result.checks)
     words = f"{found['ratio']:.2f} times the source's decoding speed at batch {batch}"
-    if found["slower"] and allow_slower:
+    if found["ratio"] < 1:
         warnings.append(f"SLOWER than its source on this machine: {words} ({', '.join(found['paths'])})")
     slow = found["slower"] and not allow_slower
     checks.append(asdict(Check("speed", not slow, words + " (--allow-slower takes it)" * slow)))
