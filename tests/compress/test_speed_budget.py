@@ -13,7 +13,7 @@ import tailorbird
 from tailorbird.compress.result import FitResult
 from tailorbird.errors import BudgetError, GateRefused, SettingsError
 from tailorbird.evaluate import speed as speed_module
-from tailorbird.evaluate.kernel_times import Kernel
+from tailorbird.evaluate.stand_ins import Kernel
 from tailorbird.formats.packed import FloatCoding
 from tailorbird.hardware.cost import AttentionTimes, KernelTimes
 from tailorbird.model.json_file import read_json

@@ -13,7 +13,9 @@ import torch
 
 from tailorbird.errors import SettingsError
 from tailorbird.evaluate import kernel_times as module
-from tailorbird.evaluate.kernel_times import Kernel, kernel_times
+from tailorbird.evaluate import stand_ins
+from tailorbird.evaluate.kernel_times import kernel_times
+from tailorbird.evaluate.stand_ins import Kernel
 from tailorbird.formats.packed import CodebookCoding, FloatCoding, IntegerCoding
 from tailorbird.hardware.cache import cache_directory, forget_kernel_times
 from tailorbird.hardware.cost import KernelTimes
@@ -35,7 +37,9 @@ def little_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundredth of the time; what is tested here isn't how long anything takes."""
     monkeypatch.setattr(module, "STREAM_BYTES", 1 << 22)
     monkeypatch.setattr(module, "TOKENS", (1, 4))
-    monkeypatch.setattr(module, "REPEATS", 1)
+    for place in (module, stand_ins):
+        monkeypatch.setattr(place, "REPEATS", 1)
+        monkeypatch.setattr(place, "MORE_REPEATS", 1)
     monkeypatch.setattr(module, "VOCABULARY", 256)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,20 +14,14 @@ from packed_weights import laid_out, random_packed
 from tailorbird.formats.packed import IntegerCoding
 from tailorbird.kernels import native
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler"),
+    pytest.mark.usefixtures("two_threads"),
+]
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system doesn't fork")
 #: Large enough for more than one thread.
 SHAPE = 515, 1030
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """Two threads, whatever the machine has; the number before is put back."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def layout_of(bits: int, shape: tuple[int, int] = SHAPE) -> native.Tiles:

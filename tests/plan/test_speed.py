@@ -12,7 +12,7 @@ import pytest
 from compressed import save_compressed
 from tailorbird.errors import BudgetError, SettingsError
 from tailorbird.evaluate.foreseen import shape_of
-from tailorbird.evaluate.kernel_times import Kernel
+from tailorbird.evaluate.stand_ins import Kernel
 from tailorbird.formats.packed import Coding, FloatCoding, IntegerCoding, stored_bytes
 from tailorbird.hardware.cost import AttentionTimes, KernelTimes
 from tailorbird.model.anatomy import Anatomy, read_anatomy

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,10 @@ from tailorbird.run.fused import FusedModel
 from tailorbird.run.generate import FusedDecoding
 from tiny import make_model
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """Two threads, whatever the machine has; the number before is put back."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler"),
+    pytest.mark.usefixtures("two_threads"),
+]
 
 
 def compressed(directory: Path, architecture: str = "llama", bits: int = 4, **config: int) -> Any:

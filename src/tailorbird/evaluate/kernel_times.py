@@ -1,9 +1,9 @@
 """What the compiled blocks take on this machine, measured once for every kernel and kept.
 
-Whatever disturbs a measurement makes it slower, so the fastest of several counts. Blocks of random weights
-stand in for a model's: small ones that stay in the cache, large ones that together
-don't, and ones so small that only what surrounds the arithmetic is left. `hardware.cost` puts the time of a
-model's step together from these.
+Whatever disturbs a measurement makes it slower, so the fastest of several counts. Measured are stand-ins for
+a model's blocks (`stand_ins`): small ones that stay in the cache, large ones that together don't, and ones so
+small that only what surrounds the arithmetic is left. `hardware.cost` puts the time of a model's step
+together from these.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from tailorbird.errors import SettingsError
+from tailorbird.evaluate.stand_ins import (
+    CACHED,
+    MORE_REPEATS,
+    NOTHING,
+    REPEATS,
+    STREAMED,
+    Kernel,
+    StandIn,
+    Weights,
+)
 from tailorbird.formats.modules import CompressedEmbedding, CompressedLinear
-from tailorbird.formats.packed import Coding, FloatCoding, IntegerCoding, PackedWeight
+from tailorbird.formats.packed import IntegerCoding, PackedWeight
 from tailorbird.hardware.cache import kernel_times_path, write_entry
 from tailorbird.hardware.cost import (
     AttentionTimes,
@@ -35,19 +44,7 @@ from tailorbird.hardware.cost import (
 )
 from tailorbird.hardware.probe import machine_identity
 from tailorbird.kernels import native
-from tailorbird.kernels.blocks import (
-    ACTIVATIONS,
-    NORM_KINDS,
-    PAGE,
-    STEPS,
-    BlockStructure,
-    HeadsStructure,
-    LinearStructure,
-    NormStructure,
-    run_blocks,
-    run_head,
-)
-from tailorbird.kernels.reference import group_layout
+from tailorbird.kernels.blocks import NORM_KINDS, PAGE, STEPS, NormStructure, run_head
 from tailorbird.progress import Progress, Silent
 from tailorbird.run.fused import MOST_TOKENS, FusedModel
 from tailorbird.run.generate import FusedDecoding
@@ -59,8 +56,6 @@ TOKENS = (1, 2, 3, 4, 8, 11, 12, 16, 32, 64, 128, 512)
 STREAM_BYTES = 128 << 20
 #: Operations after which a measurement of many blocks has enough of them.
 ENOUGH_OPERATIONS = 4e9
-#: Repetitions of a measurement, and of one with few tokens, which is the more easily disturbed.
-REPEATS, MORE_REPEATS, FEW_TOKENS = 5, 15, 16
 #: Contexts at which attention of single queries is timed, and for how many sequences.
 CONTEXTS, SEQUENCES = (96, 608), 16
 #: Prompts at which attention of neighbours is timed.
@@ -77,165 +72,6 @@ EMBEDDED = 1024
 _LINEARS = ("attention_in", "attention_out", "mlp_in", "mlp_out")
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """How a linear is multiplied in compiled blocks.
-
-    Attributes
-    ----------
-    coding : Coding
-        Of the stored weight; a dense weight in float16 is widened to float32.
-    int8 : bool
-        Whether inputs are rounded to bytes.
-    """
-
-    coding: Coding
-    int8: bool = False
-
-    @property
-    def name(self) -> str:
-        """Such as ``int4 g64 · int8`` or ``bf16``."""
-        if isinstance(self.coding, FloatCoding):
-            return "fp32" if self.coding.dtype == "float16" else self.coding.label
-        return f"{self.coding.label} · {'int8' if self.int8 else 'float'}"
-
-
-@dataclass(frozen=True)
-class _Width:
-    """Channels of a stand-in block: between blocks, inside the feed-forward sublayer, and heads of 64."""
-
-    width: int
-    inner: int
-    heads: int
-    kv_heads: int
-
-    @property
-    def shapes(self) -> dict[str, list[tuple[int, int]]]:
-        """``(out_features, in_features)`` of the linears of each step."""
-        attended, keys = 64 * self.heads, 64 * self.kv_heads
-        return {
-            "attention_in": [(rows, self.width) for rows in (attended, keys, keys)],
-            "attention_out": [(self.width, attended)],
-            "mlp_in": [(self.inner, self.width)] * 2,
-            "mlp_out": [(self.width, self.inner)],
-        }
-
-    @property
-    def weights(self) -> int:
-        return sum(rows * columns for shapes in self.shapes.values() for rows, columns in shapes)
-
-
-_NOTHING = _Width(64, 64, 1, 1)
-_CACHED = _Width(512, 1408, 8, 4)
-_STREAMED = _Width(1024, 2816, 16, 8)
-
-
-class _Weights:
-    """Random weights of one kernel in memory that the linears share out among themselves."""
-
-    def __init__(self, kernel: Kernel, size: int) -> None:
-        self.kernel, self.arena, self.kept = kernel, native.Arena(), []  # type: ignore[var-annotated]
-        self.left = size
-
-    def linear(self, rows: int, columns: int) -> LinearStructure:
-        """A linear with weights of its own."""
-        coding = self.kernel.coding
-        if isinstance(coding, FloatCoding):
-            dtype = torch.bfloat16 if coding.dtype == "bfloat16" else torch.float32
-            dense = self._keep(torch.full((rows, columns), 1e-3, dtype=dtype, device="cpu"))
-            described = native.WeightStructure(rows=rows, in_features=columns, columns=columns, groups=1)
-            self.left -= dense.nbytes
-            return LinearStructure(described, dense.data_ptr(), None, int(dtype == torch.float32), 0)
-        groups, size = group_layout(columns, coding.group_size)
-        tiles, steps = -(-rows // native.LANES), -(-columns // native.STEP)
-        codes = self._keep(self.arena.empty(tiles, steps, coding.bits, native.LANES))
-        codes.fill_(0x2B5D1E73)
-        scales = self._keep(
-            torch.full((tiles, groups, native.LANES), 1e-3, dtype=torch.bfloat16, device="cpu")
-        )
-        zeros = table = None
-        if coding.levels is not None:
-            table = self._keep(torch.arange(16, dtype=torch.uint8, device="cpu"))
-        elif not coding.symmetric:
-            zeros = self._keep(torch.ones((tiles, groups, native.LANES), dtype=torch.uint8, device="cpu"))
-        described = native.WeightStructure(
-            codes.data_ptr(), scales.data_ptr(), None if zeros is None else zeros.data_ptr(), rows, columns,
-            steps * native.STEP, groups, steps * native.STEP if groups == 1 else size,
-            coding.bits if table is None else 8, 0, None if table is None else table.data_ptr(),
-        )  # fmt: skip
-        self.left -= codes.nbytes + scales.nbytes + (0 if zeros is None else zeros.nbytes)
-        return LinearStructure(described, None, None, 0, int(self.kernel.int8))
-
-    def block(self, of: _Width) -> BlockStructure:
-        """A gated block with rotary angles."""
-        ones = self._keep(torch.ones(of.width, dtype=torch.float32, device="cpu"))
-        norm = NormStructure(ones.data_ptr(), None, 1e-5, NORM_KINDS["root_mean_square"])
-        none = NormStructure(None, None, 0.0, NORM_KINDS["none"])
-        q, k = 64 * of.heads, 64 * of.kv_heads
-        block = BlockStructure(
-            before_attention=norm, before_mlp=norm, after_attention=none, after_mlp=none, query=none,
-            key=none, queries=HeadsStructure(0, q // of.kv_heads, 64), keys=HeadsStructure(q, 64, 64),
-            values=HeadsStructure(q + k, 64, 64), heads=of.heads, kv_heads=of.kv_heads, head_dim=64,
-            rotary_dim=64, attention_linears=3, mlp_linears=2, gated=1, activation=ACTIVATIONS["silu"],
-            scale=0.125,
-        )  # fmt: skip
-        for step, shapes in of.shapes.items():
-            linears = [self.linear(*shape) for shape in shapes]
-            if len(shapes) == 1:
-                setattr(block, step, linears[0])
-            else:
-                for index, linear in enumerate(linears):
-                    getattr(block, step)[index] = linear
-        return block
-
-    def blocks(self, of: _Width, most: int) -> Any:
-        """At most so many blocks: as many as the memory holds, one at least."""
-        made = [self.block(of)]
-        while len(made) < most and self.left > 0:
-            made.append(self.block(of))
-        return (BlockStructure * len(made))(*made)
-
-    def _keep(self, tensor: Tensor) -> Tensor:
-        self.kept.append(tensor)
-        return tensor
-
-
-class _Stand:
-    """Blocks on which tokens are timed."""
-
-    def __init__(self, kernel: Kernel, of: _Width, most: int = 1, size: int = 1) -> None:
-        self.of, self.weights = of, _Weights(kernel, size)
-        self.blocks = self.weights.blocks(of, most)
-
-    def steps(self, tokens: int, sequences: int = 1, context: int = 0, most: int | None = None) -> Tensor:
-        """Least seconds ``[len(STEPS)]`` of a block; tokens are shared out evenly among the sequences."""
-        of, each = self.of, tokens // sequences
-        pages = -(-(context + each) // PAGE)
-        width = 64 * of.kv_heads * PAGE
-        apart = len(self.blocks) if context else 1  # the keys of each block, as a model has them
-        shape = 2, apart, sequences * pages * width
-        cache = torch.zeros(shape, dtype=torch.bfloat16, device="cpu")
-        angles = torch.ones(context + each, 64, dtype=torch.float32, device="cpu")
-        for index, block in enumerate(self.blocks):
-            block.key_pages, block.value_pages = (part[index % apart].data_ptr() for part in cache)
-            block.cosine = block.sine = angles.data_ptr()
-        hidden = torch.ones(tokens, of.width, dtype=torch.float32, device="cpu")
-        positions = torch.arange(context, context + each, dtype=torch.int32, device="cpu").repeat(sequences)
-        of_sequence = torch.arange(sequences, dtype=torch.int32, device="cpu").repeat_interleave(each)
-        table = torch.arange(sequences * pages, dtype=torch.int32, device="cpu").view(sequences, pages)
-        count = len(self.blocks) if most is None else min(most, len(self.blocks))
-        rounds = []
-        for number in range((MORE_REPEATS if tokens <= FEW_TOKENS else REPEATS) + 1):
-            seconds = torch.zeros(len(STEPS), dtype=torch.float64, device="cpu")
-            run_blocks(
-                self.blocks, hidden, positions, of_sequence, table, torch.bfloat16, last=count,
-                seconds=seconds,
-            )  # fmt: skip
-            if number:  # the first one warms up
-                rounds.append(seconds / count)
-        return torch.stack(rounds).min(0).values
-
-
 def _linears(seconds: Tensor) -> float:
     return sum(float(seconds[STEPS.index(step)]) for step in _LINEARS)
 
@@ -246,23 +82,23 @@ def _of(seconds: Tensor, step: str) -> float:
 
 def _product_times(kernel: Kernel) -> list[tuple[float, float]]:
     """For each of `TOKENS`, seconds per weight from the cache and from memory."""
-    nothing, cached = _Stand(kernel, _NOTHING), _Stand(kernel, _CACHED)
-    streamed = _Stand(kernel, _STREAMED, most=1 << 10, size=STREAM_BYTES)
+    nothing, cached = StandIn(kernel, NOTHING), StandIn(kernel, CACHED)
+    streamed = StandIn(kernel, STREAMED, most=1 << 10, size=STREAM_BYTES)
     rates = []
     for tokens in TOKENS:
         around = _linears(nothing.steps(tokens))
-        enough = max(1, int(ENOUGH_OPERATIONS / (2 * tokens * _STREAMED.weights)))
+        enough = max(1, int(ENOUGH_OPERATIONS / (2 * tokens * STREAMED.weights)))
         both = (_linears(cached.steps(tokens)), _linears(streamed.steps(tokens, most=enough)))
         few = [max(taken - around, 0.1 * taken) for taken in both]
-        rates.append((few[0] / _CACHED.weights, few[1] / _STREAMED.weights))
+        rates.append((few[0] / CACHED.weights, few[1] / STREAMED.weights))
     return rates
 
 
 def _streaming() -> list[tuple[int, float]]:
     """Bytes of weights read in turn, and how far their rate is from the cache's to the memory's."""
     kernel = Kernel(IntegerCoding(8, 64), int8=True)
-    stand = _Stand(kernel, _CACHED, most=1 << 10, size=STREAM_BYTES)
-    size = _CACHED.weights * (8 + (16 + 8) / 64) / 8
+    stand = StandIn(kernel, CACHED, most=1 << 10, size=STREAM_BYTES)
+    size = CACHED.weights * (8 + (16 + 8) / 64) / 8
     counts = sorted({round(2 ** (half / 2)) for half in range(20)} & {*range(len(stand.blocks) + 1)})
     taken = [_linears(stand.steps(1, most=count)) for count in counts]
     span = taken[-1] - min(taken)
@@ -276,7 +112,7 @@ def _streaming() -> list[tuple[int, float]]:
 def _around_products(threads: int) -> dict[str, Any]:
     """The fields of `KernelTimes` that no kernel changes."""
     kernel = Kernel(IntegerCoding(4, 64), int8=True)
-    nothing, cached = _Stand(kernel, _NOTHING), _Stand(kernel, _CACHED)
+    nothing, cached = StandIn(kernel, NOTHING), StandIn(kernel, CACHED)
     one, many = nothing.steps(1), nothing.steps(64)
     own = -(-64 // threads)
     token = max(0.0, float(many.sum() - one.sum()) / max(1, own - 1))
@@ -285,14 +121,14 @@ def _around_products(threads: int) -> dict[str, Any]:
     def per_channel(step: str, channels: int) -> float:
         return max(0.0, _of(wide, step) - _of(many, step)) / own / (channels - 64)
 
-    memory = _Stand(kernel, _STREAMED, most=4, size=STREAM_BYTES)
+    memory = StandIn(kernel, STREAMED, most=4, size=STREAM_BYTES)
     apart = [(SEQUENCES, SEQUENCES, context) for context in CONTEXTS]
     alone = _attention(cached, apart, threads)
     return {
         "block": max(0.0, float(one.sum()) - token),
         "token": token,
-        "norms": per_channel("norms", _CACHED.width),
-        "activation": per_channel("activation", _CACHED.inner),
+        "norms": per_channel("norms", CACHED.width),
+        "activation": per_channel("activation", CACHED.inner),
         "alone": alone,
         "alone_streamed": _from_memory(alone, _attention(memory, apart, threads)),
         "together": _attention(cached, [(tokens, 1, 0) for tokens in PROMPTS], threads),
@@ -301,7 +137,7 @@ def _around_products(threads: int) -> dict[str, Any]:
     }
 
 
-def _attention(stand: _Stand, cases: Sequence[tuple[int, int, int]], threads: int) -> dict[str, float]:
+def _attention(stand: StandIn, cases: Sequence[tuple[int, int, int]], threads: int) -> dict[str, float]:
     """The fields of `AttentionTimes`, from two cases of tokens, sequences and context before them."""
     attended = 64 * stand.of.heads
     queries, keys, taken, placed = [], [], [], 0.0
@@ -319,14 +155,14 @@ def _attention(stand: _Stand, cases: Sequence[tuple[int, int, int]], threads: in
 
 def _from_memory(cached: dict[str, float], streamed: dict[str, float]) -> dict[str, float]:
     """The fields of `AttentionTimes` where keys and values come from memory: what that adds goes to bytes."""
-    attended, size = 64 * _STREAMED.heads, 2 * 2 * 64 * _STREAMED.kv_heads
+    attended, size = 64 * STREAMED.heads, 2 * 2 * 64 * STREAMED.kv_heads
     byte = max(0.0, streamed["pair"] - cached["pair"]) * attended / size
     return {**cached, "placed": streamed["placed"], "byte": byte}
 
 
 def _head(kernel: Kernel) -> dict[str, float]:
     """What giving back logits takes beyond the head's product."""
-    head, small = (_Weights(kernel, 1) for _ in range(2))
+    head, small = (Weights(kernel, 1) for _ in range(2))
     ones = torch.ones(64, dtype=torch.float32, device="cpu")
     norm = NormStructure(ones.data_ptr(), None, 1e-5, NORM_KINDS["root_mean_square"])
     hidden = torch.ones(SEQUENCES, 64, dtype=torch.float32, device="cpu")

@@ -360,17 +360,9 @@ def _packed_linear(
 
 @torch.library.register_fake("tailorbird::packed_linear")
 def _packed_linear_shape(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    out_features: int,
-    in_features: int,
-    group_columns: int,
-    int8: bool,
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, table: Tensor | None, rows: int, *_: Any
 ) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
+    return x.new_empty(*x.shape[:-1], rows)
 
 
 library()  # now, so that it hears of the first fork (`cpp/forking.h`)
