@@ -1,6 +1,6 @@
 """What the compiled blocks take on this machine, measured once for every kernel and kept.
 
-Whatever disturbs a measurement makes it slower, so the fastest of several counts. Measured are stand-ins for
+Medians of several repetitions count, as they do where a model's speed is measured. Measured are stand-ins for
 a model's blocks (`stand_ins`): small ones that stay in the cache, large ones that together don't, and ones so
 small that only what surrounds the arithmetic is left. `hardware.cost` puts the time of a model's step
 together from these.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -167,8 +168,8 @@ def _head(kernel: Kernel) -> dict[str, float]:
     norm = NormStructure(ones.data_ptr(), None, 1e-5, NORM_KINDS["root_mean_square"])
     hidden = torch.ones(SEQUENCES, 64, dtype=torch.float32, device="cpu")
     large, least = head.linear(VOCABULARY, 64), small.linear(64, 64)
-    with_logits = _least(lambda: run_head(norm, large, hidden).argmax(-1))
-    without = _least(lambda: run_head(norm, least, hidden).argmax(-1))
+    with_logits = _typical(lambda: run_head(norm, large, hidden).argmax(-1))
+    without = _typical(lambda: run_head(norm, least, hidden).argmax(-1))
     return {"logit": max(0.0, with_logits - without) / (SEQUENCES * VOCABULARY)}
 
 
@@ -180,7 +181,7 @@ def _lookup() -> dict[str, float]:
     zeros = torch.ones(256, EMBEDDED // 64, dtype=torch.uint8, device="cpu")
     embedding = CompressedEmbedding.from_packed(PackedWeight.from_codes(codes, scales, zeros, coding))
     every = torch.arange(256, device="cpu")
-    one, many = _least(lambda: embedding(every[:1])), _least(lambda: embedding(every))
+    one, many = _typical(lambda: embedding(every[:1])), _typical(lambda: embedding(every))
     return {"lookup": one, "unpacked": max(0.0, many - one) / 255 / EMBEDDED}
 
 
@@ -192,7 +193,7 @@ def _around_blocks(times: KernelTimes) -> dict[str, float]:
         decoding = FusedDecoding(FusedModel(model))
         decoding.read(torch.zeros(sequences, 8, dtype=torch.int64, device="cpu"))
         fed = torch.zeros(sequences, 1, dtype=torch.int64, device="cpu")
-        seconds = _least(lambda decoding=decoding, fed=fed: decoding.read(fed).argmax(-1))  # type: ignore[misc]
+        seconds = _typical(lambda decoding=decoding, fed=fed: decoding.read(fed).argmax(-1))  # type: ignore[misc]
         taken.append(seconds - decode_step_seconds(shape, times, sequences, 16))
     sequence = max(0.0, (taken[1] - taken[0]) / 31)
     step = max(0.0, taken[0] - sequence)
@@ -214,7 +215,7 @@ def _begin_seconds(layers: int, times: KernelTimes) -> float:
         began = time.perf_counter()
         decoding.read(prompt)
         rounds.append(time.perf_counter() - began)
-    return min(rounds) - prefill_seconds(shape, times, 1, PAGE)
+    return statistics.median(rounds) - prefill_seconds(shape, times, 1, PAGE)
 
 
 def _hardly_there(layers: int) -> tuple[Any, ModelShape]:
@@ -240,8 +241,8 @@ def _hardly_there(layers: int) -> tuple[Any, ModelShape]:
     return model.eval(), ModelShape((block,) * layers, dataclasses.replace(product, weights=64 * 256), 256)
 
 
-def _least(call: Callable[[], Any]) -> float:
-    """Least seconds of a call that takes microseconds, and finds its caches as a step leaves them."""
+def _typical(call: Callable[[], Any]) -> float:
+    """Median seconds of a call that takes microseconds, and finds its caches as a step leaves them."""
     other = torch.ones(OTHER_BYTES // 4, dtype=torch.float32, device="cpu")
     call()
     rounds = []
@@ -250,7 +251,7 @@ def _least(call: Callable[[], Any]) -> float:
         began = time.perf_counter()
         call()
         rounds.append(time.perf_counter() - began)
-    return min(rounds)
+    return statistics.median(rounds)
 
 
 def kernel_times(kernels: Collection[Kernel], progress: Progress | None = None) -> KernelTimes:

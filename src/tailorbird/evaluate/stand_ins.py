@@ -158,7 +158,7 @@ class StandIn:
         self.blocks = self.weights.blocks(of, most)
 
     def steps(self, tokens: int, sequences: int = 1, context: int = 0, most: int | None = None) -> Tensor:
-        """Least seconds ``[len(STEPS)]`` of a block; tokens are shared out evenly among the sequences."""
+        """Median seconds ``[len(STEPS)]`` of a block; tokens are shared out evenly among the sequences."""
         of, each = self.of, tokens // sequences
         pages = -(-(context + each) // PAGE)
         width = 64 * of.kv_heads * PAGE
@@ -183,4 +183,4 @@ class StandIn:
             )  # fmt: skip
             if number:  # the first one warms up
                 rounds.append(seconds / count)
-        return torch.stack(rounds).min(0).values
+        return torch.stack(rounds).median(0).values

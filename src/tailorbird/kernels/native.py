@@ -6,6 +6,7 @@ installation they are absent, and `dispatch` does without.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -28,6 +29,8 @@ LANES, STEP = 16, 32
 ONE_THREAD = 1 << 18
 #: Layouts that stay share pieces of memory of this size, in large pages where the system has them.
 ARENA_BYTES = 16 << 20
+#: What the system calls large; less than that begins anywhere.
+LARGE_PAGE = 2 << 20
 
 
 class WeightStructure(ctypes.Structure):
@@ -123,9 +126,9 @@ class Arena:
         """An int32 tensor that isn't filled."""
         size = 4 * math.prod(shape)
         if size > ARENA_BYTES // 4:
-            return _in_large_pages(size)[:size].view(torch.int32).view(shape)
+            return zeros_in_large_pages(size)[:size].view(torch.int32).view(shape)
         if self._used + size > len(self._piece):
-            self._piece, self._used = _in_large_pages(ARENA_BYTES), 0
+            self._piece, self._used = zeros_in_large_pages(ARENA_BYTES), 0
         start, self._used = self._used, self._used + -(-size // 64) * 64
         return self._piece[start : start + size].view(torch.int32).view(shape)
 
@@ -138,12 +141,7 @@ class Arena:
         inside = any(first <= start and end <= last for first, last in self._files)
         if not inside or tensor.is_inference() or tensor._version:
             return
-        page = mmap.PAGESIZE
-        start, end = -(-start // page) * page, end // page * page
-        if end > start:
-            ctypes.CDLL(None).madvise(
-                ctypes.c_void_p(start), ctypes.c_size_t(end - start), ctypes.c_int(mmap.MADV_DONTNEED)
-            )
+        _let_go(start, end)
 
 
 def _mapped_files() -> list[tuple[int, int]]:
@@ -156,15 +154,35 @@ def _mapped_files() -> list[tuple[int, int]]:
     return [(int(first, 16), int(last, 16)) for first, last in ranges]
 
 
-def _in_large_pages(size: int) -> Tensor:
-    """Bytes that begin where a large page does; the system is free to ignore the advice."""
-    page = 2 << 20
-    whole = torch.empty(size + page, dtype=torch.uint8, device="cpu")
-    start = -whole.data_ptr() % page
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+def _let_go(start: int, end: int) -> None:
+    """Take whole pages between two addresses out of memory."""
+    page = mmap.PAGESIZE
+    start, end = -(-start // page) * page, end // page * page
+    if end > start and hasattr(mmap, "MADV_DONTNEED"):
         ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(whole.data_ptr() + start), ctypes.c_size_t(size), ctypes.c_int(mmap.MADV_HUGEPAGE)
+            ctypes.c_void_p(start), ctypes.c_size_t(end - start), ctypes.c_int(mmap.MADV_DONTNEED)
         )
+
+
+def forget(tensor: Tensor) -> None:
+    """Give back the memory of a part of `zeros_in_large_pages` that nobody reads any more."""
+    if tensor.untyped_storage().nbytes() >= LARGE_PAGE:
+        _let_go(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+
+
+def zeros_in_large_pages(size: int) -> Tensor:
+    """Bytes, all 0, that begin where a large page does; memory that isn't written to isn't taken.
+
+    The system is free to ignore the advice.
+    """
+    if not hasattr(mmap, "MAP_PRIVATE") or size < LARGE_PAGE:
+        return torch.zeros(size, dtype=torch.uint8, device="cpu")
+    mapped = mmap.mmap(-1, size + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system built without them
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(mapped, dtype=torch.uint8)
+    start = -whole.data_ptr() % LARGE_PAGE
     return whole[start : start + size]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tailorbird.kernels import native
 from tailorbird.kernels.blocks import PAGE, fill_pages
 
 
@@ -27,12 +28,18 @@ class Pages:
         self.shapes, self.dtype = shapes, dtype
         self.sequences = sequences
         self.tables = torch.empty(sequences, 0, dtype=torch.int32, device="cpu")
-        self.keys: list[Tensor] = [self._pool(*shape, 0) for shape in self.shapes]
-        self.values: list[Tensor] = [self._pool(*shape, 0) for shape in self.shapes]
+        self.keys, self.values = self._pools(0)
 
-    def _pool(self, kv_heads: int, head_dim: int, pages: int) -> Tensor:
-        # zeros: what was never written is weighed with 0, which would make NaN of some values
-        return torch.zeros(pages, kv_heads, head_dim * PAGE, dtype=self.dtype, device="cpu")
+    def _pools(self, pages: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Room for so many pages: keys, and values, of every block, one after the other in one memory.
+
+        Zeros: what was never written is weighed with 0, which would make NaN of some values.
+        """
+        sizes = [pages * kv_heads * head_dim * PAGE for kv_heads, head_dim in self.shapes]
+        memory = native.zeros_in_large_pages(2 * sum(sizes) * self.dtype.itemsize).view(self.dtype)
+        shaped = zip(memory.split([*sizes, *sizes]), [*self.shapes] * 2, strict=True)
+        pools = [pool.view(pages, kv_heads, head_dim * PAGE) for pool, (kv_heads, head_dim) in shaped]
+        return pools[: len(sizes)], pools[len(sizes) :]
 
     def reach(self, positions: int) -> None:
         """Make room for so many positions of every sequence."""
@@ -45,11 +52,12 @@ class Pages:
         )
         added = pages.view(self.sequences, per_sequence - have)
         self.tables = torch.cat([self.tables, added], dim=1).contiguous()
-        for pools in (self.keys, self.values):
-            for index, shape in enumerate(self.shapes):
-                pool = self._pool(*shape, self.sequences * per_sequence)
-                pool[: len(pools[index])] = pools[index]
-                pools[index] = pool
+        larger = self._pools(self.sequences * per_sequence)
+        for old, new in zip((self.keys, self.values), larger, strict=True):
+            for pool, target in zip(old, new, strict=True):
+                target[: len(pool)] = pool
+                native.forget(pool)
+        self.keys, self.values = larger
 
     def use(self, blocks: Any) -> None:
         """Let `blocks` read and write these pages."""
