@@ -1,0 +1,1 @@
+"""Serving: the engine, its scheduler, adapters in a batch, the HTTP API."""
