@@ -25,12 +25,12 @@ from tiny import save_model
 KERNELS = {Kernel(coding, int8) for coding in candidate_codings(None, "bfloat16") for int8 in (False, True)}
 NOTHING = AttentionTimes(0.0, 0.0, 0.0)
 #: Every bit of a weight takes a nanosecond, whatever is done with the inputs.
+RATES = {kernel.name: ((kernel.coding.bits * 1e-9,) * 2,) for kernel in KERNELS}
+RATES |= {Kernel(FloatCoding("float32")).name: ((3.2e-8, 3.2e-8),)}
 TIMES = KernelTimes(
-    threads=1, piece=512, tokens=(1,),
-    products={kernel.name: ((kernel.coding.bits * 1e-9,) * 2,) for kernel in KERNELS}
-    | {Kernel(FloatCoding("float32")).name: ((3.2e-8, 3.2e-8),)},
+    threads=1, piece=512, tokens=(1,), products=RATES, heads=RATES,
     streaming=((1, 0.0),), block=0.0, token=0.0, norms=0.0, activation=0.0, alone=NOTHING,
-    alone_streamed=NOTHING, together=NOTHING, step=0.0, sequence=0.0, begin=0.0,
+    alone_streamed=NOTHING, together=NOTHING, step=0.0, step_streamed=0.0, sequence=0.0, begin=0.0,
     begin_block=0.0, logit=0.0, lookup=0.0, unpacked=0.0,
 )  # fmt: skip
 
@@ -38,7 +38,7 @@ TIMES = KernelTimes(
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`tailorbird.fit` of a tiny model on a machine whose kernels are known."""
-    monkeypatch.setattr(planned_speed, "kernel_times", lambda kernels, progress=None: TIMES)
+    monkeypatch.setattr(planned_speed, "kernel_times", lambda *_: TIMES)
     rng = random.Random(0)
     text = tmp_path / "text.jsonl"
     words = ["alpha", "beta", "gamma", "delta"]

@@ -18,7 +18,7 @@ from tailorbird.evaluate.kernel_times import kernel_times
 from tailorbird.evaluate.stand_ins import Kernel
 from tailorbird.formats.packed import CodebookCoding, FloatCoding, IntegerCoding
 from tailorbird.hardware.cache import cache_directory, forget_kernel_times
-from tailorbird.hardware.cost import KernelTimes
+from tailorbird.hardware.cost import BlockShape, KernelTimes, ModelShape, ProductShape
 from tailorbird.kernels import native
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="tailorbird was installed without a compiler")
@@ -43,14 +43,25 @@ def little_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "VOCABULARY", 256)
 
 
+BACKWARDS = {"blocks": [[-1.0, 1.0]] * 2, "head": [[-1.0, 1.0]] * 2}
+PRODUCT = ProductShape("any", 1, 1)
+SHAPE = ModelShape((BlockShape((PRODUCT,), 96, 64, 160, cached_bytes=4 * 64),), PRODUCT, 300)
+
+
 def numbers(times: KernelTimes) -> list[float]:
     found = [getattr(times, f.name) for f in fields(times) if f.type == "float"]
-    found += [rate for rates in times.products.values() for pair in rates for rate in pair]
+    found += [
+        rate
+        for part in (times.products, times.heads)
+        for rates in part.values()
+        for pair in rates
+        for rate in pair
+    ]
     return found + [share for _, share in times.streaming]
 
 
 def test_every_kernel_gets_positive_finite_times() -> None:
-    times = kernel_times(KERNELS)
+    times = kernel_times(KERNELS, SHAPE)
     assert {kernel.name for kernel in KERNELS} <= set(times.products)
     assert times.tokens == (1, 4)
     assert times.threads == torch.get_num_threads()
@@ -62,7 +73,7 @@ def test_every_kernel_gets_positive_finite_times() -> None:
 
 
 def test_what_was_timed_is_not_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = kernel_times(KERNELS[:2])
+    before = kernel_times(KERNELS[:2], SHAPE)
 
     def never(*_: Any) -> Any:
         raise AssertionError("timed again")
@@ -71,9 +82,11 @@ def test_what_was_timed_is_not_timed_again(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(module, name, never)
     asked = []
     real = module._product_times
-    monkeypatch.setattr(module, "_product_times", lambda kernel: (asked.append(kernel), real(kernel))[1])
-    assert kernel_times(KERNELS[:2]) == before
-    after = kernel_times(KERNELS)
+    monkeypatch.setattr(
+        module, "_product_times", lambda kernel, like: (asked.append(kernel), real(kernel, like))[1]
+    )
+    assert kernel_times(KERNELS[:2], SHAPE) == before
+    after = kernel_times(KERNELS, SHAPE)
     assert asked == KERNELS[2:]
     assert {name: after.products[name] for name in before.products} == before.products
 
@@ -84,17 +97,17 @@ def test_what_was_timed_is_not_timed_again(monkeypatch: pytest.MonkeyPatch) -> N
         lambda entry: "{",
         lambda entry: json.dumps({**entry, "schema": 0}),
         lambda entry: json.dumps({**entry, "identity": {**entry["identity"], "library": "another"}}),
-        lambda entry: json.dumps({**entry, "products": {name: [] for name in entry["products"]}}),
-        lambda entry: json.dumps({**entry, "products": {n: [[-1.0, 1.0]] * 2 for n in entry["products"]}}),
+        lambda entry: json.dumps({**entry, "products": {name: {} for name in entry["products"]}}),
+        lambda entry: json.dumps({**entry, "products": dict.fromkeys(entry["products"], BACKWARDS)}),
         lambda entry: json.dumps({**entry, "around": {"block": 1.0}}),
         lambda entry: "[]",
     ],
 )
 def test_what_is_kept_and_damaged_or_of_another_build_is_timed_again(damage: Any) -> None:
-    kernel_times(KERNELS[:1])
+    kernel_times(KERNELS[:1], SHAPE)
     (path,) = cache_directory().glob("kernels-*.json")
     path.write_text(damage(json.loads(path.read_text())))
-    times = kernel_times(KERNELS[:1])
+    times = kernel_times(KERNELS[:1], SHAPE)
     assert all(rate > 0 for rates in times.products.values() for pair in rates for rate in pair)
     assert json.loads(path.read_text())["identity"]["library"] == native.fingerprint()
 
@@ -105,16 +118,17 @@ def test_a_kernel_that_was_timed_before_a_kill_stays_known(monkeypatch: pytest.M
 
     monkeypatch.setattr(module, "_around_products", killed)
     with pytest.raises(KeyboardInterrupt):
-        kernel_times(KERNELS[:2])
+        kernel_times(KERNELS[:2], SHAPE)
     (path,) = cache_directory().glob("kernels-*.json")
-    assert {kernel.name for kernel in KERNELS[:2]} <= set(json.loads(path.read_text())["products"])
+    known = json.loads(path.read_text())["products"]
+    assert all(any(key.startswith(kernel.name) for key in known) for kernel in KERNELS[:2])
 
 
 def test_a_refreshed_probe_forgets_the_times() -> None:
-    kernel_times(KERNELS[:1])
+    kernel_times(KERNELS[:1], SHAPE)
     forget_kernel_times()
     assert not list(cache_directory().glob("kernels-*.json"))
-    assert kernel_times(KERNELS[:1]).products
+    assert kernel_times(KERNELS[:1], SHAPE).products
 
 
 def test_where_nothing_can_be_kept_it_works_all_the_same(
@@ -122,10 +136,10 @@ def test_where_nothing_can_be_kept_it_works_all_the_same(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TAILORBIRD_CACHE", str(tmp_path / "file" / "cache"))
-    assert kernel_times(KERNELS[:1]).products
+    assert kernel_times(KERNELS[:1], SHAPE).products
 
 
 def test_without_the_native_library_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "available", lambda: False)
     with pytest.raises(SettingsError, match="compiler"):
-        kernel_times(KERNELS)
+        kernel_times(KERNELS, SHAPE)

@@ -35,11 +35,12 @@ CODING = IntegerCoding(4, 32, symmetric=True)
 
 
 ATTENTION = AttentionTimes(1e-9, 1e-9, 1e-9)
+RATES = {f"{CODING.label} · float": ((1e-9, 1e-9),)}
 TIMES = KernelTimes(
-    threads=1, piece=512, tokens=(1,), products={f"{CODING.label} · float": ((1e-9, 1e-9),)},
+    threads=1, piece=512, tokens=(1,), products=RATES, heads=RATES,
     streaming=((1, 0.0),), block=1e-6, token=1e-6, norms=1e-9, activation=1e-9,
-    alone=ATTENTION, alone_streamed=ATTENTION, together=ATTENTION, step=1e-4, sequence=1e-6,
-    begin=1e-6, begin_block=1e-6, logit=1e-9, lookup=1e-5, unpacked=1e-9,
+    alone=ATTENTION, alone_streamed=ATTENTION, together=ATTENTION, step=1e-4,
+    step_streamed=1e-4, sequence=1e-6, begin=1e-6, begin_block=1e-6, logit=1e-9, lookup=1e-5, unpacked=1e-9,
 )  # fmt: skip
 
 
@@ -48,7 +49,7 @@ def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reads 1e9 bytes and multiplies 1e12 times per second; measuring the real one takes seconds."""
     rates = {"fp32": 5e11, "bf16": 1e12, "int8": None}
     monkeypatch.setattr(speed_module, "probe", lambda: SimpleNamespace(read_bandwidth=1e9, matmul=rates))
-    monkeypatch.setattr(foreseen, "kernel_times", lambda kernels, progress=None: TIMES)
+    monkeypatch.setattr(foreseen, "kernel_times", lambda *_: TIMES)
 
 
 @pytest.fixture(scope="module")

@@ -73,6 +73,7 @@ TIMES = KernelTimes(
     piece=8,
     tokens=(1, 4, 16),
     products={"a": ((1.0, 3.0), (2.0, 4.0), (10.0, 10.0)), "b": ((5.0, 5.0), (5.0, 5.0), (5.0, 5.0))},
+    heads={"a": ((1.0, 3.0), (2.0, 4.0), (10.0, 10.0)), "b": ((5.0, 5.0), (5.0, 5.0), (5.0, 5.0))},
     streaming=((100, 0.0), (10_000, 1.0)),
     block=1e3,
     token=1e4,
@@ -82,6 +83,7 @@ TIMES = KernelTimes(
     alone_streamed=AttentionTimes(placed=3e6, query=3e15, pair=3e8, byte=1e7),
     together=AttentionTimes(placed=0.0, query=0.0, pair=1e9),
     step=1e10,
+    step_streamed=1e10,
     sequence=1e11,
     begin=1e16,
     begin_block=1e17,
@@ -115,9 +117,9 @@ def test_a_prompt_is_read_in_pieces_whose_queries_meet_what_stands_before_them(
     batch: int, prompt: int
 ) -> None:
     only_attention = replace(
-        TIMES, block=0, token=0, norms=0, activation=0, step=0, sequence=0,
+        TIMES, block=0, token=0, norms=0, activation=0, step=0, step_streamed=0, sequence=0,
         begin=0, begin_block=0, logit=0,
-        products=dict.fromkeys("ab", ((0.0, 0.0),) * 3),
+        products=dict.fromkeys("ab", ((0.0, 0.0),) * 3), heads=dict.fromkeys("ab", ((0.0, 0.0),) * 3),
     )  # fmt: skip
     met = sum(min(i + 1, window) for _ in range(batch) for i in range(prompt) for window in (math.inf, 3))
     found = prefill_seconds(SHAPE, only_attention, batch, prompt)
@@ -144,3 +146,14 @@ def test_an_unpacked_embedding_takes_its_share() -> None:
     packed = replace(SHAPE, looked_up=17)
     more = decode_step_seconds(packed, TIMES, 2, 5) - decode_step_seconds(SHAPE, TIMES, 2, 5)
     assert more == pytest.approx(1e13 + 2 * 17 * 1e14)
+
+
+def test_head_and_step_go_by_what_was_measured_for_them() -> None:
+    model = ModelShape((), ProductShape("a", 10, 1000), 0)
+    nothing = dict.fromkeys(("sequence", "logit", "lookup", "unpacked"), 0.0)
+    times = replace(
+        TIMES, heads={"a": ((2.0, 6.0),) * 3}, step=100.0, step_streamed=200.0, **nothing
+    )  # fmt: skip
+    share = times.streamed_share(1000)
+    assert 0 < share < 1
+    assert decode_step_seconds(model, times, 1, 0) == pytest.approx(10 * (2 + share * 4) + 100 + share * 100)

@@ -30,21 +30,23 @@ CODINGS = [IntegerCoding(bits, 32) for bits in (2, 4, 8)]
 LEFT = FloatCoding("bfloat16")
 NOTHING = AttentionTimes(0.0, 0.0, 0.0)
 #: Seconds per weight: a bit takes 1e-9, half of that where inputs are bytes, 16 bits take 2e-8.
+RATES = {
+    Kernel(coding, int8).name: ((coding.bits * 1e-9 * (0.5 if int8 else 1.0),) * 2,)
+    for coding in CODINGS
+    for int8 in (False, True)
+}
+RATES["bf16"] = ((2e-8, 2e-8),)
 TIMES = KernelTimes(
-    threads=1, piece=512, tokens=(1,),
-    products={
-        Kernel(coding, int8).name: ((coding.bits * 1e-9 * (0.5 if int8 else 1.0),) * 2,)
-        for coding in CODINGS for int8 in (False, True)
-    } | {"bf16": ((2e-8, 2e-8),)},
+    threads=1, piece=512, tokens=(1,), products=RATES, heads=RATES,
     streaming=((1, 0.0),), block=0.0, token=0.0, norms=0.0, activation=0.0, alone=NOTHING,
-    alone_streamed=NOTHING, together=NOTHING, step=1e-4, sequence=0.0, begin=0.0,
+    alone_streamed=NOTHING, together=NOTHING, step=1e-4, step_streamed=1e-4, sequence=0.0, begin=0.0,
     begin_block=0.0, logit=0.0, lookup=0.0, unpacked=0.0,
 )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def known_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "kernel_times", lambda kernels, progress=None: TIMES)
+    monkeypatch.setattr(speed, "kernel_times", lambda *_: TIMES)
 
 
 @pytest.fixture(scope="module")

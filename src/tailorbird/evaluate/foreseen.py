@@ -46,7 +46,7 @@ def foresee(
         shape, kernels = shape_of(model)
     except Unsuited:
         return None
-    return speeds(shape, kernel_times(kernels, progress), batch, prompt_tokens, new_tokens)
+    return speeds(shape, kernel_times(kernels, shape, progress), batch, prompt_tokens, new_tokens)
 
 
 def speeds(

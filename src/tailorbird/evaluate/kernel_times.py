@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tailorbird.errors import SettingsError
 from tailorbird.evaluate.stand_ins import (
     CACHED,
+    FEW_TOKENS,
     MORE_REPEATS,
     NOTHING,
     REPEATS,
@@ -30,6 +31,7 @@ from tailorbird.evaluate.stand_ins import (
     Kernel,
     StandIn,
     Weights,
+    Width,
 )
 from tailorbird.formats.modules import CompressedEmbedding, CompressedLinear
 from tailorbird.formats.packed import IntegerCoding, PackedWeight
@@ -45,12 +47,20 @@ from tailorbird.hardware.cost import (
 )
 from tailorbird.hardware.probe import machine_identity
 from tailorbird.kernels import native
-from tailorbird.kernels.blocks import NORM_KINDS, PAGE, STEPS, NormStructure, run_head
+from tailorbird.kernels.blocks import (
+    NORM_KINDS,
+    PAGE,
+    STEPS,
+    LinearStructure,
+    NormStructure,
+    run_head,
+)
+from tailorbird.model.anatomy import BYTES_PER_CACHED_VALUE
 from tailorbird.progress import Progress, Silent
 from tailorbird.run.fused import MOST_TOKENS, FusedModel
 from tailorbird.run.generate import FusedDecoding
 
-SCHEMA = 1
+SCHEMA = 2
 #: Numbers of tokens at which products are timed; 4 and 12 are where other kernels take over.
 TOKENS = (1, 2, 3, 4, 8, 11, 12, 16, 32, 64, 128, 512)
 #: Weights that are read in turn for the rate from memory: more than last-level caches hold.
@@ -66,7 +76,9 @@ VOCABULARY = 32_768
 #: Blocks of a model that is hardly there, beside one of a single block.
 MANY_LAYERS = 9
 #: What is read between calls that take microseconds: more than the caches next to a core hold.
-OTHER_BYTES = 16 << 20
+NEAR_BYTES = 16 << 20
+#: Weights of a head that a cache holds.
+CACHED_HEAD = 1 << 21
 #: Channels of an embedding's row.
 EMBEDDED = 1024
 
@@ -81,18 +93,49 @@ def _of(seconds: Tensor, step: str) -> float:
     return float(seconds[STEPS.index(step)])
 
 
-def _product_times(kernel: Kernel) -> list[tuple[float, float]]:
-    """For each of `TOKENS`, seconds per weight from the cache and from memory."""
-    nothing, cached = StandIn(kernel, NOTHING), StandIn(kernel, CACHED)
-    streamed = StandIn(kernel, STREAMED, most=1 << 10, size=STREAM_BYTES)
+def _product_times(kernel: Kernel, like: Width) -> list[tuple[float, float]]:
+    """For each of `TOKENS`, seconds per weight of blocks like these, from the cache and from memory."""
+    nothing, cached = StandIn(kernel, NOTHING), StandIn(kernel, like)
+    streamed = StandIn(kernel, like, most=1 << 10, size=STREAM_BYTES)
     rates = []
     for tokens in TOKENS:
         around = _linears(nothing.steps(tokens))
-        enough = max(1, int(ENOUGH_OPERATIONS / (2 * tokens * STREAMED.weights)))
+        enough = max(1, int(ENOUGH_OPERATIONS / (2 * tokens * like.weights)))
         both = (_linears(cached.steps(tokens)), _linears(streamed.steps(tokens, most=enough)))
-        few = [max(taken - around, 0.1 * taken) for taken in both]
-        rates.append((few[0] / CACHED.weights, few[1] / STREAMED.weights))
+        rates.append(_both(tuple(max(taken - around, 0.1 * taken) / like.weights for taken in both)))
     return rates
+
+
+def _head_times(kernel: Kernel, width: int, vocab_size: int) -> list[tuple[float, float]]:
+    """For each of `TOKENS`, seconds per weight of a head like this, from the cache and from memory."""
+    rows = min(vocab_size, VOCABULARY)
+    memory = Weights(kernel, STREAM_BYTES)
+    few, heads = Weights(kernel, 1).linear(max(1, min(rows, CACHED_HEAD // width)), width), []
+    while memory.left > 0:
+        heads.append(memory.linear(rows, width))
+    ones = torch.ones(width, dtype=torch.float32, device="cpu")
+    norm = NormStructure(ones.data_ptr(), None, 1e-5, NORM_KINDS["root_mean_square"])
+    rates = []
+    for tokens in TOKENS:
+        hidden = torch.ones(tokens, width, dtype=torch.float32, device="cpu")
+        enough = max(1, int(ENOUGH_OPERATIONS / (2 * tokens * rows * width)))
+        both = []
+        for subjects in ([few], heads[:enough]):
+
+            def call(subjects: list[LinearStructure] = subjects, hidden: Tensor = hidden) -> None:
+                for head in subjects:
+                    run_head(norm, head, hidden)
+
+            weights = sum(head.weight.rows for head in subjects) * width
+            both.append(_median_seconds(call, MORE_REPEATS if tokens <= FEW_TOKENS else REPEATS) / weights)
+        rates.append(_both(both))
+    return rates
+
+
+def _both(rates: Sequence[float]) -> tuple[float, float]:
+    """Of a product from the cache, and from memory, which isn't faster."""
+    cached, memory = rates
+    return cached, max(cached, memory)
 
 
 def _streaming() -> list[tuple[int, float]]:
@@ -133,7 +176,7 @@ def _around_products(threads: int) -> dict[str, Any]:
         "alone": alone,
         "alone_streamed": _from_memory(alone, _attention(memory, apart, threads)),
         "together": _attention(cached, [(tokens, 1, 0) for tokens in PROMPTS], threads),
-        **_head(kernel),
+        **_logits(),
         **_lookup(),
     }
 
@@ -161,16 +204,10 @@ def _from_memory(cached: dict[str, float], streamed: dict[str, float]) -> dict[s
     return {**cached, "placed": streamed["placed"], "byte": byte}
 
 
-def _head(kernel: Kernel) -> dict[str, float]:
-    """What giving back logits takes beyond the head's product."""
-    head, small = (Weights(kernel, 1) for _ in range(2))
-    ones = torch.ones(64, dtype=torch.float32, device="cpu")
-    norm = NormStructure(ones.data_ptr(), None, 1e-5, NORM_KINDS["root_mean_square"])
-    hidden = torch.ones(SEQUENCES, 64, dtype=torch.float32, device="cpu")
-    large, least = head.linear(VOCABULARY, 64), small.linear(64, 64)
-    with_logits = _typical(lambda: run_head(norm, large, hidden).argmax(-1))
-    without = _typical(lambda: run_head(norm, least, hidden).argmax(-1))
-    return {"logit": max(0.0, with_logits - without) / (SEQUENCES * VOCABULARY)}
+def _logits() -> dict[str, float]:
+    """What choosing the likeliest of logits takes."""
+    logits = torch.zeros(SEQUENCES, VOCABULARY, dtype=torch.float32, device="cpu")
+    return {"logit": _median_seconds(lambda: logits.argmax(-1), REPEATS) / logits.numel()}
 
 
 def _lookup() -> dict[str, float]:
@@ -189,19 +226,22 @@ def _around_blocks(times: KernelTimes) -> dict[str, float]:
     """What a step takes around blocks, and what the first one does: on models that are hardly there."""
     model, shape = _hardly_there(1)
     taken = []
-    for sequences in (1, 32):
+    for sequences, others in ((1, NEAR_BYTES), (32, NEAR_BYTES), (1, STREAM_BYTES)):
         decoding = FusedDecoding(FusedModel(model))
         decoding.read(torch.zeros(sequences, 8, dtype=torch.int64, device="cpu"))
         fed = torch.zeros(sequences, 1, dtype=torch.int64, device="cpu")
-        seconds = _typical(lambda decoding=decoding, fed=fed: decoding.read(fed).argmax(-1))  # type: ignore[misc]
+        seconds = _typical(lambda decoding=decoding, fed=fed: decoding.read(fed).argmax(-1), others)  # type: ignore[misc]
         taken.append(seconds - decode_step_seconds(shape, times, sequences, 16))
     sequence = max(0.0, (taken[1] - taken[0]) / 31)
     step = max(0.0, taken[0] - sequence)
-    times = dataclasses.replace(times, step=step, sequence=sequence)
+    step_streamed = max(step, taken[2] - sequence)
+    times = dataclasses.replace(times, step=step, step_streamed=step_streamed, sequence=sequence)
     one, many = (_begin_seconds(layers, times) for layers in (1, MANY_LAYERS))
     begin_block = max(0.0, (many - one) / (MANY_LAYERS - 1))
+    begin = max(0.0, one - begin_block)
     return {
-        "step": step, "sequence": sequence, "begin": max(0.0, one - begin_block), "begin_block": begin_block
+        "step": step, "step_streamed": step_streamed, "sequence": sequence, "begin": begin,
+        "begin_block": begin_block,
     }  # fmt: skip
 
 
@@ -241,9 +281,20 @@ def _hardly_there(layers: int) -> tuple[Any, ModelShape]:
     return model.eval(), ModelShape((block,) * layers, dataclasses.replace(product, weights=64 * 256), 256)
 
 
-def _typical(call: Callable[[], Any]) -> float:
+def _median_seconds(call: Callable[[], Any], repeats: int) -> float:
+    """Of a call, after one that warms up."""
+    rounds = []
+    for number in range(repeats + 1):
+        began = time.perf_counter()
+        call()
+        if number:
+            rounds.append(time.perf_counter() - began)
+    return statistics.median(rounds)
+
+
+def _typical(call: Callable[[], Any], others: int = NEAR_BYTES) -> float:
     """Median seconds of a call that takes microseconds, and finds its caches as a step leaves them."""
-    other = torch.ones(OTHER_BYTES // 4, dtype=torch.float32, device="cpu")
+    other = torch.ones(others // 4, dtype=torch.float32, device="cpu")
     call()
     rounds = []
     for _ in range(4 * REPEATS):
@@ -254,11 +305,19 @@ def _typical(call: Callable[[], Any]) -> float:
     return statistics.median(rounds)
 
 
-def kernel_times(kernels: Collection[Kernel], progress: Progress | None = None) -> KernelTimes:
+def kernel_times(
+    kernels: Collection[Kernel], shape: ModelShape, progress: Progress | None = None
+) -> KernelTimes:
     """What blocks with these kernels take here, with as many threads as PyTorch uses now.
 
-    Measured where it isn't known yet, which takes a few seconds and half a second for each kernel; kept for
-    this machine, number of threads and build of the native library.
+    Measured where it isn't known yet, which takes a few seconds and one for each kernel; kept for this
+    machine, number of threads, build of the native library and shape of block and head.
+
+    Parameters
+    ----------
+    kernels : collection of Kernel
+    shape : ModelShape
+        Of the model whose speed is asked for; what its linears are now doesn't matter.
 
     Raises
     ------
@@ -276,32 +335,52 @@ def kernel_times(kernels: Collection[Kernel], progress: Progress | None = None) 
     identity = {**machine_identity(), "threads": threads, "library": native.fingerprint()}
     path = kernel_times_path(threads)
     entry = _read(path, identity) or {"schema": SCHEMA, "identity": identity, "around": None, "products": {}}
-    basic = Kernel(IntegerCoding(4, 64), int8=True)
-    wanted = {kernel.name: kernel for kernel in (basic, *kernels)}
-    missing = [kernel for name, kernel in wanted.items() if name not in entry["products"]]
+    basic, like = Kernel(IntegerCoding(4, 64), int8=True), _like(shape)
+    wanted = [
+        (f"{kernel.name}, {width.label}, {head}", kernel, width, head)
+        for kernel, width, head in (
+            (basic, NOTHING, 256), *((kernel, like, shape.vocab_size) for kernel in kernels),
+        )
+    ]  # fmt: skip
+    missing = [each for each in dict.fromkeys(wanted) if each[0] not in entry["products"]]
     if missing or entry["around"] is None:
         progress.stage("kernel times", len(missing) + (entry["around"] is None))
-    for kernel in missing:
-        entry["products"][kernel.name] = _product_times(kernel)
+    for key, kernel, width, head in missing:
+        blocks, heads = _product_times(kernel, width), _head_times(kernel, width.width, head)
+        entry["products"][key] = {"blocks": blocks, "head": heads}
         write_entry(path, entry)
         progress.advance(note=kernel.name)
     if entry["around"] is None:
-        around: dict[str, Any] = {"streaming": _streaming(), "step": 0.0, "sequence": 0.0, "begin": 0.0}
-        around["begin_block"] = 0.0
+        around: dict[str, Any] = {"streaming": _streaming()}
+        around |= dict.fromkeys(("step", "step_streamed", "sequence", "begin", "begin_block"), 0.0)
         around |= _around_products(threads)
-        around |= _around_blocks(_assemble(threads, around, entry["products"]))
+        tiny = {basic.name: entry["products"][wanted[0][0]]}
+        around |= _around_blocks(_assemble(threads, around, tiny))
         entry["around"] = around
         write_entry(path, entry)
         progress.advance(note="around them")
-    return _assemble(threads, entry["around"], entry["products"])
+    found = {kernel.name: entry["products"][key] for key, kernel, _, _ in wanted[1:]}
+    return _assemble(threads, entry["around"], found)
+
+
+def _like(shape: ModelShape) -> Width:
+    """The channels of a model's blocks as those of stand-ins: of a middle one, where they differ."""
+    rising = sorted(shape.blocks, key=lambda b: (b.width, b.inner, b.attended, b.cached_bytes))
+    block = rising[len(rising) // 2]
+    kv_channels = block.cached_bytes // (2 * BYTES_PER_CACHED_VALUE)
+    heads = max(1, round(block.attended / 64))
+    return Width(block.width, max(1, block.inner), heads, min(heads, max(1, round(kv_channels / 64))))
 
 
 def _assemble(threads: int, around: dict[str, Any], products: dict[str, Any]) -> KernelTimes:
     streaming = tuple((int(size), float(share)) for size, share in around["streaming"])
-    rates = {name: tuple((one, other) for one, other in pairs) for name, pairs in products.items()}
+
+    def rates(part: str) -> dict[str, Any]:
+        return {name: tuple((one, other) for one, other in both[part]) for name, both in products.items()}
+
     attention = {name: AttentionTimes(**around[name]) for name in ("alone", "alone_streamed", "together")}
     return KernelTimes(
-        threads=threads, piece=MOST_TOKENS, tokens=TOKENS, products=rates,
+        threads=threads, piece=MOST_TOKENS, tokens=TOKENS, products=rates("blocks"), heads=rates("head"),
         **{**around, **attention, "streaming": streaming},
     )  # fmt: skip
 
@@ -312,9 +391,10 @@ def _read(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
         entry = json.loads(path.read_text())
         if entry["schema"] != SCHEMA or entry["identity"] != identity:
             return None
-        for rates in entry["products"].values():
-            if len(rates) != len(TOKENS) or not all(_positive(rate) for rate in rates):
-                return None
+        for both in entry["products"].values():
+            for rates in (both["blocks"], both["head"]):
+                if len(rates) != len(TOKENS) or not all(_positive(rate) for rate in rates):
+                    return None
         if entry["around"] is not None:
             _assemble(1, entry["around"], {})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):

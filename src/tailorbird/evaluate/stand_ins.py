@@ -71,6 +71,10 @@ class Width:
         }
 
     @property
+    def label(self) -> str:
+        return f"{self.width} x {self.inner} x {self.heads} x {self.kv_heads}"
+
+    @property
     def weights(self) -> int:
         return sum(rows * columns for shapes in self.shapes.values() for rows, columns in shapes)
 

@@ -189,8 +189,9 @@ class KernelTimes:
         Tokens that go through the blocks in one call, at most.
     tokens : tuple of int
         Rising numbers of tokens at which products were timed.
-    products : mapping
-        Kernel -> for each of `tokens` the seconds per weight, from the cache and from memory.
+    products, heads : mapping
+        Kernel -> for each of `tokens` the seconds per weight, from the cache and from memory: in blocks of
+        about the model's shape, and in its head.
     streaming : tuple of (int, float)
         Rising bytes of weights that are read in turn, and which share of the way from the cache's to the
         memory's rate a product then goes.
@@ -201,8 +202,9 @@ class KernelTimes:
     alone, alone_streamed, together : AttentionTimes
         For queries of different sequences, whose keys come from the cache or from memory, and for neighbours
         in one sequence.
-    step, sequence : float
-        Around the blocks, once, and for every sequence.
+    step, step_streamed, sequence : float
+        Around the blocks, once: where the model leaves the caches to others, or needs them itself; and for
+        every sequence.
     begin, begin_block : float
         When sequences begin, once, and for every block: rotary angles, room for keys and values.
     logit : float
@@ -215,6 +217,7 @@ class KernelTimes:
     piece: int
     tokens: tuple[int, ...]
     products: Mapping[str, Sequence[tuple[float, float]]]
+    heads: Mapping[str, Sequence[tuple[float, float]]]
     streaming: tuple[tuple[int, float], ...]
     block: float
     token: float
@@ -224,6 +227,7 @@ class KernelTimes:
     alone_streamed: AttentionTimes
     together: AttentionTimes
     step: float
+    step_streamed: float
     sequence: float
     begin: float
     begin_block: float
@@ -240,9 +244,18 @@ class KernelTimes:
         )
 
     def product_seconds(self, product: ProductShape, tokens: int, streamed: float) -> float:
-        """Seconds of one product with `tokens` tokens."""
-        rates = [cached + streamed * (memory - cached) for cached, memory in self.products[product.kernel]]
-        return product.weights * _interpolate(self.tokens, rates, tokens)
+        """Seconds of one product of a block with `tokens` tokens."""
+        return self._seconds(self.products[product.kernel], product.weights, tokens, streamed)
+
+    def head_seconds(self, head: ProductShape, tokens: int, streamed: float) -> float:
+        """Seconds of the head's product with `tokens` tokens."""
+        return self._seconds(self.heads[head.kernel], head.weights, tokens, streamed)
+
+    def _seconds(
+        self, rates: Sequence[tuple[float, float]], weights: int, tokens: int, streamed: float
+    ) -> float:
+        here = [cached + streamed * (memory - cached) for cached, memory in rates]
+        return weights * _interpolate(self.tokens, here, tokens)
 
 
 def _interpolate(known: Sequence[float], values: Sequence[float], at: float) -> float:
@@ -319,7 +332,8 @@ def _blocks_seconds(
 
 def _around(model: ModelShape, times: KernelTimes, tokens: int, sequences: int, streamed: float) -> float:
     """Embedding, head and what stands around them."""
-    head = times.product_seconds(model.head, sequences, streamed)
+    head = times.head_seconds(model.head, sequences, streamed)
+    step = times.step + streamed * (times.step_streamed - times.step)
     logits = sequences * model.vocab_size * times.logit
     embedding = times.lookup + tokens * model.looked_up * times.unpacked if model.looked_up else 0.0
-    return times.step + sequences * times.sequence + head + logits + embedding
+    return step + sequences * times.sequence + head + logits + embedding

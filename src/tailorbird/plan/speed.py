@@ -161,8 +161,8 @@ class SpeedPlanner:
     def step_seconds(self, codings: Mapping[str, Coding], rounded: Collection[str]) -> float:
         """Predicted seconds of a decoding step of a plan."""
         kernels = {Kernel(coding, name in rounded) for name, coding in codings.items()}
-        times = kernel_times({*kernels, Kernel(self.left)}, self.progress)
-        return self._step(model_shape(self.anatomy, codings, rounded, self.left), times)
+        shape = model_shape(self.anatomy, codings, rounded, self.left)
+        return self._step(shape, kernel_times({*kernels, Kernel(self.left)}, shape, self.progress))
 
     def _step(self, shape: ModelShape, times: KernelTimes) -> float:
         return decode_step_seconds(shape, times, self.budget.concurrency, self.budget.context or CONTEXT)
@@ -224,9 +224,9 @@ class SpeedPlanner:
             for place in places(lambda *_: 0.0)
             for option in place.options
         }
-        times = kernel_times({*offered, Kernel(self.left)}, self.progress)
-        streamed = times.streamed_share(self.budget.weight_bytes)
         nothing = model_shape(self.anatomy, {}, (), self.left)
+        times = kernel_times({*offered, Kernel(self.left)}, nothing, self.progress)
+        streamed = times.streamed_share(self.budget.weight_bytes)
         idle = replace(nothing.head, weights=0)
         around = replace(
             nothing,
@@ -243,7 +243,8 @@ class SpeedPlanner:
             kernel = Kernel(coding, self._rounds(place.name, coding, refused))
             rows, columns = place.shape
             product = ProductShape(kernel.name, rows * columns, stored_bytes(coding, rows, columns))
-            return times.product_seconds(product, batch, streamed)
+            rate = times.head_seconds if place.role in ("head", "tied") else times.product_seconds
+            return rate(product, batch, streamed)
 
         return places(seconds), self._step(around, times)
 

@@ -25,7 +25,7 @@ from tailorbird.kernels.blocks import (
     LinearStructure,
     NormStructure,
 )
-from tailorbird.run.pages import Pages
+from tailorbird.run.pages import Cache, Pages
 from tailorbird.run.parts import Layer, Unsuited, epsilon, norm_kind, parts_of
 
 #: Tokens that go through the blocks in one call; a longer prompt is read in such pieces.
@@ -63,7 +63,7 @@ class FusedModel:
         self._kept: list[Any] = []
         self._arena = native.Arena()
         self._angles: dict[str | None, tuple[Tensor, Tensor]] = {}
-        self._used: tuple[Pages, torch.Size] | None = None
+        self._used: tuple[Cache, torch.Size] | None = None
         #: Where the seconds of each of `blocks.STEPS`, and of the head, are added; none are taken unless set.
         self.seconds: Tensor | None = None
         layers = self.parts.layers
@@ -105,7 +105,7 @@ class FusedModel:
         ids: Tensor,
         positions: Tensor,
         sequences: Tensor,
-        cache: Pages,
+        cache: Cache,
         wanted: Tensor,
         adapters: Iterable[Segment] = (),
     ) -> Tensor:
@@ -115,7 +115,7 @@ class FusedModel:
         ----------
         ids, positions, sequences : Tensor[tokens], int64, int32, int32
             Tokens of a sequence are neighbours, in order.
-        cache : Pages
+        cache : Cache
             With room for all positions.
         wanted : Tensor[n], int64
             Tokens after which logits are wanted.
@@ -145,7 +145,7 @@ class FusedModel:
         hidden: Tensor,
         positions: Tensor,
         sequences: Tensor,
-        cache: Pages,
+        cache: Cache,
         first: int = 0,
         last: int | None = None,
         adapters: Iterable[Segment] = (),

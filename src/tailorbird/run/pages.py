@@ -3,13 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from tailorbird.kernels import native
 from tailorbird.kernels.blocks import PAGE, fill_pages
+
+
+class Cache(Protocol):
+    """Keys and values that compiled blocks read and write."""
+
+    #: int32 ``[sequences, most_pages]``, the page of each `PAGE` tokens of a sequence
+    tables: Tensor
+
+    def use(self, blocks: Any) -> None:
+        """Let `blocks` read and write these pages."""
+
+
+def page_bytes(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> int:
+    """Bytes of a page, over all blocks, of `PAGE` tokens; arguments as of `Pages`."""
+    return 2 * PAGE * dtype.itemsize * sum(kv_heads * head_dim for kv_heads, head_dim in shapes)
+
+
+def _pools(
+    shapes: Sequence[tuple[int, int]], dtype: torch.dtype, pages: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Room for so many pages: keys, and values, of every block, one after the other in one memory.
+
+    Zeros: what was never written is weighed with 0, which would make NaN of some values.
+    """
+    sizes = [pages * kv_heads * head_dim * PAGE for kv_heads, head_dim in shapes]
+    memory = native.zeros_in_large_pages(2 * sum(sizes) * dtype.itemsize).view(dtype)
+    shaped = zip(memory.split([*sizes, *sizes]), [*shapes] * 2, strict=True)
+    pools = [pool.view(pages, kv_heads, head_dim * PAGE) for pool, (kv_heads, head_dim) in shaped]
+    return pools[: len(sizes)], pools[len(sizes) :]
 
 
 class Pages:
@@ -28,18 +57,7 @@ class Pages:
         self.shapes, self.dtype = shapes, dtype
         self.sequences = sequences
         self.tables = torch.empty(sequences, 0, dtype=torch.int32, device="cpu")
-        self.keys, self.values = self._pools(0)
-
-    def _pools(self, pages: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Room for so many pages: keys, and values, of every block, one after the other in one memory.
-
-        Zeros: what was never written is weighed with 0, which would make NaN of some values.
-        """
-        sizes = [pages * kv_heads * head_dim * PAGE for kv_heads, head_dim in self.shapes]
-        memory = native.zeros_in_large_pages(2 * sum(sizes) * self.dtype.itemsize).view(self.dtype)
-        shaped = zip(memory.split([*sizes, *sizes]), [*self.shapes] * 2, strict=True)
-        pools = [pool.view(pages, kv_heads, head_dim * PAGE) for pool, (kv_heads, head_dim) in shaped]
-        return pools[: len(sizes)], pools[len(sizes) :]
+        self.keys, self.values = _pools(shapes, dtype, 0)
 
     def reach(self, positions: int) -> None:
         """Make room for so many positions of every sequence."""
@@ -52,12 +70,42 @@ class Pages:
         )
         added = pages.view(self.sequences, per_sequence - have)
         self.tables = torch.cat([self.tables, added], dim=1).contiguous()
-        larger = self._pools(self.sequences * per_sequence)
+        larger = _pools(self.shapes, self.dtype, self.sequences * per_sequence)
         for old, new in zip((self.keys, self.values), larger, strict=True):
             for pool, target in zip(old, new, strict=True):
                 target[: len(pool)] = pool
                 native.forget(pool)
         self.keys, self.values = larger
+
+    def use(self, blocks: Any) -> None:
+        """Let `blocks` read and write these pages."""
+        fill_pages(blocks, self.keys, self.values)
+
+
+class SharedPages:
+    """A fixed number of pages that sequences share; who has which is the caller's business.
+
+    Parameters
+    ----------
+    shapes, dtype
+        As of `Pages`.
+    pages : int
+        Memory is taken as they are written.
+
+    Attributes
+    ----------
+    tables : Tensor[sequences, most_pages], int32
+        Of the sequences of the next step; set by the caller.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, pages: int) -> None:
+        self.keys, self.values = _pools(shapes, dtype, pages)
+        self.tables = torch.empty(0, 0, dtype=torch.int32, device="cpu")
+
+    def copy(self, source: int, target: int) -> None:
+        """Give page `target` what page `source` holds."""
+        for pool in (*self.keys, *self.values):
+            pool[target] = pool[source]
 
     def use(self, blocks: Any) -> None:
         """Let `blocks` read and write these pages."""

@@ -1,0 +1,216 @@
+"""Which tokens the next step reads.
+
+Every step first gives one token to each sequence that is writing, then fills what is left of its budget with
+pieces of prompts (https://arxiv.org/abs/2403.02310, Sarathi-Serve), so that a long prompt never stalls those
+who are writing. Where pages run out, the sequence that is least urgent gives its pages back and waits; it is
+read again later, mostly from pages that are still findable. Among those who wait, the tenant that has been
+served least goes first (https://arxiv.org/abs/2401.00588, virtual token counters), after priority.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from tailorbird.serve.page_pool import PagePool
+from tailorbird.serve.sequence import Sequence
+
+#: What a token of output counts for in a tenant's share, beside a token of a prompt.
+OUTPUT_WEIGHT = 2
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens of a sequence that a step reads: from `start` on, then the drafts.
+
+    Attributes
+    ----------
+    sequence : Sequence
+    start, count : int
+        Of the sequence's own tokens.
+    drafts : tuple of int
+        Guesses of what follows its last token.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def chooses(self) -> bool:
+        """Whether a token is chosen after it."""
+        return self.start + self.count == len(self.sequence.tokens)
+
+
+class Scheduler:
+    """The sequences of an engine, waiting and running.
+
+    Parameters
+    ----------
+    pool : PagePool
+    page_tokens : int
+        Tokens of a page.
+    step_tokens : int
+        Most tokens of a step.
+    max_sequences : int
+        Most that run at once; at most `step_tokens`.
+    shares_prefixes : bool
+        Whether pages of one sequence may serve another.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        page_tokens: int,
+        step_tokens: int,
+        max_sequences: int,
+        shares_prefixes: bool = True,
+    ) -> None:
+        self.pool, self.page_tokens = pool, page_tokens
+        self.step_tokens, self.max_sequences = step_tokens, min(max_sequences, step_tokens)
+        self.shares_prefixes = shares_prefixes
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self._served: dict[str, float] = {}
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait. A tenant who was away gets no credit for it."""
+        self._join(sequence.request.tenant)
+        self.waiting.append(sequence)
+
+    def _join(self, tenant: str) -> None:
+        present = {other.request.tenant for other in (*self.waiting, *self.running)}
+        if tenant not in present:
+            least = min((self._served.get(other, 0.0) for other in present), default=0.0)
+            self._served[tenant] = max(self._served.get(tenant, 0.0), least)
+        if not present:
+            self._served = {tenant: self._served[tenant]}
+
+    def fork(self, sequence: Sequence) -> None:
+        """Let a sequence run at once; it has its pages already."""
+        self.running.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, which ended or was cancelled, and release its pages."""
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.pages)
+        sequence.pages = []
+
+    def next_step(self, draft: Callable[[Sequence, int], Iterable[int]] | None = None) -> list[Piece]:
+        """The pieces that are read now, with pages for all of them; empty when there is nothing to do.
+
+        Parameters
+        ----------
+        draft : callable, optional
+            Guesses at most so many tokens that follow a sequence.
+        """
+        room, pieces = self.step_tokens, []
+        writing = [sequence for sequence in self.running if sequence.pending == 1]
+        spare = max(0, room - len(writing) - sum(s.pending > 1 for s in self.running) - bool(self.waiting))
+        for sequence in sorted(writing, key=_urgency):
+            if sequence not in self.running:  # it gave its pages to one before it
+                continue
+            if not self._reach(sequence, len(sequence.tokens)):
+                continue
+            drafts: tuple[int, ...] = ()
+            if draft is not None and spare > 0:
+                drafts = tuple(draft(sequence, spare))
+                if drafts and not self._has_room(sequence, len(sequence.tokens) + len(drafts)):
+                    drafts = ()
+                spare -= len(drafts)
+            pieces.append(Piece(sequence, sequence.computed, 1, drafts))
+            room -= 1 + len(drafts)
+        for sequence in sorted((s for s in self.running if s.pending > 1), key=_urgency):
+            count = min(room, sequence.pending)
+            if count == 0:
+                break
+            if sequence in self.running and self._reach(sequence, sequence.computed + count):
+                pieces.append(Piece(sequence, sequence.computed, count))
+                room -= count
+        pieces = [piece for piece in pieces if piece.sequence in self.running]
+        while room > 0 and self.waiting and len(self.running) < self.max_sequences:
+            sequence = min(self.waiting, key=self._turn)
+            if not self._admit(sequence):
+                break
+            count = min(room, sequence.pending)
+            pieces.append(Piece(sequence, sequence.computed, count))
+            room -= count
+        for piece in pieces:
+            self._serve(piece.sequence.request.tenant, piece.count, piece.chooses)
+        return pieces
+
+    def done(self, piece: Piece, accepted: int = 0) -> None:
+        """What was read is in the pages: the piece's own tokens, and so many of its drafts."""
+        sequence = piece.sequence
+        sequence.computed = piece.start + piece.count + accepted
+        if self.shares_prefixes:
+            known = sequence.computed // self.page_tokens
+            had = piece.start // self.page_tokens
+            keys = sequence.keys_of_full_pages(self.page_tokens, sequence.computed)
+            for number in range(had, known):
+                self.pool.publish(sequence.pages[number], keys[number])
+
+    def _turn(self, sequence: Sequence) -> tuple[int, float, int, int]:
+        served = self._served.get(sequence.request.tenant, 0.0)
+        return sequence.request.priority, served, sequence.arrival, sequence.index
+
+    def _serve(self, tenant: str, tokens: int, chooses: bool) -> None:
+        self._served[tenant] = self._served.get(tenant, 0.0) + tokens + (OUTPUT_WEIGHT if chooses else 0)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Let a waiting sequence run if all its tokens, and one more, find pages without taking anybody's."""
+        found: list[int] = []
+        if self.shares_prefixes:
+            # at least the last token is read, for what follows it
+            found = self.pool.find(sequence.keys_of_full_pages(self.page_tokens, len(sequence.tokens) - 1))
+        needed = self._pages_of(len(sequence.tokens) + 1) - len(found)
+        if needed > self.pool.available:
+            self.pool.release(found)
+            return False
+        sequence.pages, sequence.computed = found, len(found) * self.page_tokens
+        if sequence.cached is None:
+            sequence.cached = sequence.computed
+        taken = self.pool.take(self._pages_of(len(sequence.tokens)) - len(found))
+        assert taken is not None
+        sequence.pages += taken
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        return True
+
+    def _pages_of(self, tokens: int) -> int:
+        return -(-tokens // self.page_tokens)
+
+    def _has_room(self, sequence: Sequence, tokens: int) -> bool:
+        """Whether so many tokens have pages, or get them without taking anybody's."""
+        needed = self._pages_of(tokens) - len(sequence.pages)
+        taken = self.pool.take(max(0, needed))
+        if taken is None:
+            return False
+        sequence.pages += taken
+        return True
+
+    def _reach(self, sequence: Sequence, tokens: int) -> bool:
+        """Pages for so many tokens, from those who are less urgent if need be; False: it gave up its own."""
+        while not self._has_room(sequence, tokens):
+            last = max(self.running, key=_urgency)
+            self._preempt(last)
+            if last is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._release(sequence)
+        sequence.computed = 0
+        self.preemptions += 1
+        self.running.remove(sequence)
+        self.waiting.append(sequence)
+
+
+def _urgency(sequence: Sequence) -> tuple[int, int, int]:
+    """Rising with how soon a running sequence would be preempted."""
+    return sequence.request.priority, sequence.arrival, sequence.index

@@ -1,0 +1,76 @@
+"""One text that the engine is writing: its tokens, the pages that hold them, and how far it has got."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tailorbird.serve.page_pool import prefix_key
+from tailorbird.serve.request import Request
+
+#: Which share of its guesses is expected to be right before any was checked.
+FIRST_LUCK = 0.6
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A continuation of a request.
+
+    Attributes
+    ----------
+    request : Request
+    index : int
+        Which of the request's continuations.
+    arrival : int
+        Rising with the order in which requests came.
+    sampler : object
+        The state from which its tokens are chosen (`sampling.Sampler`).
+    adapter : object or None
+        What its request pinned (`adapters.store.Handle`).
+    salt : bytes
+        What its pages' keys begin with: tokens alone don't make keys and values equal.
+    tokens : list of int
+        Prompt and output.
+    computed : int
+        Leading tokens whose keys and values are in the pages.
+    pages : list of int
+    keys : list of bytes
+        Of the leading full pages.
+    cached : int
+        Tokens of the prompt that were found in pages when it first ran.
+    luck : float
+        Which share of the guesses of its tokens turned out right lately.
+    ended : bool
+    """
+
+    request: Request
+    index: int
+    arrival: int
+    sampler: Any
+    adapter: Any
+    salt: bytes
+    tokens: list[int]
+    computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    cached: int | None = None
+    luck: float = FIRST_LUCK
+    ended: bool = False
+
+    @property
+    def pending(self) -> int:
+        """Tokens that must be read before the next one can be chosen; 1 while it is writing."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def written(self) -> int:
+        """Tokens of the output."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    def keys_of_full_pages(self, page_tokens: int, until: int) -> list[bytes]:
+        """Keys of the full pages among the first `until` tokens."""
+        for number in range(len(self.keys), until // page_tokens):
+            before = self.keys[-1] if self.keys else self.salt
+            here = self.tokens[number * page_tokens : (number + 1) * page_tokens]
+            self.keys.append(prefix_key(before, here))
+        return self.keys[: until // page_tokens]

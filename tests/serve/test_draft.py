@@ -1,0 +1,35 @@
+"""Guesses from the text itself."""
+
+from __future__ import annotations
+
+import random
+
+from tailorbird.serve.draft import LENGTHS, lookup
+
+
+def test_a_text_that_repeats_itself_is_continued() -> None:
+    assert lookup([1, 2, 3, 4, 5, 9, 1, 2, 3], 3) == [4, 5, 9]
+    assert lookup([1, 2, 3, 4, 5, 9, 1, 2, 3], 1) == [4]
+    assert lookup([7, 7, 7, 7], 6) == [7]
+
+
+def test_what_never_stood_there_is_not_guessed() -> None:
+    assert lookup([1, 2, 3, 4, 5], 4) == []
+    assert lookup([1], 4) == []
+    assert lookup([1, 2, 1, 2], 0) == []
+
+
+def test_the_longest_and_latest_match_counts() -> None:
+    assert lookup([1, 2, 3, 8, 5, 2, 3, 9, 1, 2, 3], 1) == [8]  # three tokens match there, two later on
+    assert lookup([2, 3, 8, 2, 3, 9, 2, 3], 1) == [9]
+
+
+def test_guesses_always_stood_behind_what_the_text_ends_with() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        text = [rng.randrange(4) for _ in range(rng.randrange(1, 60))]
+        guess = lookup(text, rng.randrange(7))
+        if guess:
+            before = text[-min(LENGTHS) :]
+            starts = range(len(before), len(text))
+            assert any(text[at : at + len(guess)] == guess and text[at - 2 : at] == before for at in starts)
