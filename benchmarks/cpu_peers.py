@@ -1,8 +1,9 @@
 """Speed beside other engines on the CPU: the same shapes, each at its own 4 and 8 bits, in turns.
 
-Random-weight Llamas of 110 M and 0.5 B parameters. Every engine runs in a process and an environment of its
-own and keeps its model loaded; in each round every one reads a prompt of 512 tokens, one of 4,096, writes 64
-tokens after a prompt of 64, and 32 tokens of 8 sequences. Two threads; medians over the rounds.
+Random-weight Llamas of 110 M and 0.5 B parameters, and a GPT-2 of its smallest size. Every engine runs in a
+process and an environment of its own and keeps its model loaded; in each round every one reads a prompt of 512
+tokens, one of 4,096, writes 64 tokens after a prompt of 64, and 32 tokens of 8 sequences. Two threads; medians
+over the rounds.
 
 The environments lie in one folder, each with the name of its engine:
 
@@ -29,7 +30,7 @@ from rich.table import Table
 from cpu_speed import GROUP, SIZES, read_bandwidth
 from machine import add_quiet_option, require_quiet, write_result
 from packed_models import round_plainly
-from random_models import write_random_llama
+from random_models import write_random
 
 HERE = Path(__file__).parent
 #: What an engine is told, and how many tokens that is.
@@ -99,11 +100,7 @@ def pythons(folder: Path) -> dict[str, str]:
 
 def prepare(size: str, folder: Path, python: dict[str, str], console: Console) -> list[Entry]:
     """The model of that size in every format."""
-    blocks, hidden, intermediate, heads, kv_heads = SIZES[size]
-    source = write_random_llama(
-        folder / "source", blocks=blocks, hidden=hidden, intermediate=intermediate, heads=heads,
-        kv_heads=kv_heads, context=8192,
-    )  # fmt: skip
+    source = write_random(SIZES[size], folder / "source", context=8192)
     entries = [Entry("transformers", "bf16", 16, str(source))]
     for bits in (4, 8):
         path = round_plainly(source, folder / f"{bits}-bits", bits, GROUP)

@@ -28,15 +28,18 @@ from rich.table import Table
 
 from machine import add_quiet_option, require_quiet, write_result
 from packed_models import round_plainly
-from random_models import write_random_llama
+from random_models import Shape, write_random
 from tailorbird.formats.packed import CodebookCoding, GroupedCoding, IntegerCoding, PackedWeight, unpacking
 from tailorbird.kernels import native
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.load import load
 from tailorbird.run.generate import Decoding, decode
 
-#: name -> (blocks, width, feed-forward width, heads, key heads); vocabulary of 32,000
-SIZES = {"110M": (12, 768, 2048, 12, 4), "0.5B": (24, 1024, 4096, 16, 8)}
+SIZES = {
+    "110M": Shape("llama", 12, 768, 2048, 12, 4),
+    "0.5B": Shape("llama", 24, 1024, 4096, 16, 8),
+    "GPT-2": Shape("gpt2", 12, 768, 3072, 12, 12),
+}
 WIDTHS = (2, 3, 4, 5, 6, 8)
 TOKENS = (1, 8, 32, 256, 1024)
 SHAPE = 4096, 4096
@@ -190,12 +193,8 @@ def measure_models(
     """Every size and width beside its bf16 source."""
     rows = []
     for size in sizes:
-        blocks, hidden, intermediate, heads, kv_heads = SIZES[size]
         with tempfile.TemporaryDirectory(prefix="cpu-speed-") as folder:
-            source = write_random_llama(
-                Path(folder) / "source", blocks=blocks, hidden=hidden, intermediate=intermediate, heads=heads,
-                kv_heads=kv_heads, context=2048,
-            )  # fmt: skip
+            source = write_random(SIZES[size], Path(folder) / "source", context=2048)
             paths = {"bf16": source} | {
                 f"{bits} bits": round_plainly(source, Path(folder) / str(bits), bits, GROUP)
                 for bits in widths
@@ -204,9 +203,7 @@ def measure_models(
             for number in range(rounds + 1):
                 for subject in subjects:
                     subject.round(keep=number > 0)
-        read_bytes = sum(
-            blocks * n * (2 + 2 * kv_heads / heads) * n for n in [hidden]
-        ) + blocks * 3 * hidden * intermediate + 32_000 * hidden  # fmt: skip
+        read_weights = SIZES[size].weights + 32_000 * SIZES[size].width
         for subject in subjects:
             medians = {name: statistics.median(rates) for name, rates in subject.rates.items()}
             bits = 16 if subject.name == "bf16" else int(subject.name.split()[0]) + (16 + 8) / GROUP
@@ -215,7 +212,7 @@ def measure_models(
                     "model": size, "subject": subject.name, "bytes": subject.bytes,
                     "load_seconds": subject.load_seconds,
                     **{f"{name}_tokens_per_s": rate for name, rate in medians.items()},
-                    "bandwidth_share": read_bytes * bits / 8 * medians["decode"] / bandwidth,
+                    "bandwidth_share": read_weights * bits / 8 * medians["decode"] / bandwidth,
                     "rounds": subject.rates,
                 }
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A Llama of transformers for llama.cpp: as GGUF in 16 bits, and quantized by llama.cpp itself.
+"""A Llama or GPT-2 of transformers for llama.cpp: as GGUF in 16 bits, and quantized by llama.cpp itself.
 
 Runs in llama.cpp's environment (packages `gguf`, `llama-cpp-python`, `numpy`) and imports nothing of the
 project. Weights are random, so the order in which rotary channels lie doesn't matter and is left as it is.
@@ -40,16 +40,26 @@ def write(source: str, target: str) -> None:
     import numpy as np
 
     config = json.loads((Path(source) / "config.json").read_text())
-    width, heads = config["hidden_size"], config["num_attention_heads"]
-    writer = gguf.GGUFWriter(target, "llama")
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
+    is_gpt2 = config["model_type"] == "gpt2"
+    architecture = gguf.MODEL_ARCH.GPT2 if is_gpt2 else gguf.MODEL_ARCH.LLAMA
+    writer = gguf.GGUFWriter(target, gguf.MODEL_ARCH_NAMES[architecture])
+    if is_gpt2:
+        blocks, width, heads = config["n_layer"], config["n_embd"], config["n_head"]
+        writer.add_context_length(config["n_positions"])
+        writer.add_feed_forward_length(4 * width)
+        writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+    else:
+        blocks, width, heads = (
+            config[name] for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")
+        )
+        writer.add_context_length(config["max_position_embeddings"])
+        writer.add_feed_forward_length(config["intermediate_size"])
+        writer.add_head_count_kv(config["num_key_value_heads"])
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+        writer.add_rope_dimension_count(width // heads)
+    writer.add_block_count(blocks)
     writer.add_embedding_length(width)
-    writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(width // heads)
     writer.add_vocab_size(config["vocab_size"])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     tokens = [b"<unk>", b"<s>", b"</s>", *(b"<0x%02X>" % value for value in range(256))]
@@ -59,11 +69,14 @@ def write(source: str, target: str) -> None:
     writer.add_token_list([*tokens, *(b"t%d" % number for number in range(rest))])
     writer.add_token_scores([0.0] * config["vocab_size"])
     writer.add_token_types([*kinds, *[gguf.TokenType.NORMAL] * rest])
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(architecture, blocks)
     for path in sorted(Path(source).glob("*.safetensors")):
         for name, values in read_tensors(path):
-            theirs = names.get_name(name, try_suffixes=(".weight",))
-            writer.add_tensor(theirs, values.astype(np.float32 if values.ndim == 1 else np.float16))
+            theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            if is_gpt2 and name.startswith("transformer.h.") and values.ndim == 2:
+                values = values.T  # stored [in, out]
+            kind = np.float32 if values.ndim == 1 else np.float16
+            writer.add_tensor(theirs, np.ascontiguousarray(values, dtype=kind))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,4 +1,4 @@
-"""Llama checkpoints of any size with random weights: right for time and memory, useless for quality.
+"""Checkpoints of any size with random weights, Llama and GPT-2: right for time, useless for quality.
 
 Written block by block, one shard per block, so that making a model of billions of parameters takes the
 memory of one block. The tokenizer has one token per byte; the vocabulary beyond it exists for its size only.
@@ -7,17 +7,37 @@ memory of one block. The tokenizer has one token per byte; the vocabulary beyond
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedTokenizerFast
 
 BEGIN, END = 256, 257
 #: Standard deviation of the weights, as transformers starts a Llama.
 SPREAD = 0.02
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Numbers of blocks, of features between and inside feed-forward layers, of query and of key heads."""
+
+    kind: str
+    blocks: int
+    width: int
+    inner: int
+    heads: int
+    kv_heads: int
+
+    @property
+    def weights(self) -> int:
+        """Of the linears of all blocks."""
+        keys = self.width // self.heads * self.kv_heads
+        attention = 2 * self.width * (self.width + keys)
+        return self.blocks * (attention + (2 if self.kind == "gpt2" else 3) * self.width * self.inner)
 
 
 def write_random_llama(
@@ -110,6 +130,32 @@ def write_random_llama(
     ).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory
+
+
+def write_random_gpt2(
+    directory: Path, *, blocks: int, hidden: int, heads: int, vocabulary: int = 32_000, context: int = 256
+) -> Path:
+    """Write a bf16 GPT-2 with random weights, tied as GPT-2 is; parameters as of `write_random_llama`."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=vocabulary, n_positions=context, n_embd=hidden, n_layer=blocks, n_head=heads,
+        bos_token_id=BEGIN, eos_token_id=END, dtype="bfloat16",
+    )  # fmt: skip
+    GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def write_random(shape: Shape, directory: Path, context: int) -> Path:
+    """A model of that shape, with a vocabulary of 32,000."""
+    if shape.kind == "gpt2":
+        return write_random_gpt2(
+            directory, blocks=shape.blocks, hidden=shape.width, heads=shape.heads, context=context
+        )
+    return write_random_llama(
+        directory, blocks=shape.blocks, hidden=shape.width, intermediate=shape.inner, heads=shape.heads,
+        kv_heads=shape.kv_heads, context=context,
+    )  # fmt: skip
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

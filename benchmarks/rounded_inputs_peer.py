@@ -60,7 +60,7 @@ def windows_of(subject: Subject, count: int) -> Tensor:
 @torch.no_grad()
 def blocks_logits(directory: Path, ids: Tensor, rounds: bool | None) -> Tensor:
     """Logits of compiled blocks with float32 keys and values; `rounds` None rounds what the plan allows."""
-    model = load(directory).float()
+    model = load(directory, dtype=torch.float32)
     for module in model.modules():
         if isinstance(module, CompressedLinear) and rounds is not None:
             module.rounds = rounds
