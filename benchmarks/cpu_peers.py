@@ -1,9 +1,9 @@
 """Speed beside other engines on the CPU: the same shapes, each at its own 4 and 8 bits, in turns.
 
-Random-weight Llamas of 110 M and 0.5 B parameters, and a GPT-2 of its smallest size. Every engine runs in a
-process and an environment of its own and keeps its model loaded; in each round every one reads a prompt of 512
-tokens, one of 4,096, writes 64 tokens after a prompt of 64, and 32 tokens of 8 sequences. Two threads; medians
-over the rounds.
+Random-weight Llamas of 110 M and 0.5 B parameters, and a GPT-2 of its smallest size. Every engine runs in
+a process and an environment of its own and keeps its model loaded; in each round every one reads a prompt of
+512 tokens, one of 4,096, writes 64 tokens after a prompt of 64, and 32 tokens of 8 sequences. Two threads;
+medians over the rounds.
 
 The environments lie in one folder, each with the name of its engine:
 
