@@ -1,9 +1,10 @@
 """Rounding the inputs of linears: what it costs here, and what it costs in llama.cpp, with the same weights.
 
-A trained Llama is rounded to symmetric groups of 32 with float16 scales, which llama.cpp's Q4_0 and Q8_0 hold
-exactly, and exported to GGUF. Its logits with exact inputs (float32, weights dequantized) are the reference;
-the KL from them is what rounded inputs add: in compiled blocks that round every input, in those that round
-only the inputs which the plan allows, and in llama.cpp, which rounds them all. Keys and values are float32.
+A trained Llama, whose rows consist of whole groups of 32, is rounded to symmetric groups with float16 scales,
+which llama.cpp's Q4_0 and Q8_0 hold exactly, and exported to GGUF. Its logits with exact inputs (float32,
+weights dequantized) are the reference; the KL from them is what rounded inputs add: in compiled blocks that
+round every input, in those that round only the inputs which the plan allows, and in llama.cpp, which rounds
+them all. Keys and values are float32.
 
     python benchmarks/rounded_inputs_peer.py LLAMA_CPP_PYTHON [--bits 4 8] [--windows 32]
 """
@@ -33,7 +34,7 @@ from tailorbird.model.location import demo_text
 from tailorbird.run.fused import FusedModel
 
 LENGTH = 256
-MODELS = ("demo", "python-7m", "stories260k")
+MODELS = ("demo", "python-7m")
 
 
 def compress(subject: Subject, output: Path, bits: int) -> Path:
