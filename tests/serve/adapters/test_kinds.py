@@ -17,6 +17,7 @@ from tailorbird.errors import CheckpointError, SettingsError, UserError
 from tailorbird.kernels import native
 from tailorbird.kernels.adapters import Segment
 from tailorbird.run.fused import FusedModel
+from tailorbird.run.parts import weight_rows
 from tailorbird.serve.adapters.kinds import open_adapter, read_linears
 from tailorbird.serve.adapters.lora import row_norms
 from tailorbird.serve.adapters.vera import projections
@@ -178,6 +179,14 @@ def test_row_norms_are_found_a_few_rows_at_a_time(
 ) -> None:
     """Of packed weights, dense ones and transposed ones."""
     fused, dense, _ = pairs[architecture]
+    looked_at: list[tuple[int, ...]] = []
+
+    def noted(module: Any, rows: slice) -> torch.Tensor:
+        found = weight_rows(module, rows)
+        looked_at.append(found.shape)
+        return found
+
+    monkeypatch.setattr("tailorbird.serve.adapters.lora.weight_rows", noted)
     for path, place in fused.linears.items():
         weight = dense.get_submodule(path).weight.detach()
         weight = weight.t() if architecture == "gpt2" else weight
@@ -188,6 +197,8 @@ def test_row_norms_are_found_a_few_rows_at_a_time(
             monkeypatch.setattr("tailorbird.kernels.packing.CHUNK_VALUES", values)
             for module in (place.module, dense.get_submodule(path)):
                 torch.testing.assert_close(row_norms(module, down, up, 0.3), expected)
+                assert all(rows * columns <= values for rows, columns in looked_at)
+                looked_at.clear()
 
 
 def test_linears_that_share_projections_hold_them_once(pairs: dict[str, Pair], tmp_path: Path) -> None:
