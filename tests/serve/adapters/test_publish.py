@@ -38,6 +38,7 @@ def test_only_what_is_no_worse_is_served(made: tuple[FusedModel, list[Path]], tm
     store = AdapterStore(fused, 1 << 20, state=tmp_path / "state.json")
     first = publish(store, "a", paths[3], rank)
     assert (first.loss, first.loss_before) == (4, None)
+    assert store.bytes > 0  # what was measured is served, and stays laid out
     better = publish(store, "a", paths[1], rank)
     assert (better.loss, better.loss_before, store.version("a")) == (2, 4, better.version)
     in_memory = store.bytes

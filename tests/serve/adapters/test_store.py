@@ -110,7 +110,12 @@ def test_the_least_recently_used_goes_first(
         store.register(str(i), folder / str(i))
     for name in ("0", "1", "2", "0", "3", "0", "2", "1"):
         store.release(store.acquire(name))
-    assert read == ["0", "1", "2", "3", "1"]
+    assert read == ["0", "1", "2", "3", "1"]  # 0, 2 and 1 are left, in that order
+    store.prefetch("0").result(20)
+    store.release(store.acquire("3"))
+    store.release(store.acquire("0"))
+    assert read == ["0", "1", "2", "3", "1", "3"]
+    store.close()
 
 
 def test_what_is_in_use_is_never_evicted_and_the_room_never_exceeded(
