@@ -55,6 +55,13 @@ def test_a_linear_computes_with_the_weight_that_it_shows(coding, order, bias) ->
     torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-3)
 
 
+@given(coding=CODINGS, order=st.booleans(), ends=st.tuples(st.integers(0, 24), st.integers(0, 24)))
+@settings(max_examples=40, deadline=None)
+def test_some_rows_of_the_weight_are_those_of_all(coding, order, ends) -> None:
+    module = make_linear(coding, (24, 172), order)
+    assert torch.equal(module.weight_rows(slice(*ends)), module.weight[slice(*ends)])
+
+
 def test_nothing_but_stored_tensors_and_bias_is_saved() -> None:
     assert list(make_linear().state_dict()) == ["bias", "codes", "scales", "zeros"]
     module = make_linear(IntegerCoding(4, 32, symmetric=True), order=True, bias=False)

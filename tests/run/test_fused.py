@@ -16,11 +16,13 @@ from compressed import save_compressed
 from tailorbird.formats.modules import CompressedLinear
 from tailorbird.formats.packed import CodebookCoding, GroupedCoding, IntegerCoding
 from tailorbird.kernels import blocks, native
+from tailorbird.model.anatomy import read_anatomy
+from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.layout import ModelLayout
 from tailorbird.model.load import load
 from tailorbird.run.fused import FusedModel, obstacle
 from tailorbird.run.generate import FusedDecoding, ModuleDecoding, decode
-from tailorbird.run.parts import Unsuited
+from tailorbird.run.parts import Unsuited, linear_shape
 from tiny import ARCHITECTURES, make_model
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
@@ -451,3 +453,19 @@ def test_other_blocks_run_through_their_modules(
 
 def test_a_dense_model_runs_through_its_modules() -> None:
     assert obstacle(make_model("llama")) == "no linear is compressed"
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_linears_are_where_the_anatomy_has_them(architecture: str, tmp_path: Path) -> None:
+    model = compressed(tmp_path / "m", architecture)
+    fused = FusedModel(model)
+    anatomy = read_anatomy(open_checkpoint(str(tmp_path / "m")))
+    places = {place.name: (b.index, place) for b in anatomy.blocks for place in b.linears}
+    assert fused.linears.keys() == places.keys()
+    for path, (block, role, module, alone) in fused.linears.items():
+        index, place = places[path]
+        others = [p for p in anatomy.blocks[block].linears if p.role[0] in "qkv" and role[0] in "qkv"]
+        others += [p for p in anatomy.blocks[block].linears if {p.role, role} <= {"gate", "up"}]
+        assert (block, role, module) == (index, place.role, model.get_submodule(path))
+        assert linear_shape(module) == (place.out_features, place.in_features)
+        assert alone == (len(others) <= 1)

@@ -290,6 +290,17 @@ class CompressedLinear(_PackedModule, nn.Linear):
         """The dequantized weight `[out_features, in_features]` in `compute_dtype`; changing it raises."""
         return self._read_weight()
 
+    def weight_rows(self, rows: slice) -> Tensor:
+        """Some rows of the weight, ``[rows, in_features]`` float32, without the others being dequantized."""
+        return reference.dequantize(
+            self.codes[rows],
+            self.scales[rows],
+            None if self.zeros is None else self.zeros[rows],
+            in_features=self.in_features,
+            order=self.order,
+            **unpacking(self.coding),
+        )
+
     def _shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 

@@ -146,6 +146,12 @@ class Adapter:
             self.rank = max(self.rank, self._table[block][number].rank)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that it takes; a tensor that several linears share counts once."""
+        tensors = {tensor.data_ptr(): tensor.nbytes for tensor in self._kept}
+        return ctypes.sizeof(self._table) + sum(tensors.values())
+
+    @property
     def address(self) -> int:
         """Of the structures, one for each block."""
         return ctypes.addressof(self._table)

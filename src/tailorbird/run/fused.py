@@ -26,7 +26,7 @@ from tailorbird.kernels.blocks import (
     NormStructure,
 )
 from tailorbird.run.pages import Cache, Pages
-from tailorbird.run.parts import Layer, Unsuited, epsilon, norm_kind, parts_of
+from tailorbird.run.parts import Layer, Unsuited, epsilon, norm_kind, parts_of, placed_linears
 
 #: Tokens that go through the blocks in one call; a longer prompt is read in such pieces.
 MOST_TOKENS = 512
@@ -58,6 +58,8 @@ class FusedModel:
 
     def __init__(self, model: Any) -> None:
         self.parts = parts_of(model)
+        #: all linears of the blocks by the paths of their modules
+        self.linears = placed_linears(model, self.parts.layers)
         self.width = model.config.get_text_config().hidden_size
         self.cache_dtype = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
         self._kept: list[Any] = []
@@ -94,10 +96,10 @@ class FusedModel:
         for (block, role), linear in linears.items():
             if not 0 <= block < len(self.blocks):
                 raise ValueError(f"an adapter for block {block}; expected 0 to {len(self.blocks) - 1}")
-            roles = _roles(self.parts.layers[block])
-            if role not in roles:
-                raise ValueError(f"an adapter for `{role}` in block {block}; expected one of {list(roles)}")
-            numbered[block, roles[role]] = linear
+            places = self.parts.layers[block].linears
+            if role not in places:
+                raise ValueError(f"an adapter for `{role}` in block {block}; expected one of {list(places)}")
+            numbered[block, places[role][0]] = linear
         return Adapter(self.blocks, numbered)
 
     def step(
@@ -276,11 +278,3 @@ class FusedModel:
         rows, columns = weight.shape
         described = native.WeightStructure(rows=rows, in_features=columns, columns=columns, groups=1)
         return LinearStructure(described, self._keep(weight), bias, int(weight.dtype == torch.float32), 0)
-
-
-def _roles(layer: Layer) -> dict[str, int]:
-    """Number of every linear of a block among its structures, by role."""
-    attention = ("q", "k", "v") if len(layer.attention_in) == 3 else ("qkv",)
-    mlp = ("fc1",) if not layer.gated else ("gate", "up") if len(layer.mlp_in) == 2 else ("gate_up",)
-    roles = {role: i for i, role in enumerate(attention)} | {role: 4 + i for i, role in enumerate(mlp)}
-    return roles | {"o": 3, "down" if layer.gated else "fc2": 6}

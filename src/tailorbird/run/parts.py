@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,46 @@ class Layer:
     parallel: bool = False
     window: int = 0
     softcap: float = 0.0
+
+    @property
+    def linears(self) -> dict[str, tuple[int, nn.Module]]:
+        """Number among the compiled block's structures, and module, of every linear by its role."""
+        attention = ("q", "k", "v") if len(self.attention_in) == 3 else ("qkv",)
+        mlp = ("fc1",) if not self.gated else ("gate", "up") if len(self.mlp_in) == 2 else ("gate_up",)
+        found = {role: (i, self.attention_in[i]) for i, role in enumerate(attention)}
+        found |= {role: (4 + i, self.mlp_in[i]) for i, role in enumerate(mlp)}
+        return found | {"o": (3, self.attention_out), "down" if self.gated else "fc2": (6, self.mlp_out)}
+
+
+class PlacedLinear(NamedTuple):
+    """A linear of a block.
+
+    Attributes
+    ----------
+    block : int
+    role : str
+        As of the anatomy: ``q k v o gate up down fc1 fc2``, ``qkv`` and ``gate_up``.
+    module : nn.Module
+    alone : bool
+        No other linear of the block reads its inputs.
+    """
+
+    block: int
+    role: str
+    module: Any
+    alone: bool
+
+
+def placed_linears(model: Any, layers: list[Layer]) -> dict[str, PlacedLinear]:
+    """All linears of the blocks of a model, by the paths of their modules."""
+    paths = {module: path for path, module in model.named_modules()}
+    found = {}
+    for block, layer in enumerate(layers):
+        several = [part for part in (layer.attention_in, layer.mlp_in) if len(part) > 1]
+        for role, (_, module) in layer.linears.items():
+            alone = not any(module is one for part in several for one in part)
+            found[paths[module]] = PlacedLinear(block, role, module, alone)
+    return found
 
 
 def parts_of(model: Any) -> Parts:
@@ -195,6 +235,17 @@ def linear_shape(module: Any) -> tuple[int, int]:
         return module.out_features, module.in_features
     rows, columns = module.weight.shape  # Conv1D stores [in, out]
     return columns, rows
+
+
+def weight_rows(module: Any, rows: slice) -> Tensor:
+    """Some rows of a linear's weight, ``[rows, in_features]`` float32; of a packed one only they are made.
+
+    They may share memory with the module.
+    """
+    if isinstance(module, CompressedLinear):
+        return module.weight_rows(rows)
+    weight = module.weight.detach()
+    return (weight[rows] if isinstance(module, nn.Linear) else weight[:, rows].t()).float()
 
 
 def _check_norm(module: Any, width: int) -> None:

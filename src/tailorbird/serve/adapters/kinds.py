@@ -1,0 +1,93 @@
+"""The kinds of adapters that can be served, by PEFT's names for them; a new one is a file and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from tailorbird.errors import SettingsError
+from tailorbird.kernels.adapters import LinearAdapter
+from tailorbird.run.parts import PlacedLinear
+from tailorbird.serve.adapters.ia3 import IA3
+from tailorbird.serve.adapters.lora import Lora
+from tailorbird.serve.adapters.source import CONFIG_FILE, Source
+from tailorbird.serve.adapters.vera import Vera
+
+
+class Kind(Protocol):
+    """An adapter whose config and headers fit the model; made from a `Source`.
+
+    Attributes
+    ----------
+    source : Source
+    adapted : dict of str to PlacedLinear
+        Linears for which the file has tensors of this kind, by module path.
+    """
+
+    source: Source
+    adapted: dict[str, PlacedLinear]
+
+    def linear(self, path: str) -> LinearAdapter:
+        """What it makes of one of `adapted`, read from the file."""
+
+
+_CLASSES: dict[str, tuple[frozenset[str], Callable[[Source], Kind]]] = {
+    "LORA": (Lora.settings, Lora),
+    "VERA": (Vera.settings, Vera),
+    "IA3": (IA3.settings, IA3),
+}
+#: PEFT's names of the kinds that can be served
+KINDS = tuple(_CLASSES)
+
+
+def open_adapter(
+    directory: str | Path, linears: Mapping[str, PlacedLinear], allowed: Path | None = None
+) -> Kind:
+    """Open an adapter that PEFT saved, and check it against the model without reading a tensor.
+
+    Parameters
+    ----------
+    directory : str or Path
+        With adapter_config.json and adapter_model.safetensors.
+    linears : mapping of str to PlacedLinear
+        Of the model (`FusedModel.linears`).
+    allowed : Path, optional
+        The directory must lie below this one, links followed.
+
+    Raises
+    ------
+    SettingsError
+        A kind or setting that can't be served, or a path that leads out of `allowed`.
+    CheckpointError
+        Files are missing, damaged or pickled; tensors are missing, fit nothing in the model, or have the
+        wrong shape.
+    """
+    source = Source.open(Path(directory), linears, allowed)
+    name = source.config.get("peft_type")
+    if not isinstance(name, str) or name not in _CLASSES:
+        raise SettingsError(
+            f"{source.directory / CONFIG_FILE}: `peft_type` is {str(name)[:100]!r}",
+            "one of " + ", ".join(KINDS),
+            "serve an adapter of one of these kinds, or merge this one into a checkpoint",
+        )
+    settings, make = _CLASSES[name]
+    source.refuse_others(settings)
+    return make(source)
+
+
+def read_linears(adapter: Kind) -> dict[tuple[int, str], LinearAdapter]:
+    """What an adapter makes of each linear by (block, role), for `FusedModel.adapter`.
+
+    Raises
+    ------
+    CheckpointError
+        A tensor isn't finite, or a file changed since it was opened.
+    """
+    source = adapter.source
+    found = {path: adapter.linear(path) for path in adapter.adapted}
+    for path in source.stored_biases.keys() - found.keys():
+        found[path] = LinearAdapter(bias=source.bias(path))
+    source.refuse_change()
+    places = source.linears
+    return {(places[path].block, places[path].role): linear for path, linear in found.items()}

@@ -1,0 +1,92 @@
+"""Which versions of which adapters there are, in a small file that outlives the process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tailorbird.errors import CheckpointError
+from tailorbird.model.json_file import read_json
+from tailorbird.model.writing import write_json
+
+_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """One version of a name.
+
+    Attributes
+    ----------
+    number : int
+        No two versions of a store have the same.
+    path : str
+        The adapter's directory, absolute.
+    fingerprint : str
+        Of the directory when it was registered (`Source.fingerprint`).
+    """
+
+    number: int
+    path: str
+    fingerprint: str
+
+
+def write_records(file: Path, last: int, records: Mapping[str, Sequence[Record]]) -> None:
+    """Write the versions of every name, the one that is served first, in place of what is there.
+
+    Parameters
+    ----------
+    file : Path
+    last : int
+        The highest number that was ever given.
+    records : mapping of str to sequence of Record
+
+    Raises
+    ------
+    ResourceError
+        The disk or the directory refuses.
+    """
+    names = {name: [asdict(record) for record in records[name]] for name in sorted(records)}
+    write_json(file, {"schema": _SCHEMA, "last": last, "adapters": names})
+
+
+def read_records(file: Path) -> tuple[int, dict[str, list[Record]]]:
+    """What `write_records` wrote: the highest number, and the versions of every name.
+
+    0 and none where there is no file.
+
+    Raises
+    ------
+    CheckpointError
+        The file holds anything else.
+    """
+    if not file.exists():
+        return 0, {}
+    found = read_json(file)
+    names, last = found.get("adapters"), found.get("last")
+    if found.get("schema") != _SCHEMA or type(last) is not int or not isinstance(names, dict):
+        raise _damaged(file, "the file")
+    records = {name: _records(file, name, value) for name, value in names.items()}
+    if any(record.number > last for versions in records.values() for record in versions):
+        raise _damaged(file, "`last`")
+    return last, records
+
+
+def _records(file: Path, name: str, value: Any) -> list[Record]:
+    types = {"number": int, "path": str, "fingerprint": str}
+    if not isinstance(value, list) or not 1 <= len(value) <= 2:
+        raise _damaged(file, f"`{name}`")
+    for entry in value:
+        if not isinstance(entry, dict) or {key: type(part) for key, part in entry.items()} != types:
+            raise _damaged(file, f"`{name}`")
+    return [Record(**entry) for entry in value]
+
+
+def _damaged(file: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: {what} isn't what tailorbird writes",
+        f"schema {_SCHEMA}, and one or two versions for each adapter",
+        "restore the file from a copy, or remove it and register the adapters anew",
+    )
