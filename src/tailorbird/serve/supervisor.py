@@ -28,7 +28,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
 #: An engine that lived so long, in seconds, died of something new: pauses begin anew.
 LONG_LIFE = 60.0
 #: Seconds that an engine gets to end by itself.
-PATIENCE = 5.0
+PATIENCE = 2.0
 
 
 @dataclass
@@ -69,13 +69,13 @@ class _Child:
     def send(self, message: dict[str, Any]) -> None:
         self.writer.write(pack(message))
 
-    async def end(self) -> None:
-        """Close the socket, wait for the process, and kill it if it doesn't go."""
+    async def end(self) -> int:
+        """Close the socket, wait for the process, kill it if it doesn't go; its exit status."""
         self.writer.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.process.wait(), PATIENCE)
         self.kill()
-        await self.process.wait()
+        return await self.process.wait()
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -271,20 +271,20 @@ class Supervisor:
                     for pending in self._pending.values():
                         self._add(pending)
                     return
-        raise _stopped(f"the engine ended while it loaded the model, {_ending(await child.process.wait())}")
+        raise _stopped(f"the engine ended while it loaded the model, {_ending(await child.end())}")
 
     async def _watch(self, child: _Child) -> None:
         """Hear the engine out; when it ends, start another, for ever."""
         pause = FIRST_PAUSE
         while True:
             born = time.monotonic()
-            with contextlib.suppress(ConnectionError):
+            try:
                 async for message in child.messages:
                     self._hear(message)
+            except Exception as error:  # what it sends makes no sense, so it is of no more use
+                self._log(f"a message of the engine was not understood: {type(error).__name__}")
             self._ready = False
-            child.kill()
-            ended = _ending(await child.process.wait())
-            child.writer.close()
+            ended = _ending(await child.end())
             self.stats = {}
             self._log(f"the engine died, {ended}; it is started again")
             self._bereave(f"the engine died, {ended}", keep=True)

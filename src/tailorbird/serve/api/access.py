@@ -30,6 +30,7 @@ from tailorbird.serve.api.failures import CLIENT_GONE, ApiError, ClientGone, bus
 OPEN_PATHS = frozenset({"/health/live"})
 #: Most bytes of a body, and seconds until it must be there.
 BODY_LIMIT, BODY_SECONDS = 16 << 20, 60.0
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 Log = Callable[..., None]
@@ -229,7 +230,7 @@ async def _whole_body(headers: Headers, receive: Receive) -> Receive:
     Raises
     ------
     ApiError
-        413 for a body that is too long, 408 for one that doesn't come.
+        413 for a body that is too long, 408 for one that doesn't come, 400 for one that isn't Unicode.
     """
     length = headers.get("content-length", "0")
     too_long = ApiError(413, f"a body of more than {BODY_LIMIT} bytes", "body_too_large")
@@ -249,6 +250,7 @@ async def _whole_body(headers: Headers, receive: Receive) -> Receive:
                     break
     except TimeoutError:
         raise ApiError(408, f"the body wasn't there after {BODY_SECONDS:g} seconds", "body_timeout") from None
+    _check_text(bytes(body))
     given = False
 
     async def again() -> Message:
@@ -259,6 +261,24 @@ async def _whole_body(headers: Headers, receive: Receive) -> Receive:
         return {"type": "http.request", "body": bytes(body), "more_body": False}
 
     return again
+
+
+def _check_text(body: bytes) -> None:
+    """Refuse JSON with half of a surrogate pair, which Python reads and neither UTF-8 nor a tokenizer can take.
+
+    Raises
+    ------
+    ApiError
+        400.
+    """
+    if not _SURROGATE.search(body):
+        return
+    try:
+        json.dumps(json.loads(body), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ApiError(400, "a text with half of a surrogate pair", "invalid_unicode") from None
+    except (ValueError, RecursionError):
+        return  # whoever reads the JSON says what is wrong with it
 
 
 def _frames(error: BaseException) -> list[str]:

@@ -191,8 +191,12 @@ class Generation:
         self.prompt_tokens = sum(map(len, prompts))
         self.completion_tokens = self.cached_tokens = 0
         self.n = n
-        unknown = [token for token in sampling.logit_bias if token >= service.vocab_size]
-        service.checked(unknown)
+        if any(token >= service.vocab_size for token in sampling.logit_bias):
+            raise SettingsError(
+                "a logit_bias of a token that the model doesn't have",
+                f"tokens from 0 to {service.vocab_size - 1}",
+                "use the model's own tokenizer",
+            )
         self._requests = [
             Request(
                 id=f"{self.id}-{number}",

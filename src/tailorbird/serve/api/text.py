@@ -55,14 +55,8 @@ class Texts:
         Raises
         ------
         SettingsError
-            It must have more, or is no Unicode text (half of a surrogate pair).
+            It must have more.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise SettingsError(
-                "a text with half of a surrogate pair", "Unicode text", "correct the escape in the JSON"
-            ) from error
         if limit is not None and len(text) > limit * self._longest:
             raise SettingsError(
                 f"a text of {len(text)} characters",
