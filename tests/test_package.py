@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-CALLS = ["compress", "evaluate", "export", "fit", "generate", "load", "methods", "probe", "speed"]
+CALLS = ["compress", "evaluate", "export", "fit", "generate", "load", "methods", "probe", "serve", "speed"]
 
 
 def run(code: str) -> str:

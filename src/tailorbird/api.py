@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailorbird.errors import SettingsError, nearest
+from tailorbird.errors import ResourceError, SettingsError, nearest
 from tailorbird.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from tailorbird.plan.budget import Budget
     from tailorbird.plan.predict import Prediction
     from tailorbird.run.generate import Generation
+    from tailorbird.serve.server import Served
 
 
 @dataclass(frozen=True)
@@ -377,6 +379,88 @@ def generate(
         seed=seed,
         on_text=on_text,
     )
+
+
+def serve(
+    model: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    keys: Sequence[str] = (),
+    adapters: Mapping[str, str] | None = None,
+    adapter_directory: str | None = None,
+    memory: str | None = None,
+    max_sequences: int = 64,
+    context: int | None = None,
+    threads: int | None = None,
+    queue: int = 256,
+    timeout: float = 600.0,
+    requests_per_minute: float | None = None,
+    device: str = "cpu",
+) -> Served:
+    """Serve `model` over HTTP until SIGTERM or Ctrl-C.
+
+    Parameters
+    ----------
+    model : str
+        Directory, Hugging Face id or ``demo``.
+    host, port : str, int
+        Where to listen; port 0 lets the system choose.
+    keys : sequence of str
+        API keys; none lets in everybody who reaches the port.
+    adapters : mapping of str to str, optional
+        Name -> directory.
+    adapter_directory : str, optional
+        Where clients may load adapters from.
+    memory : str, optional
+        ``4GiB``, ``800MB`` or ``60%``; weights, keys and values together.
+    max_sequences : int
+        Sequences that run at a time.
+    context : int, optional
+        Tokens of prompt and answer; the model's limit unless given.
+    threads : int, optional
+        CPU threads; all cores unless given.
+    queue : int
+        Answers that may wait beside those that run.
+    timeout : float
+        Seconds that an answer may take.
+    requests_per_minute : float, optional
+        For each key.
+    """
+    from tailorbird.model.checkpoint import open_checkpoint
+    from tailorbird.plan.budget import parse_size
+
+    _check_device(device)
+    _check_serving()
+    from tailorbird.serve import server
+    from tailorbird.serve.interface import EngineOptions
+
+    parameters = open_checkpoint(model).parameters
+    options = EngineOptions(
+        model=model,
+        adapters=dict(adapters or {}),
+        memory_bytes=None if memory is None else parse_size(memory, 2 * parameters, parameters),
+        max_sequences=max_sequences,
+        context=context,
+        adapter_directory=adapter_directory,
+        threads=threads,
+    )
+    return server.serve(
+        options, host, port, keys=keys, queue=queue, timeout=timeout, requests_per_minute=requests_per_minute
+    )
+
+
+def _check_serving() -> None:
+    """Raise `ResourceError` where the packages that only serving needs aren't installed."""
+    missing = [
+        name for name in ("fastapi", "uvicorn", "msgpack", "prometheus_client") if find_spec(name) is None
+    ]
+    if missing:
+        raise ResourceError(
+            f"packages that aren't installed: {', '.join(missing)}",
+            "the packages that serving needs",
+            "pip install 'tailorbird[serve]'",
+        )
 
 
 def export(

@@ -1,7 +1,7 @@
 """Lets a folder be called: `tailorbird.compress` is a package, and the call of the same name in `api`.
 
 Importing a package's submodule binds it as an attribute of the package, over anything that the package
-offers under that name; so the two folders that share their name with a call become callable.
+offers under that name; so the folders that share their name with a call become callable.
 """
 
 from __future__ import annotations

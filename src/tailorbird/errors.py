@@ -81,6 +81,10 @@ class GateRefused(TailorbirdError):
     """The result was made, but a quality check refused it; it was kept as ``OUT.rejected``."""
 
 
+class EngineError(TailorbirdError):
+    """The engine of a server failed, or isn't running."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`did you mean …` with the closest of `known`, or the list of all where none is close."""
     candidates = sorted(known)

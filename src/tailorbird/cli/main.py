@@ -16,7 +16,7 @@ import typer
 from rich.text import Text
 
 import tailorbird
-from tailorbird.cli import compress, evaluate, export, fit, generate, methods, probe, speed
+from tailorbird.cli import compress, evaluate, export, fit, generate, methods, probe, serve, speed
 from tailorbird.cli.output import err
 from tailorbird.errors import TailorbirdError
 
@@ -39,6 +39,7 @@ app.command(epilog=compress.EXAMPLE)(compress.compress)
 app.command(epilog=evaluate.EXAMPLE)(evaluate.evaluate)
 app.command(epilog=speed.EXAMPLE)(speed.speed)
 app.command(epilog=generate.EXAMPLE)(generate.generate)
+app.command(epilog=serve.EXAMPLE)(serve.serve)
 app.command(epilog=export.EXAMPLE)(export.export)
 app.command(epilog=methods.EXAMPLE)(methods.methods)
 

@@ -1,0 +1,140 @@
+"""`tailorbird serve`: an HTTP server for a model and its adapters."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from tailorbird.cli import options
+from tailorbird.cli.output import plain, print_facts, print_json, working
+from tailorbird.errors import SettingsError
+from tailorbird.report.table import duration_text
+
+EXAMPLE = "Example: tailorbird serve out/demo --port 8000 --api-key secret"
+
+#: Where a key is looked for beside --api-key, so that it needn't be seen in the list of processes.
+KEY_VARIABLE = "TAILORBIRD_API_KEY"
+
+
+def serve(
+    model: options.Model,
+    host: Annotated[
+        str, typer.Option("--host", metavar="NAME", help="Name or address to listen on.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int,
+        typer.Option("--port", metavar="N", min=0, max=65535, help="Port; 0 lets the system choose one."),
+    ] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--api-key",
+            metavar="KEY",
+            help=f"A key that lets clients in; may be repeated. Also taken from {KEY_VARIABLE}.",
+        ),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter", metavar="NAME=DIR", help="An adapter that clients ask for by NAME; may be repeated."
+        ),
+    ] = None,
+    adapter_directory: Annotated[
+        str | None,
+        typer.Option(
+            "--adapter-directory",
+            metavar="DIR",
+            help="Where clients may load adapters from; without it they may load none.",
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory", metavar="SIZE", help="For weights, keys and values together, such as 4GiB or 60%."
+        ),
+    ] = None,
+    max_sequences: Annotated[
+        int, typer.Option("--max-sequences", metavar="N", min=1, help="Sequences that run at a time.")
+    ] = 64,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            metavar="N",
+            min=2,
+            help="Most tokens of prompt and answer; else the model's limit.",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads; all cores if not given.")
+    ] = None,
+    queue: Annotated[
+        int, typer.Option("--queue", metavar="N", min=0, help="Answers that may wait beside those that run.")
+    ] = 256,
+    timeout: Annotated[
+        float, typer.Option("--timeout", metavar="SECONDS", min=1, help="Most time for one answer.")
+    ] = 600.0,
+    requests_per_minute: Annotated[
+        float | None,
+        typer.Option("--requests-per-minute", metavar="N", min=1, help="Most requests of each key."),
+    ] = None,
+    json: options.Json = False,
+    seed: options.IdleSeed = 0,
+    device: options.Device = "cpu",
+) -> None:
+    """Serve a model to many clients at once, by OpenAI's API and a page for browsers."""
+    from tailorbird import api
+
+    keys = list(api_key or [])
+    if os.environ.get(KEY_VARIABLE):
+        keys.append(os.environ[KEY_VARIABLE])
+    with working():
+        result = api.serve(
+            model,
+            host=host,
+            port=port,
+            keys=keys,
+            adapters=parse_adapters(adapter or []),
+            adapter_directory=adapter_directory,
+            memory=memory,
+            max_sequences=max_sequences,
+            context=context,
+            threads=threads,
+            queue=queue,
+            timeout=timeout,
+            requests_per_minute=requests_per_minute,
+            device=device,
+        )
+    fields = plain(result)
+    if json:
+        print_json(fields)
+        return
+    print_facts(
+        [
+            ("served", fields["url"]),
+            ("for", duration_text(fields["seconds"])),
+            ("tokens written", str(fields["generated_tokens"])),
+            ("engine restarts", str(fields["restarts"])),
+        ]
+    )
+
+
+def parse_adapters(given: list[str]) -> dict[str, str]:
+    """Names and directories, from ``NAME=DIR``.
+
+    Raises
+    ------
+    SettingsError
+        Another form, or a name twice.
+    """
+    found: dict[str, str] = {}
+    for one in given:
+        name, sign, directory = one.partition("=")
+        if not (name and sign and directory):
+            raise SettingsError(f"--adapter {one}", "NAME=DIR", "write it like --adapter support=out/support")
+        if name in found:
+            raise SettingsError(f"--adapter {name} twice", "each name once", "give one of them another name")
+        found[name] = directory
+    return found

@@ -1,0 +1,390 @@
+"""The routes: OpenAI's API (https://platform.openai.com/docs/api-reference), adapters as vLLM names them
+(https://docs.vllm.ai/en/latest/features/lora.html), health, metrics, tokens, and one page for people."""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.exceptions import HTTPException
+
+import tailorbird
+from tailorbird.errors import SettingsError, TailorbirdError
+from tailorbird.serve.api.access import Gate, Keys, Log, log_line
+from tailorbird.serve.api.failures import ApiError, from_error, from_validation
+from tailorbird.serve.api.generation import Generation, Piece, Service
+from tailorbird.serve.api.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    Generating,
+    LoadAdapterRequest,
+    Message,
+    TokenizeRequest,
+    Tool,
+    UnloadAdapterRequest,
+)
+from tailorbird.serve.api.shapes import ChatShape, CompletionShape, Shape
+from tailorbird.serve.api.streaming import EventStream, unless_gone
+
+#: Tokens of a plain completion that doesn't say how many, as OpenAI has it.
+COMPLETION_TOKENS = 16
+_PAGE = Path(__file__).with_name("page.html")
+_PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+router = APIRouter()
+
+
+def create_app(
+    service: Service, keys: Sequence[str] = (), per_minute: float | None = None, log: Log = log_line
+) -> FastAPI:
+    """The API over an engine.
+
+    Parameters
+    ----------
+    service : Service
+        Its supervisor is started before the first request.
+    keys : sequence of str
+        API keys; none lets in everybody.
+    per_minute : float, optional
+        Requests that each key may send in a minute.
+    log : callable
+        As `log_line`.
+    """
+    app = FastAPI(title="tailorbird", version=tailorbird.__version__, docs_url=None, redoc_url=None)
+    app.state.service = service
+    app.include_router(router)
+    app.add_middleware(Gate, keys=Keys(keys), per_minute=per_minute, log=log, count=service.metrics.count)
+    app.add_exception_handler(ApiError, _answer_error)
+    app.add_exception_handler(TailorbirdError, _answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_error)
+    return app
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, TailorbirdError):
+        error = from_error(error)
+    elif isinstance(error, RequestValidationError):
+        error = from_validation(error.errors())
+    elif isinstance(error, HTTPException):
+        error = ApiError(error.status_code, str(error.detail), headers=error.headers)
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+def _service(http: Request) -> Service:
+    service: Service = http.app.state.service
+    return service
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(body: ChatRequest, http: Request) -> Response:
+    """Continue a conversation."""
+    service = _service(http)
+    adapter = service.adapter(body.model)
+    prompt = await _chat_prompt(service, body.messages, body.usable_tools)
+    limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    stops = [*body.stops, *service.texts.chat_stops]
+    generation = _generation(http, body, [prompt], limit, stops, adapter, body.top)
+    tools = [tool.function.name for tool in body.usable_tools]
+    shape = ChatShape(service.texts, generation.id, body.model, tools, _wants_usage(body))
+    return await _respond(http, body, generation, shape)
+
+
+@router.post("/v1/completions")
+async def completions(body: CompletionRequest, http: Request) -> Response:
+    """Continue texts."""
+    service = _service(http)
+    adapter = service.adapter(body.model)
+    body.check()
+    prompts = await service.prompts(body.prompt)
+    limit = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    generation = _generation(http, body, prompts, limit, body.stops, adapter, body.logprobs)
+    shape = CompletionShape(service.texts, generation.id, body.model, _wants_usage(body))
+    return await _respond(http, body, generation, shape)
+
+
+async def _chat_prompt(service: Service, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
+    """Tokens of a conversation; those around a text are the template's business where there is one."""
+    plain = [message.for_template() for message in messages]
+    described = [tool.model_dump(exclude_none=True) for tool in tools]
+    text = await service.in_thread(lambda: service.texts.chat(plain, described))
+    return await service.encode(text, special=not service.texts.has_template)
+
+
+def _generation(
+    http: Request,
+    body: Generating,
+    prompts: Sequence[list[int]],
+    max_tokens: int | None,
+    stops: Sequence[str],
+    adapter: str | None,
+    logprobs: int | None,
+) -> Generation:
+    return Generation(
+        _service(http),
+        prompts,
+        body.sampling(logprobs),
+        max_tokens,
+        1 if body.n is None else body.n,
+        stops,
+        adapter,
+        http.state.tenant,
+    )
+
+
+def _wants_usage(body: Generating) -> bool:
+    return bool(body.stream and body.stream_options and body.stream_options.include_usage)
+
+
+async def _respond(http: Request, body: Generating, generation: Generation, shape: Shape) -> Response:
+    """The answer, whole or as a stream; a refusal by the engine comes before the stream begins."""
+    facts = http.state.facts
+    facts["model"] = body.model
+    pieces = _telling(generation, facts)
+    if body.stream:
+        first = await unless_gone(http.receive, _first(pieces))
+        return EventStream(_chunks(first, pieces, generation, shape, _wants_usage(body)), facts)
+    found = await unless_gone(http.receive, _all(pieces))
+    return JSONResponse(shape.whole(found, generation.usage()))
+
+
+async def _telling(generation: Generation, facts: dict[str, Any]) -> AsyncGenerator[Piece, None]:
+    """The pieces; at their end the log is told how much it was."""
+    try:
+        async with aclosing(generation.pieces()) as pieces:
+            async for piece in pieces:
+                yield piece
+    finally:
+        facts["prompt_tokens"] = generation.prompt_tokens
+        facts["completion_tokens"] = generation.completion_tokens
+
+
+async def _first(pieces: AsyncGenerator[Piece, None]) -> Piece:
+    return await anext(pieces)
+
+
+async def _all(pieces: AsyncGenerator[Piece, None]) -> list[Piece]:
+    async with aclosing(pieces):
+        return [piece async for piece in pieces]
+
+
+async def _chunks(
+    first: Piece, rest: AsyncGenerator[Piece, None], generation: Generation, shape: Shape, with_usage: bool
+) -> AsyncGenerator[dict[str, Any], None]:
+    async with aclosing(rest):
+        for chunk in shape.chunks(first):
+            yield chunk
+        async for piece in rest:
+            for chunk in shape.chunks(piece):
+                yield chunk
+    if with_usage:
+        yield shape.usage_chunk(generation.usage())
+
+
+@router.post("/v1/embeddings")
+async def embeddings(body: EmbeddingRequest, http: Request) -> Response:
+    """One vector for each text."""
+    service = _service(http)
+    adapter = service.adapter(body.model)
+    service.check_open()
+    prompts = await service.prompts(body.input)
+    for prompt in prompts:
+        if not 1 <= len(prompt) <= service.context:
+            raise SettingsError(
+                f"an input of {len(prompt)} tokens", f"1 to {service.context} tokens", "cut it into parts"
+            )
+
+    async def vectors() -> list[list[float]]:
+        return [await service.supervisor.embed(prompt, adapter) for prompt in prompts]
+
+    found = await unless_gone(http.receive, vectors())
+    if body.dimensions not in (None, len(found[0])):
+        raise SettingsError(f"dimensions {body.dimensions}", f"{len(found[0])}, the model's", "leave it out")
+    tokens = sum(map(len, prompts))
+    http.state.facts.update(model=body.model, prompt_tokens=tokens)
+    data = [
+        {"object": "embedding", "index": index, "embedding": _vector(vector, body.encoding_format)}
+        for index, vector in enumerate(found)
+    ]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": usage})
+
+
+def _vector(values: Sequence[float], encoding: str | None) -> list[float] | str:
+    """A vector as numbers, or as base64 of little-endian float32."""
+    if encoding != "base64":
+        return list(values)
+    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
+
+
+@router.get("/v1/models")
+async def models(http: Request) -> Response:
+    """What can be asked for as `model`."""
+    service = _service(http)
+    return JSONResponse({"object": "list", "data": [_model(service, name) for name in service.models()]})
+
+
+@router.get("/v1/models/{name:path}")
+async def model(name: str, http: Request) -> Response:
+    """One of them."""
+    service = _service(http)
+    service.adapter(name)
+    return JSONResponse(_model(service, name))
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(service.started),
+        "owned_by": "tailorbird",
+        "root": service.name,
+        "parent": None if name == service.name else service.name,
+        "max_model_len": service.context,
+    }
+
+
+@router.post("/v1/load_lora_adapter")
+async def load_adapter(body: LoadAdapterRequest, http: Request) -> Response:
+    """Serve another adapter, from the directory that the server allows."""
+    service = _service(http)
+    service.check_open()
+    path = allowed_path(service.adapter_directory, body.lora_path)
+    if body.lora_name in service.models():
+        raise ApiError(409, f"`{body.lora_name}` is served already", "name_taken", "lora_name")
+    await service.supervisor.load_adapter(body.lora_name, str(path))
+    return JSONResponse({"loaded": body.lora_name, "models": service.models()})
+
+
+@router.post("/v1/unload_lora_adapter")
+async def unload_adapter(body: UnloadAdapterRequest, http: Request) -> Response:
+    """Serve an adapter no longer."""
+    service = _service(http)
+    service.check_open()
+    if service.adapter_directory is None:
+        raise _closed()
+    if service.adapter(body.lora_name) is None:
+        raise ApiError(400, f"`{body.lora_name}` is the model, no adapter", "no_adapter", "lora_name")
+    await service.supervisor.unload_adapter(body.lora_name)
+    return JSONResponse({"unloaded": body.lora_name, "models": service.models()})
+
+
+def allowed_path(directory: Path | None, given: str) -> Path:
+    """The adapter that a client names, a directory inside `directory` when every link is followed.
+
+    Parameters
+    ----------
+    directory : Path or None
+        None allows nothing.
+    given : str
+        Absolute, or relative to `directory`.
+
+    Raises
+    ------
+    ApiError
+        403 outside of it, 404 where there is no such directory.
+    """
+    if directory is None:
+        raise _closed()
+    root = directory.resolve()
+    try:
+        path = (root / given).resolve()
+        inside, there = path.is_relative_to(root) and path != root, path.is_dir()
+    except (OSError, ValueError, RuntimeError):  # a name that is too long, a NUL byte, a loop of links
+        inside = there = False
+    if not inside:
+        raise ApiError(403, "lora_path leads out of the server's adapter directory", "forbidden", "lora_path")
+    if not there:
+        raise ApiError(404, "no such directory in the server's adapter directory", "not_found", "lora_path")
+    return path
+
+
+def _closed() -> ApiError:
+    return ApiError(
+        403, "this server changes no adapters; start it with --adapter-directory to allow it", "forbidden"
+    )
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, http: Request) -> Response:
+    """Tokens of a text, or of a conversation."""
+    service = _service(http)
+    if (body.prompt is None) == (body.messages is None):
+        raise SettingsError("neither or both of prompt and messages", "one of them", "leave out the other")
+    if body.messages is not None:
+        tokens = await _chat_prompt(service, body.messages, [])
+    else:
+        tokens = await service.encode(body.prompt or "", body.add_special_tokens)
+    return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": service.context})
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, http: Request) -> Response:
+    """Text of tokens."""
+    service = _service(http)
+    tokens = service.checked(body.tokens)
+    return JSONResponse({"prompt": await service.in_thread(lambda: service.texts.decode(tokens))})
+
+
+@router.get("/health/live")
+async def live(http: Request) -> Response:
+    """Whether the process runs; the only route without a key."""
+    return _health(_service(http).supervisor.live)
+
+
+@router.get("/health")
+@router.get("/health/ready")
+async def ready(http: Request) -> Response:
+    """Whether requests are taken now."""
+    service = _service(http)
+    return _health(service.supervisor.ready and not service.draining)
+
+
+def _health(good: bool) -> Response:
+    return JSONResponse({"status": "ok" if good else "unavailable"}, 200 if good else 503)
+
+
+@router.get("/metrics")
+async def metrics(http: Request) -> Response:
+    """Numbers for Prometheus."""
+    return Response(_service(http).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/status")
+async def status(http: Request) -> Response:
+    """Numbers for the page."""
+    service = _service(http)
+    return JSONResponse(
+        {
+            "ready": service.supervisor.ready and not service.draining,
+            "models": service.models(),
+            "chat_template": service.texts.has_template,
+            "generated_tokens": service.metrics.generated,
+            "in_flight": service.supervisor.in_flight,
+            "info": {name: value for name, value in service.supervisor.info.items() if name != "adapters"},
+            "stats": service.supervisor.stats,
+        }
+    )
+
+
+@router.get("/")
+async def page() -> Response:
+    """A page for people: talk to a model, and see what the server does."""
+    headers = {
+        "Content-Security-Policy": _PAGE_POLICY,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
+    return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers=headers)

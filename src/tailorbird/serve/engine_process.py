@@ -1,0 +1,151 @@
+"""The process that computes: an engine, and a socket over which it is asked and answers.
+
+Started by `supervisor` as ``python -m tailorbird.serve.engine_process FD``. The first message says which
+engine to make and how; then messages are applied between steps. It ends when the socket closes, and leaves
+signals from the terminal to the process that started it.
+
+========================================  ====================================================
+asked                                     answered
+========================================  ====================================================
+``{do: start, engine, options}``          ``{kind: ready, info}`` or ``{kind: failed, error}``
+``{do: add, request}``                    ``{kind: outputs, outputs}``, one message per step,
+                                          or ``{kind: refused, id, error}``
+``{do: cancel, id}``
+``{do: call, number, name, arguments}``   ``{kind: answer, number, value}`` or with ``error``
+``{do: stop}``
+========================================  ====================================================
+
+Unasked come ``{kind: stats, stats}`` a few times a second while it is busy, and ``{kind: log, text}``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from tailorbird.errors import TailorbirdError
+from tailorbird.hardware.memory import resident_bytes
+from tailorbird.serve.interface import EngineFactory, EngineLike, EngineOptions
+from tailorbird.serve.request import Request
+from tailorbird.serve.wire import Connection, error_to_wire
+
+#: Methods of an engine that can be called by a message.
+CALLS = ("load_adapter", "unload_adapter", "adapters", "embed")
+STATS_INTERVAL = 0.25  # seconds
+
+
+def main(descriptor: int) -> int:
+    """Serve the socket with this file descriptor; the exit status."""
+    for ignored in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ignored, signal.SIG_IGN)
+    connection = Connection(socket.socket(fileno=descriptor))
+    try:
+        return _serve(connection)
+    except ConnectionError:
+        return 0  # nobody is left to answer to
+
+
+def _serve(connection: Connection) -> int:
+    first = connection.receive(wait=True)
+    if first is None:
+        return 0
+    start, *later = first
+
+    def log(text: str) -> None:
+        connection.send({"kind": "log", "text": text})
+
+    try:
+        engine = find_factory(start["engine"])(EngineOptions(**start["options"]), log)
+    except Exception as error:
+        if not isinstance(error, TailorbirdError):
+            traceback.print_exc()
+        connection.send({"kind": "failed", "error": error_to_wire(error)})
+        return 1
+    connection.send({"kind": "ready", "info": engine.info})
+    run(engine, connection, later)
+    return 0
+
+
+def find_factory(named: str) -> EngineFactory:
+    """The callable that ``module:callable`` names."""
+    module, _, name = named.partition(":")
+    factory: Callable[..., EngineLike] = getattr(importlib.import_module(module), name)
+    return factory
+
+
+def run(engine: EngineLike, connection: Connection, messages: list[Any]) -> None:
+    """Apply messages and step, until the socket closes or a message asks to stop.
+
+    Parameters
+    ----------
+    engine : EngineLike
+    connection : Connection
+    messages : list
+        Those that have arrived already.
+
+    Raises
+    ------
+    Exception
+        Whatever a step raises: nobody knows what an engine is worth after that, so the process ends.
+    """
+    told = -STATS_INTERVAL
+    while True:
+        for message in messages:
+            if message["do"] == "stop":
+                return
+            answer = _apply(engine, message)
+            if answer is not None:
+                connection.send(answer)
+        if engine.busy:
+            outputs = engine.step()
+            if outputs:
+                connection.send({"kind": "outputs", "outputs": [output.to_wire() for output in outputs]})
+        now = time.monotonic()
+        if not engine.busy or now - told >= STATS_INTERVAL:
+            stats = engine.stats() | {"memory_bytes": resident_bytes()}
+            connection.send({"kind": "stats", "stats": stats})
+            told = now
+        arrived = connection.receive(wait=not engine.busy)
+        if arrived is None:
+            return
+        messages = arrived
+
+
+def _apply(engine: EngineLike, message: dict[str, Any]) -> dict[str, Any] | None:
+    """Do what a message asks, and its answer; what fails, fails for this message only."""
+    match message["do"]:
+        case "add":
+            try:
+                engine.add(Request.from_wire(message["request"]))
+            except Exception as error:
+                _show(error)
+                return {"kind": "refused", "id": message["request"]["id"], "error": error_to_wire(error)}
+        case "cancel":
+            engine.cancel(message["id"])
+        case "call":
+            try:
+                if message["name"] not in CALLS:
+                    raise LookupError(f"no call {message['name']}")
+                value = getattr(engine, message["name"])(*message["arguments"])
+            except Exception as error:
+                _show(error)
+                return {"kind": "answer", "number": message["number"], "error": error_to_wire(error)}
+            return {"kind": "answer", "number": message["number"], "value": value}
+    return None
+
+
+def _show(error: Exception) -> None:
+    """Print where an error came from unless it was raised on purpose; its text could quote a prompt."""
+    if not isinstance(error, TailorbirdError):
+        where = "".join(traceback.format_tb(error.__traceback__))
+        print(f"{type(error).__name__}\n{where}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

@@ -1,0 +1,384 @@
+"""The engine's process, as the HTTP process sees it: started, asked, watched, and started again when it dies.
+
+Requests that have sent nothing yet survive the engine: they are submitted again to the next one. Those whose
+text has begun end with an error, because another engine's continuation needn't fit what was sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import socket
+import sys
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tailorbird.errors import EngineError, TailorbirdError
+from tailorbird.serve.interface import ENGINE, EngineOptions
+from tailorbird.serve.request import Output, Request
+from tailorbird.serve.wire import WireError, error_from_wire, pack, read_messages
+
+#: How many engines a request may outlive; one that ended so many is taken for the cause.
+MOST_ATTEMPTS = 3
+#: Seconds before a dead engine is started again: the first time, and at most.
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
+#: An engine that lived so long, in seconds, died of something new: pauses begin anew.
+LONG_LIFE = 60.0
+#: Seconds that an engine gets to end by itself.
+PATIENCE = 2.0
+
+
+@dataclass
+class _Pending:
+    """A request on its way.
+
+    Attributes
+    ----------
+    outputs : asyncio.Queue
+        Where its outputs go, or the error that refuses it.
+    open : set of int
+        Continuations that haven't ended.
+    begun : bool
+        Something was sent to the client.
+    attempts : int
+        Engines that it was given to.
+    """
+
+    request: Request
+    outputs: asyncio.Queue[Output | TailorbirdError]
+    open: set[int]
+    begun: bool = False
+    attempts: int = 0
+
+
+@dataclass
+class _Child:
+    """One engine's process and the socket to it."""
+
+    process: asyncio.subprocess.Process
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    messages: AsyncIterator[Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.messages = read_messages(self.reader)
+
+    def send(self, message: dict[str, Any]) -> None:
+        self.writer.write(pack(message))
+
+    async def end(self) -> int:
+        """Close the socket, wait for the process, kill it if it doesn't go; its exit status."""
+        self.writer.close()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.process.wait(), PATIENCE)
+        self.kill()
+        return await self.process.wait()
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+
+
+class Supervisor:
+    """Runs an engine in a process of its own.
+
+    Parameters
+    ----------
+    options : EngineOptions
+    engine : str
+        ``module:callable`` that makes the engine, looked up in its process.
+    log : callable
+        Told in words what becomes of the engine.
+
+    Attributes
+    ----------
+    info : dict
+        What the engine said of itself when it was ready.
+    stats : dict of str to float
+        What it said last of what goes on; ``memory_bytes`` is its process's resident memory.
+    restarts : int
+        How often an engine was started after the first.
+    """
+
+    def __init__(
+        self, options: EngineOptions, engine: str = ENGINE, log: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self.info: dict[str, Any] = {}
+        self.stats: dict[str, float] = {}
+        self.restarts = 0
+        self._options = options
+        self._engine = engine
+        self._log = log
+        self._child: _Child | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._ready = False
+        self._pending: dict[str, _Pending] = {}
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._numbers = itertools.count()
+        self._adapters: dict[str, str] = dict(options.adapters)
+
+    @property
+    def live(self) -> bool:
+        """Somebody looks after the engine, be it that it is being started again."""
+        return self._watching is not None and not self._watching.done()
+
+    @property
+    def ready(self) -> bool:
+        """The engine is loaded and takes requests."""
+        return self._ready
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that are served."""
+        return list(self.info.get("adapters", ()))
+
+    @property
+    def in_flight(self) -> int:
+        """Continuations that were submitted and haven't ended."""
+        return sum(len(pending.open) for pending in self._pending.values())
+
+    async def start(self) -> None:
+        """Start the engine and wait until it has loaded its model.
+
+        Raises
+        ------
+        TailorbirdError
+            What it failed with.
+        """
+        child = await self._launch()
+        try:
+            await self._greet(child)
+        except BaseException:
+            child.kill()
+            await child.end()
+            raise
+        self._watching = asyncio.create_task(self._watch(child))
+
+    async def close(self) -> None:
+        """End the engine; what still runs ends with an error."""
+        self._ready = False
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        if self._child is not None:
+            await self._child.end()
+            self._child = None
+        self._bereave("the server is stopping", keep=False)
+
+    async def submit(self, *requests: Request) -> AsyncGenerator[Output, None]:
+        """Let requests be continued; closing the iterator early cancels them.
+
+        Parameters
+        ----------
+        *requests : Request
+            Their ids are told apart by `Output.id`.
+
+        Yields
+        ------
+        Output
+            Until each continuation of each request has one with a `finish`.
+
+        Raises
+        ------
+        TailorbirdError
+            The engine refused one of them; the others are cancelled.
+        """
+        outputs: asyncio.Queue[Output | TailorbirdError] = asyncio.Queue()
+        mine = [_Pending(request, outputs, set(range(request.n))) for request in requests]
+        try:
+            for pending in mine:
+                self._pending[pending.request.id] = pending
+                self._add(pending)
+            while any(pending.open for pending in mine) or not outputs.empty():
+                output = await outputs.get()
+                if isinstance(output, TailorbirdError):
+                    raise output
+                yield output
+        finally:
+            for pending in mine:
+                if self._pending.pop(pending.request.id, None) is not None:
+                    self._send({"do": "cancel", "id": pending.request.id})
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Serve an adapter under a name, in later engines too; raises what the engine refuses it with."""
+        await self._call("load_adapter", name, path)
+        self._adapters[name] = path
+        self.info["adapters"] = await self._call("adapters")
+
+    async def unload_adapter(self, name: str) -> None:
+        """Serve an adapter no longer."""
+        await self._call("unload_adapter", name)
+        self._adapters.pop(name, None)
+        self.info["adapters"] = await self._call("adapters")
+
+    async def embed(self, ids: Sequence[int], adapter: str | None) -> list[float]:
+        """One vector for these tokens; raises what the engine refuses them with, or that it died."""
+        value: list[float] = await self._call("embed", list(ids), adapter)
+        return value
+
+    async def _call(self, name: str, *arguments: Any) -> Any:
+        if not self._ready:
+            raise _stopped("the engine is being started")
+        number = next(self._numbers)
+        answer = self._calls[number] = asyncio.get_running_loop().create_future()
+        try:
+            self._send({"do": "call", "number": number, "name": name, "arguments": list(arguments)})
+            return await answer
+        finally:
+            self._calls.pop(number, None)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        """Send unless there is no engine, in which case nothing needs to be sent."""
+        if self._ready and self._child is not None:
+            self._child.send(message)
+
+    def _add(self, pending: _Pending) -> None:
+        if self._ready:
+            pending.attempts += 1
+            self._send({"do": "add", "request": pending.request.to_wire()})
+
+    async def _launch(self) -> _Child:
+        """Start the process, with one end of a socket."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "tailorbird.serve.engine_process", str(theirs.fileno())),
+                pass_fds=[theirs.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else None,
+                process_group=0,  # Ctrl-C in the terminal is for this process
+            )
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        self._child = _Child(process, reader, writer)
+        return self._child
+
+    async def _greet(self, child: _Child) -> None:
+        """Tell the process which engine to make, and wait until it is ready."""
+        options = replace(self._options, adapters=self._adapters)
+        child.send({"do": "start", "engine": self._engine, "options": options.to_wire()})
+        async for message in child.messages:
+            match message["kind"]:
+                case "log":
+                    self._log(message["text"])
+                case "failed":
+                    raise error_from_wire(message["error"])
+                case "ready":
+                    self.info = message["info"]
+                    self._ready = True
+                    for pending in self._pending.values():
+                        self._add(pending)
+                    return
+        raise _stopped(f"the engine ended while it loaded the model, {_ending(await child.end())}")
+
+    async def _watch(self, child: _Child) -> None:
+        """Hear the engine out; when it ends, start another, for ever."""
+        pause = FIRST_PAUSE
+        while True:
+            born = time.monotonic()
+            try:
+                async for message in child.messages:
+                    self._hear(message)
+            except Exception as error:  # what it sends makes no sense, so it is of no more use
+                self._log(f"a message of the engine was not understood: {type(error).__name__}")
+            self._ready = False
+            ended = _ending(await child.end())
+            self.stats = {}
+            self._log(f"the engine died, {ended}; it is started again")
+            self._bereave(f"the engine died, {ended}", keep=True)
+            if time.monotonic() - born > LONG_LIFE:
+                pause = FIRST_PAUSE
+            while True:
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+                self.restarts += 1
+                child = await self._launch()
+                try:
+                    await self._greet(child)
+                    break
+                except (TailorbirdError, ConnectionError) as error:
+                    self._log(f"the engine couldn't be started: {error}")
+                    # Perhaps an adapter that came later has left the disk: the next engine does without.
+                    self._adapters = dict(self._options.adapters)
+                    child.kill()
+                    await child.end()
+            self._log("the engine is ready again")
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        match message["kind"]:
+            case "outputs":
+                for fields in message["outputs"]:
+                    self._deliver(Output.from_wire(fields))
+            case "refused":
+                self._refuse(message["id"], error_from_wire(message["error"]))
+            case "answer":
+                self._answer(message)
+            case "stats":
+                self.stats = message["stats"]
+            case "log":
+                self._log(message["text"])
+            case _:
+                raise WireError(f"a message of the unknown kind {message['kind']!r}")
+
+    def _deliver(self, output: Output) -> None:
+        pending = self._pending.get(output.id)
+        if pending is None or output.index not in pending.open:
+            return  # cancelled meanwhile
+        pending.begun = pending.begun or bool(output.tokens)
+        if output.finish is not None:
+            pending.open.discard(output.index)
+            if not pending.open:
+                del self._pending[output.id]
+        pending.outputs.put_nowait(output)
+
+    def _refuse(self, id: str, error: TailorbirdError) -> None:
+        pending = self._pending.pop(id, None)
+        if pending is not None:
+            pending.open.clear()
+            pending.outputs.put_nowait(error)
+
+    def _answer(self, message: dict[str, Any]) -> None:
+        answer = self._calls.get(message["number"])
+        if answer is None or answer.done():
+            return
+        if "error" in message:
+            answer.set_exception(error_from_wire(message["error"]))
+        else:
+            answer.set_result(message["value"])
+
+    def _bereave(self, reason: str, keep: bool) -> None:
+        """End what an engine that is gone can't end: calls, texts that have begun, requests that killed it.
+
+        Parameters
+        ----------
+        reason : str
+        keep : bool
+            Requests that have sent nothing wait for the next engine.
+        """
+        for answer in self._calls.values():
+            if not answer.done():
+                answer.set_exception(_stopped(reason))
+        for id, pending in list(self._pending.items()):
+            if not keep or pending.begun or pending.attempts >= MOST_ATTEMPTS:
+                for index in sorted(pending.open):
+                    pending.outputs.put_nowait(Output(id, index, finish="error", error=reason))
+                pending.open.clear()
+                del self._pending[id]
+
+
+def _stopped(given: str) -> EngineError:
+    return EngineError(given, "an engine that runs", "try again in a few seconds")
+
+
+def _ending(status: int) -> str:
+    return f"killed by signal {-status}" if status < 0 else f"with exit status {status}"
+
+
+def _has_descriptor(stream: Any) -> bool:
+    try:
+        stream.fileno()
+    except (AttributeError, OSError, ValueError):
+        return False
+    return True

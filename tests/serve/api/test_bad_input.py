@@ -1,0 +1,176 @@
+"""Whatever is sent: a status from 400 to 499, in the shape that OpenAI's clients read, and the server goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tailorbird.serve.api import access
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+HELLO = {"model": "demo", "messages": [{"role": "user", "content": "hello"}]}
+PLAIN = {"model": "demo", "prompt": "hello"}
+POSTS = [
+    CHAT, COMPLETIONS, "/v1/embeddings", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/tokenize",
+    "/detokenize",
+]  # fmt: skip
+each_post = pytest.mark.parametrize("path", POSTS)
+
+
+def check(answer: Any) -> dict[str, Any]:
+    """A client's mistake in OpenAI's shape; the error."""
+    assert 400 <= answer.status_code < 500, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert answer.headers["x-request-id"]
+    return dict(error)
+
+
+@each_post
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"null", b"[]", b"1", b'"x"', b"\xff\xfe{}", b'{"model": "\xc3\x28"}', b"[" * 100_000,
+        b'{"n": ' + b"9" * 5000 + b"}", b"{} {}", b"\0",
+    ],
+    ids=lambda body: repr(body[:12]),
+)  # fmt: skip
+def test_bodies_that_are_no_json_objects(server: Any, path: str, body: bytes) -> None:
+    check(server.post(path, content=body, headers={"Content-Type": "application/json"}))
+
+
+@each_post
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
+def test_bodies_that_do_not_say_they_are_json(server: Any, path: str, kind: str | None) -> None:
+    headers = {} if kind is None else {"Content-Type": kind}
+    error = check(server.post(path, content=json.dumps(HELLO).encode(), headers=headers))
+    assert "Content-Type: application/json" in error["message"]
+
+
+WRONG = [
+    ("model", 1), ("model", None), ("max_tokens", "5"), ("max_tokens", 1.5), ("max_tokens", True),
+    ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 10**9), ("max_tokens", 10**30), ("temperature", "hot"),
+    ("temperature", -0.5), ("temperature", 1e308), ("top_p", 0), ("top_p", [1]), ("n", 0), ("n", 10**6), ("n", "2"),
+    ("n", -1), ("stream", "yes"), ("stream_options", 1), ("stop", 1), ("stop", ""), ("stop", ["a"] * 17),
+    ("stop", ["x" * 1001]), ("stop", [1]), ("seed", 1 << 70), ("seed", 0.5), ("presence_penalty", 3),
+    ("logit_bias", {"a": 1}), ("logit_bias", {"1": 200}), ("logit_bias", {"1": "x"}), ("logit_bias", []),
+    ("logit_bias", {"999999": 1}), ("logit_bias", {"-1": 1}), ("top_k", -5), ("min_p", 2), ("typical_p", 0),
+    ("repetition_penalty", 0), ("min_tokens", -1), ("ignore_eos", 1), ("guided_regex", 5),
+    ("response_format", "json"), ("response_format", {"type": "xml"}), ("response_format", {"type": "json_schema"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "body"), [(CHAT, HELLO), (COMPLETIONS, PLAIN)], ids=["chat", "plain"])
+@pytest.mark.parametrize(("field", "value"), WRONG, ids=lambda value: repr(value)[:24])
+def test_fields_of_a_wrong_type_or_out_of_range(
+    server: Any, path: str, body: dict[str, Any], field: str, value: Any
+) -> None:
+    error = check(server.post(path, body | {field: value}))
+    assert field.split("_")[0] in error["message"]
+    assert server.supervisor.submitted == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"messages": []}, {"messages": "hello"}, {"messages": [{}]}, {"messages": [{"role": "king", "content": "x"}]},
+        {"messages": [{"role": "user", "content": 5}]}, {"messages": [{"role": "user", "content": [{"type": "image_url",
+        "image_url": {"url": "x"}}]}]}, {"messages": [{"role": "user", "content": "x" * 300_000}]},
+        {"messages": [{"role": "user", "content": "word " * 600}]}, {"logprobs": True, "top_logprobs": 21},
+        {"top_logprobs": "1"}, {"tools": [{"type": "function", "function": {"name": "x"}}]}, {"tools": ["x"]},
+        {"tool_choice": "maybe"}, {"tool_choice": "required"}, {"guided_regex": "a", "guided_grammar": "b"},
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "x", "arguments": "{"}}]}]},
+    ],
+    ids=lambda value: repr(value)[:40],
+)  # fmt: skip
+def test_wrong_chats(server: Any, wrong: dict[str, Any]) -> None:
+    check(server.post(CHAT, HELLO | wrong))
+    check(server.post(CHAT, HELLO | wrong | {"stream": True}))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prompt": ""}, {"prompt": []}, {"prompt": [[]]}, {"prompt": [""]}, {"prompt": [1, "a"]}, {"prompt": [4096]},
+        {"prompt": [-1]}, {"prompt": [1 << 80]}, {"prompt": None}, {"prompt": ["a"] * 10_000}, {"prompt": [1] * 512},
+        {"prompt": [1] * 500, "max_tokens": 13}, {"logprobs": 21}, {"logprobs": True}, {"echo": True},
+        {"suffix": "x"}, {"best_of": 3},
+    ],
+    ids=lambda value: repr(value)[:40],
+)  # fmt: skip
+def test_wrong_completions(server: Any, wrong: dict[str, Any]) -> None:
+    check(server.post(COMPLETIONS, PLAIN | wrong))
+
+
+def test_halves_of_surrogate_pairs_are_refused_wherever_they_stand(server: Any) -> None:
+    half = "\\ud800"
+    for path, body in (
+        (CHAT, '{"model": "demo", "messages": [{"role": "user", "content": "%s"}]}'),
+        (CHAT, '{"model": "%s", "messages": [{"role": "user", "content": "x"}]}'),
+        (COMPLETIONS, '{"model": "demo", "prompt": "%s"}'),
+        (COMPLETIONS, '{"model": "demo", "prompt": "a", "stop": "%s"}'),
+        (COMPLETIONS, '{"model": "demo", "prompt": "a", "guided_regex": "%s"}'),
+        ("/tokenize", '{"prompt": "%s"}'),
+    ):
+        content = (body % half).encode()
+        check(server.post(path, content=content, headers={"Content-Type": "application/json"}))
+
+
+@each_post
+def test_bodies_that_are_too_long(server: Any, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access, "BODY_LIMIT", 1000)
+    body = json.dumps(HELLO | {"padding": "x" * 1000}).encode()
+
+    async def parts() -> Any:
+        for start in range(0, len(body), 100):
+            yield body[start : start + 100]
+
+    for content in (body, parts()):
+        answer = server.post(path, content=content, headers={"Content-Type": "application/json"})
+        assert check(answer)["code"] == "body_too_large"
+        assert answer.status_code == 413
+    for length in ("-1", "x", "9" * 30):
+        headers = {"Content-Type": "application/json", "Content-Length": length}
+        check(server.post(path, content=b"{}", headers=headers))
+
+
+def test_routes_and_methods_that_are_not_there(server: Any) -> None:
+    assert server.get("/v1/nothing").status_code == 404
+    assert server.get(CHAT).status_code == 405
+    for answer in (server.get("/v1/nothing"), server.get(CHAT), server.request("DELETE", "/v1/models")):
+        check(answer)
+
+
+def test_keys_that_are_missing_or_wrong(make: Callable[..., Any]) -> None:
+    server = make(keys=("right",))
+    for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": b"\xff"}):
+        for path in POSTS:
+            answer = server.post(path, HELLO, headers=header)
+            assert check(answer)["type"] == "authentication_error"
+            assert answer.status_code == 401
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.sampled_from(POSTS), st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_field_of_any_body_makes_the_server_fail(server: Any, path: str, data: Any) -> None:
+    schema = server.app.openapi()
+    reference = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+    fields = sorted(schema["components"]["schemas"][reference.rpartition("/")[2]]["properties"])
+    base = HELLO | PLAIN | {"input": "x", "tokens": [1], "lora_name": "x", "lora_path": "x", "max_tokens": 2}
+    if path == "/tokenize":
+        del base["prompt"]
+    body = base | data.draw(st.dictionaries(st.sampled_from(fields), json_values, max_size=3))
+    assert server.post(path, body).status_code < 500

@@ -1,0 +1,172 @@
+"""An engine in its own process: asked, refused, killed, and started again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+
+import pytest
+
+from fake_engine import DEADLY, FAILING, REFUSED, SILENT
+from tailorbird.errors import CheckpointError, EngineError, SettingsError
+from tailorbird.serve.interface import EngineOptions
+from tailorbird.serve.request import Output, Request, Sampling
+from tailorbird.serve.supervisor import MOST_ATTEMPTS, Supervisor
+
+ENDLESS = Sampling(ignore_end=True)
+
+
+def endless(id: str, first: int = 1) -> Request:
+    return Request(id, (first, 2), max_tokens=1 << 20, sampling=ENDLESS)
+
+
+def run(
+    work: Callable[[Supervisor], Awaitable[None]], engine: str = "fake_engine:paced", max_sequences: int = 4
+) -> list[str]:
+    """Let `work` use an engine; what the supervisor logged."""
+    said: list[str] = []
+
+    async def main() -> None:
+        options = EngineOptions("m", {"first": "a"}, max_sequences=max_sequences)
+        supervisor = Supervisor(options, engine, said.append)
+        await supervisor.start()
+        try:
+            async with asyncio.timeout(30):
+                await work(supervisor)
+        finally:
+            await supervisor.close()
+        assert supervisor.in_flight == 0
+        assert not supervisor.ready
+        assert not supervisor.live
+
+    asyncio.run(main())
+    return said
+
+
+async def collect(supervisor: Supervisor, *requests: Request) -> list[Output]:
+    return [output async for output in supervisor.submit(*requests)]
+
+
+async def until(true: Callable[[], bool]) -> None:
+    while not true():
+        await asyncio.sleep(0.01)
+
+
+def test_outputs_of_several_requests_come_back_whole_and_apart() -> None:
+    async def work(supervisor: Supervisor) -> None:
+        outputs = await collect(supervisor, Request("a", (5, 6, 7), n=2), Request("b", (8,), max_tokens=1))
+        for id, index, tokens, finish in (
+            ("a", 0, (5, 6, 7), "stop"),
+            ("a", 1, (5, 6, 7), "stop"),
+            ("b", 0, (8,), "length"),
+        ):
+            mine = [output for output in outputs if (output.id, output.index) == (id, index)]
+            assert sum((output.tokens for output in mine), ()) == tokens
+            assert [output.finish for output in mine[:-1]] == [None] * (len(mine) - 1)
+            assert mine[-1].finish == finish
+        await until(lambda: supervisor.stats.get("running") == 0)
+        assert supervisor.stats["memory_bytes"] > 0
+
+    assert run(work) == ["loaded"]
+
+
+def test_a_request_that_is_refused_or_fails_when_added_fails_alone() -> None:
+    async def work(supervisor: Supervisor) -> None:
+        other = asyncio.create_task(collect(supervisor, Request("c", tuple(range(1, 40)))))
+        with pytest.raises(SettingsError, match="refused"):
+            await collect(supervisor, Request("a", (REFUSED,)))
+        with pytest.raises(EngineError, match="ZeroDivisionError") as failed:
+            await collect(supervisor, Request("b", (FAILING,)))
+        assert "secret" not in str(failed.value)
+        assert (await other)[-1].finish == "stop"
+        assert supervisor.restarts == 0
+
+    run(work)
+
+
+def test_a_consumer_that_leaves_cancels_its_request() -> None:
+    async def work(supervisor: Supervisor) -> None:
+        async with aclosing(supervisor.submit(endless("a"), endless("b"))) as outputs:
+            await anext(outputs)
+            assert supervisor.in_flight == 2
+            await until(lambda: supervisor.stats.get("running") == 2)
+        assert supervisor.in_flight == 0
+        await until(lambda: supervisor.stats.get("running") == 0)
+
+    run(work)
+
+
+def test_a_killed_engine_ends_what_had_begun_and_repeats_the_rest() -> None:
+    async def work(supervisor: Supervisor) -> None:
+        async with aclosing(supervisor.submit(endless("begun"))) as begun:
+            await anext(begun)
+            # Only one sequence runs at a time, so this one waits.
+            waiting = asyncio.create_task(collect(supervisor, Request("waiting", (7, 8, 9))))
+            call = asyncio.create_task(supervisor.load_adapter("later", "b"))
+            await call
+            killed = time.monotonic()
+            os.kill(supervisor.info["process"], signal.SIGKILL)
+            await until(lambda: not supervisor.ready)
+            assert time.monotonic() - killed < 5
+            assert supervisor.live
+            with pytest.raises(EngineError):
+                await supervisor.embed([1], None)
+            rest = [output async for output in begun]
+        assert rest[-1].finish == "error"
+        assert "signal 9" in (rest[-1].error or "")
+        outputs = await waiting
+        assert sum((output.tokens for output in outputs), ()) == (7, 8, 9)
+        assert outputs[-1].finish == "stop"
+        assert supervisor.ready
+        assert supervisor.restarts == 1
+        assert supervisor.adapters == ["first", "later"]
+        assert await supervisor.embed([1, 2], "later") == [2.0, 0.5, 1.0]
+
+    assert any("signal 9" in line for line in run(work, max_sequences=1))
+
+
+def test_a_request_that_kills_every_engine_is_given_up_and_others_go_on() -> None:
+    async def work(supervisor: Supervisor) -> None:
+        outputs = await collect(supervisor, Request("deadly", (DEADLY,)))
+        assert [output.finish for output in outputs] == ["error"]
+        assert supervisor.restarts >= MOST_ATTEMPTS - 1
+        assert (await collect(supervisor, Request("fine", (3,))))[-1].finish == "stop"
+
+    run(work)
+
+
+def test_what_waits_when_the_server_closes_ends_with_an_error() -> None:
+    async def work(supervisor: Supervisor) -> None:
+        silent = asyncio.create_task(collect(supervisor, endless("a", SILENT)))
+        await until(lambda: supervisor.stats.get("running") == 1)
+        await supervisor.close()
+        assert [output.finish for output in await silent] == ["error"]
+
+    run(work)
+
+
+def test_a_model_that_cannot_be_loaded_is_the_error_of_the_start() -> None:
+    async def work(supervisor: Supervisor) -> None:
+        raise AssertionError
+
+    with pytest.raises(CheckpointError, match="damaged"):
+        run(work, engine="fake_engine:unloadable")
+    with pytest.raises(EngineError):
+        run(work, engine="fake_engine:missing")
+
+
+def test_the_engine_leaves_signals_of_the_terminal_to_its_parent_and_ends_with_the_socket() -> None:
+    async def work(supervisor: Supervisor) -> None:
+        process = supervisor.info["process"]
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(process, number)
+        assert (await collect(supervisor, Request("a", (3,))))[-1].finish == "stop"
+        await supervisor.close()
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+
+    run(work)
