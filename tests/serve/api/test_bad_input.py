@@ -1,4 +1,4 @@
-"""Whatever is sent: a status from 400 to 499, in the shape that OpenAI's clients read, and the server goes on."""
+"""Whatever is sent: a status from 400 to 499 in the shape of OpenAI's errors, and the server goes on."""
 
 from __future__ import annotations
 
@@ -55,14 +55,17 @@ def test_bodies_that_do_not_say_they_are_json(server: Any, path: str, kind: str 
 
 WRONG = [
     ("model", 1), ("model", None), ("max_tokens", "5"), ("max_tokens", 1.5), ("max_tokens", True),
-    ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 10**9), ("max_tokens", 10**30), ("temperature", "hot"),
-    ("temperature", -0.5), ("temperature", 1e308), ("top_p", 0), ("top_p", [1]), ("n", 0), ("n", 10**6), ("n", "2"),
+    ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 10**9), ("max_tokens", 10**30),
+    ("temperature", "hot"),
+    ("temperature", -0.5), ("temperature", 1e308), ("top_p", 0), ("top_p", [1]), ("n", 0), ("n", 10**6),
+    ("n", "2"),
     ("n", -1), ("stream", "yes"), ("stream_options", 1), ("stop", 1), ("stop", ""), ("stop", ["a"] * 17),
     ("stop", ["x" * 1001]), ("stop", [1]), ("seed", 1 << 70), ("seed", 0.5), ("presence_penalty", 3),
     ("logit_bias", {"a": 1}), ("logit_bias", {"1": 200}), ("logit_bias", {"1": "x"}), ("logit_bias", []),
     ("logit_bias", {"999999": 1}), ("logit_bias", {"-1": 1}), ("top_k", -5), ("min_p", 2), ("typical_p", 0),
     ("repetition_penalty", 0), ("min_tokens", -1), ("ignore_eos", 1), ("guided_regex", 5),
-    ("response_format", "json"), ("response_format", {"type": "xml"}), ("response_format", {"type": "json_schema"}),
+    ("response_format", "json"), ("response_format", {"type": "xml"}),
+    ("response_format", {"type": "json_schema"}),
 ]  # fmt: skip
 
 
@@ -79,8 +82,10 @@ def test_fields_of_a_wrong_type_or_out_of_range(
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"messages": []}, {"messages": "hello"}, {"messages": [{}]}, {"messages": [{"role": "king", "content": "x"}]},
-        {"messages": [{"role": "user", "content": 5}]}, {"messages": [{"role": "user", "content": [{"type": "image_url",
+        {"messages": []}, {"messages": "hello"}, {"messages": [{}]},
+        {"messages": [{"role": "king", "content": "x"}]},
+        {"messages": [{"role": "user", "content": 5}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url",
         "image_url": {"url": "x"}}]}]}, {"messages": [{"role": "user", "content": "x" * 300_000}]},
         {"messages": [{"role": "user", "content": "word " * 600}]}, {"logprobs": True, "top_logprobs": 21},
         {"top_logprobs": "1"}, {"tools": [{"type": "function", "function": {"name": "x"}}]}, {"tools": ["x"]},
@@ -97,8 +102,10 @@ def test_wrong_chats(server: Any, wrong: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"prompt": ""}, {"prompt": []}, {"prompt": [[]]}, {"prompt": [""]}, {"prompt": [1, "a"]}, {"prompt": [4096]},
-        {"prompt": [-1]}, {"prompt": [1 << 80]}, {"prompt": None}, {"prompt": ["a"] * 10_000}, {"prompt": [1] * 512},
+        {"prompt": ""}, {"prompt": []}, {"prompt": [[]]}, {"prompt": [""]}, {"prompt": [1, "a"]},
+        {"prompt": [4096]},
+        {"prompt": [-1]}, {"prompt": [1 << 80]}, {"prompt": None}, {"prompt": ["a"] * 10_000},
+        {"prompt": [1] * 512},
         {"prompt": [1] * 500, "max_tokens": 13}, {"logprobs": 21}, {"logprobs": True}, {"echo": True},
         {"suffix": "x"}, {"best_of": 3},
     ],

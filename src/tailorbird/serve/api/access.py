@@ -264,7 +264,7 @@ async def _whole_body(headers: Headers, receive: Receive) -> Receive:
 
 
 def _check_text(body: bytes) -> None:
-    """Refuse JSON with half of a surrogate pair, which Python reads and neither UTF-8 nor a tokenizer can take.
+    """Refuse JSON with half of a surrogate pair, which Python reads and no tokenizer can take.
 
     Raises
     ------
