@@ -188,6 +188,7 @@ def test_a_stop_lets_running_answers_end_and_takes_no_new_ones(tmp_path: Path) -
     assert "secret" not in json.dumps(log)
 
 
+@pytest.mark.full
 def test_a_stop_does_not_wait_for_ever(tmp_path: Path) -> None:
     with running(tmp_path, drain=0.1) as server:
         body = {"model": "demo", "prompt": [4092], "max_tokens": 100}

@@ -328,6 +328,8 @@ def test_every_answer_and_its_log_line_carry_one_id_and_no_text(server: Any) -> 
     )
     assert line["completion_tokens"] == line["prompt_tokens"] > 0
     assert "read" not in json.dumps(line)
+    server.get("/metrics")
+    assert len(server.lines) == 1  # asked for again and again, and nothing was wrong
     given = server.get("/nowhere", headers={"X-Request-Id": "a b\x7f"}).headers["x-request-id"]
     assert re.fullmatch(r"req-[0-9a-f]{32}", given)
 
@@ -373,6 +375,9 @@ def test_a_full_queue_is_429_and_what_never_fits_is_400(make: Callable[..., Any]
     full = server.post(COMPLETIONS, PLAIN | {"n": 3})
     assert (full.status_code, full.json()["error"]["code"]) == (429, "queue_full")
     assert int(full.headers["Retry-After"]) >= 1
+    server.supervisor.in_flight = 3
+    assert server.post("/v1/embeddings", {"model": "demo", "input": "x"}).status_code == 429
+    server.supervisor.in_flight = 1
     assert server.post(COMPLETIONS, PLAIN | {"n": 4}).status_code == 400
 
 
