@@ -1,4 +1,4 @@
-"""An engine that repeats the prompt, for tests of what is around an engine; with odd prompts it misbehaves."""
+"""An engine that repeats the prompt, for tests of what is around one; with odd prompts it misbehaves."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ class FakeEngine:
         running = min(len(self.requests), self.options.max_sequences)
         waiting = len(self.requests) - running
         return {"waiting": waiting, "running": running, "kv_pages": 8, "kv_pages_used": running,
-                "cached_tokens": 0, "preemptions": 2, "step_tokens": running, "steps": self.steps}  # fmt: skip
+                "cached_tokens": 0, "preemptions": 2, "step_tokens": running,
+                "steps": self.steps}  # fmt: skip
 
     def load_adapter(self, name: str, path: str) -> None:
         self.names[name] = path

@@ -62,6 +62,7 @@ EXPORT = {
     "bytes_after": 2**22,
     "notes": ("scales were widened",),
 }
+SERVED = {"url": "http://127.0.0.1:8000", "seconds": 60.0, "generated_tokens": 1234, "restarts": 1}
 METHOD = {
     "name": "gptq",
     "family": "quantize",
@@ -88,6 +89,7 @@ class FakeApi:
             "evaluate": record(EVALUATION),
             "speed": record(SPEED),
             "generate": record(GENERATION),
+            "serve": record(SERVED),
             "export": record(EXPORT),
             "methods": [record(METHOD)],
         }

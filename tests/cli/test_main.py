@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": ["evaluate", "demo"],
     "speed": ["speed", "demo"],
     "generate": ["generate", "demo", "hello"],
+    "serve": ["serve", "demo"],
     "export": ["export", "out", "--to", "dense", "-o", "dense"],
     "methods": ["methods"],
 }

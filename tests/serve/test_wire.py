@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import socket
 import struct
 from typing import Any
@@ -24,7 +25,8 @@ from tailorbird.serve.wire import (
 )
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.floats(allow_nan=False) | st.text(),
+    st.none() | st.booleans() | st.integers(-(1 << 63),
+    (1 << 64) - 1) | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(0, 99), inner),
     max_leaves=20,
 )  # fmt: skip
@@ -37,9 +39,7 @@ def test_messages_survive_any_cuts(messages: list[Any], cuts: list[int]) -> None
     edges = sorted({0, len(stream), *(cut for cut in cuts if cut < len(stream))})
     unpacker = Unpacker()
     found = [
-        message
-        for start, end in zip(edges, edges[1:], strict=False)
-        for message in unpacker.feed(stream[start:end])
+        message for start, end in itertools.pairwise(edges) for message in unpacker.feed(stream[start:end])
     ]
     unpacker.close()
     assert found == messages
@@ -104,10 +104,10 @@ def test_the_asynchronous_end_raises_where_the_last_message_is_cut() -> None:
         reader = asyncio.StreamReader()
         reader.feed_data(pack(1) + pack(2) + b"\0")
         reader.feed_eof()
-        found: list[Any] = []
+        messages = read_messages(reader)
+        found = [await anext(messages), await anext(messages)]
         with pytest.raises(WireError):
-            async for message in read_messages(reader):
-                found.append(message)
+            await anext(messages)
         return found
 
     assert asyncio.run(read()) == [1, 2]

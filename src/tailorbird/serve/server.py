@@ -96,10 +96,7 @@ def serve(
     """
     check_settings(keys, queue, timeout, requests_per_minute, options.adapter_directory)
     with listen(host, port) as listening:
-        texts = Texts(load_tokenizer(options.model))
-        return asyncio.run(
-            _run(options, listening, texts, keys, queue, timeout, requests_per_minute, drain, engine)
-        )
+        return asyncio.run(_run(options, listening, keys, queue, timeout, requests_per_minute, drain, engine))
 
 
 def check_settings(
@@ -171,7 +168,6 @@ def listen(host: str, port: int) -> socket.socket:
 async def _run(
     options: EngineOptions,
     listening: socket.socket,
-    texts: Texts,
     keys: Sequence[str],
     queue: int,
     timeout: float,
@@ -182,24 +178,27 @@ async def _run(
     supervisor = Supervisor(options, engine, log=lambda text: log_line("engine", text=text))
     metrics = Metrics(lambda: supervisor.stats, lambda: supervisor.ready, lambda: supervisor.restarts)
     directory = None if options.adapter_directory is None else Path(options.adapter_directory)
-    service = Service(supervisor, texts, metrics, options.model, queue, timeout, directory)
-    app = create_app(service, keys, requests_per_minute)
-    await supervisor.start()
     host, port = listening.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=_CLOSING,
-        server_header=False, ws="none",
-    )  # fmt: skip
-    server = _Server(config)
-    started = time.monotonic()
+    starting = asyncio.create_task(supervisor.start())
     try:
+        texts = Texts(await asyncio.to_thread(load_tokenizer, options.model))
+        await starting
+        started = time.monotonic()
+        service = Service(supervisor, texts, metrics, options.model, queue, timeout, directory)
+        config = uvicorn.Config(
+            create_app(service, keys, requests_per_minute), log_config=None, access_log=False, lifespan="off",
+            timeout_graceful_shutdown=_CLOSING, server_header=False, ws="none",
+        )  # fmt: skip
+        server = _Server(config)
         with _signals(service, server, drain):
             log_line("ready", url=url, model=options.model, **_told(supervisor.info))
             if not keys and host not in ("127.0.0.1", "::1"):
                 log_line("warning", text="anybody who reaches this port may use it; --api-key asks for a key")
             await server.serve(sockets=[listening])
     finally:
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
         await supervisor.close()
     seconds = time.monotonic() - started
     log_line("stopped", seconds=round(seconds, 3))
@@ -230,10 +229,13 @@ def _signals(service: Service, server: uvicorn.Server, drain: float) -> Iterator
         until = time.monotonic() + drain
         while service.supervisor.in_flight and time.monotonic() < until:
             await asyncio.sleep(_POLL)
+        await service.supervisor.close()  # answers that still run are told so
         server.should_exit = True
 
     def stop() -> None:
         if service.draining:
+            for task in draining:
+                task.cancel()
             server.should_exit = server.force_exit = True
             return
         service.draining = True

@@ -137,8 +137,8 @@ class Supervisor:
 
     @property
     def in_flight(self) -> int:
-        """Continuations that were submitted and haven't ended."""
-        return sum(len(pending.open) for pending in self._pending.values())
+        """Continuations and other calls that haven't ended."""
+        return sum(len(pending.open) for pending in self._pending.values()) + len(self._calls)
 
     async def start(self) -> None:
         """Start the engine and wait until it has loaded its model.

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from fake_engine import FAILING, REFUSED, SILENT
+from tailorbird.serve.api.app import router
 from tailorbird.serve.api.failures import CLIENT_GONE
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -107,7 +108,8 @@ def test_several_prompts_and_continuations_keep_their_places(server: Any) -> Non
 
 def test_every_sampling_field_reaches_the_engine(server: Any) -> None:
     stated = {
-        "temperature": 0.5, "top_p": 0.9, "seed": 4, "presence_penalty": 0.5, "frequency_penalty": -0.5, "top_k": 5,
+        "temperature": 0.5, "top_p": 0.9, "seed": 4, "presence_penalty": 0.5, "frequency_penalty": -0.5,
+        "top_k": 5,
         "min_p": 0.1, "typical_p": 0.8, "repetition_penalty": 1.5, "min_tokens": 1,
     }  # fmt: skip
     extra = {"ignore_eos": True, "logit_bias": {"7": 2.5}, "user": "me", "unheard_of": {}}
@@ -326,14 +328,15 @@ def test_every_answer_and_its_log_line_carry_one_id_and_no_text(server: Any) -> 
     )
     assert line["completion_tokens"] == line["prompt_tokens"] > 0
     assert "read" not in json.dumps(line)
+    server.get("/metrics")
+    assert len(server.lines) == 1  # asked for again and again, and nothing was wrong
     given = server.get("/nowhere", headers={"X-Request-Id": "a b\x7f"}).headers["x-request-id"]
     assert re.fullmatch(r"req-[0-9a-f]{32}", given)
 
 
 def test_strangers_get_nothing_but_the_liveness(make: Callable[..., Any]) -> None:
     server = make(keys=("one", "two"))
-    from tailorbird.serve.api.app import router
-
+    assert len(router.routes) > 12
     for route in router.routes:
         for method in route.methods:  # type: ignore[attr-defined]
             for header in ({}, {"Authorization": "Bearer three"}):
@@ -372,6 +375,9 @@ def test_a_full_queue_is_429_and_what_never_fits_is_400(make: Callable[..., Any]
     full = server.post(COMPLETIONS, PLAIN | {"n": 3})
     assert (full.status_code, full.json()["error"]["code"]) == (429, "queue_full")
     assert int(full.headers["Retry-After"]) >= 1
+    server.supervisor.in_flight = 3
+    assert server.post("/v1/embeddings", {"model": "demo", "input": "x"}).status_code == 429
+    server.supervisor.in_flight = 1
     assert server.post(COMPLETIONS, PLAIN | {"n": 4}).status_code == 400
 
 
@@ -412,8 +418,10 @@ def test_a_client_that_leaves_cancels_its_request(server: Any, stream: bool, fir
         await asyncio.sleep(0)
 
     scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": COMPLETIONS,
-        "raw_path": COMPLETIONS.encode(), "query_string": b"", "root_path": "", "scheme": "http", "app": server.app,
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
+        "path": COMPLETIONS,
+        "raw_path": COMPLETIONS.encode(), "query_string": b"", "root_path": "", "scheme": "http",
+        "app": server.app,
         "headers": [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())],
     }  # fmt: skip
 
@@ -429,8 +437,8 @@ def test_the_page_needs_nothing_from_elsewhere(server: Any) -> None:
     assert answer.status_code == 200
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert not re.search(r"(?:src|href)=|https?://|@import|url\(|innerHTML", answer.text)
-    known = {route.path for route in server.app.routes if hasattr(route, "path")}
-    assert set(re.findall(r'"(/[a-z0-9/_]+)"', answer.text)) <= known
+    asked = set(re.findall(r'"(/[a-z0-9/_]+)"', answer.text))
+    assert {"/status", CHAT, COMPLETIONS} == asked & set(server.app.openapi()["paths"]) == asked
     status = server.get("/status").json()
     assert status["models"] == ["demo", "tuned"]
     assert status["stats"]["kv_pages"] == 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -34,7 +35,7 @@ def test_stop_strings_cut_the_same_text_however_it_comes(
     edges = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     passed = ""
     expected, stopped = cut_at_first(text, stops)
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         passed += watch.push(text[start:end])
         # Whatever was passed on is right already, and nothing is held that no stop string begins with.
         assert expected.startswith(passed)

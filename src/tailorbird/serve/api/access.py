@@ -28,6 +28,8 @@ from tailorbird.serve.api.failures import CLIENT_GONE, ApiError, ClientGone, bus
 
 #: The only route without a key: it says nothing but that the process runs.
 OPEN_PATHS = frozenset({"/health/live"})
+#: What others ask again and again: logged only where the answer is an error.
+QUIET_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics", "/status"})
 #: Most bytes of a body, and seconds until it must be there.
 BODY_LIMIT, BODY_SECONDS = 16 << 20, 60.0
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -186,15 +188,16 @@ class Gate:
             outcome = facts.pop("status", None) or status or CLIENT_GONE
             route = getattr(scope.get("route"), "path", "unknown")
             self._count(route, outcome, seconds)
-            self._log(
-                "request",
-                id=id,
-                method=scope["method"],
-                path=scope["path"][:200],
-                status=outcome,
-                seconds=round(seconds, 4),
-                **facts,
-            )
+            if outcome >= 400 or scope["path"] not in QUIET_PATHS:
+                self._log(
+                    "request",
+                    id=id,
+                    method=scope["method"],
+                    path=scope["path"][:200],
+                    status=outcome,
+                    seconds=round(seconds, 4),
+                    **facts,
+                )
 
     def _admit(self, scope: Scope, headers: Headers) -> str:
         """Whose request this is.
@@ -264,7 +267,7 @@ async def _whole_body(headers: Headers, receive: Receive) -> Receive:
 
 
 def _check_text(body: bytes) -> None:
-    """Refuse JSON with half of a surrogate pair, which Python reads and neither UTF-8 nor a tokenizer can take.
+    """Refuse JSON with half of a surrogate pair, which Python reads and no tokenizer can take.
 
     Raises
     ------

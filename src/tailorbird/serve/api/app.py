@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import struct
 from collections.abc import AsyncGenerator, Sequence
@@ -18,7 +19,7 @@ from starlette.exceptions import HTTPException
 import tailorbird
 from tailorbird.errors import SettingsError, TailorbirdError
 from tailorbird.serve.api.access import Gate, Keys, Log, log_line
-from tailorbird.serve.api.failures import ApiError, from_error, from_validation
+from tailorbird.serve.api.failures import ApiError, from_error, from_validation, too_late
 from tailorbird.serve.api.generation import Generation, Piece, Service
 from tailorbird.serve.api.schemas import (
     ChatRequest,
@@ -206,8 +207,14 @@ async def embeddings(body: EmbeddingRequest, http: Request) -> Response:
                 f"an input of {len(prompt)} tokens", f"1 to {service.context} tokens", "cut it into parts"
             )
 
+    service.check_room(1)
+
     async def vectors() -> list[list[float]]:
-        return [await service.supervisor.embed(prompt, adapter) for prompt in prompts]
+        try:
+            async with asyncio.timeout(service.timeout):
+                return [await service.supervisor.embed(prompt, adapter) for prompt in prompts]
+        except TimeoutError:
+            raise too_late(service.timeout) from None
 
     found = await unless_gone(http.receive, vectors())
     if body.dimensions not in (None, len(found[0])):

@@ -74,6 +74,11 @@ def busy(message: str, seconds: float, code: str = "rate_limit_exceeded") -> Api
     return ApiError(429, message, code, headers={"Retry-After": str(max(1, round(seconds + 0.5)))})
 
 
+def too_late(seconds: float) -> ApiError:
+    """504, where an answer took longer than it may."""
+    return ApiError(504, f"no complete answer after {seconds:g} seconds", "timeout")
+
+
 def from_error(error: TailorbirdError) -> ApiError:
     """A user's mistake is 400, an engine that isn't there 503, anything else 500."""
     if isinstance(error, UserError):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tailorbird.errors import SettingsError, TailorbirdError
-from tailorbird.serve.api.failures import ApiError, busy
+from tailorbird.serve.api.failures import ApiError, busy, too_late
 from tailorbird.serve.api.metrics import Metrics
 from tailorbird.serve.api.text import TextOut, Texts
 from tailorbird.serve.request import Output, Request, Sampling, TokenLogprob
@@ -93,6 +93,15 @@ class Service:
         """Raise `ApiError` 503 where the server is about to stop."""
         if self.draining:
             raise ApiError(503, "the server is stopping", "stopping", headers={"Retry-After": "5"})
+
+    def check_room(self, wanted: int) -> None:
+        """Raise where so many more can't be taken: `ApiError` 429 for now, `SettingsError` for ever."""
+        if wanted > self.capacity:
+            raise SettingsError(
+                f"{wanted} continuations", f"at most {self.capacity}", "send others in another request"
+            )
+        if self.supervisor.in_flight + wanted > self.capacity:
+            raise busy("the queue is full", 1, "queue_full")
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Let the tokenizer's thread do what may take long."""
@@ -209,13 +218,7 @@ class Generation:
             )
             for number, prompt in enumerate(prompts)
         ]
-        wanted = len(prompts) * n
-        if wanted > service.capacity:
-            raise SettingsError(
-                f"{wanted} continuations", f"at most {service.capacity}", "send others in another request"
-            )
-        if service.supervisor.in_flight + wanted > service.capacity:
-            raise busy("the queue is full", 1, "queue_full")
+        service.check_room(len(prompts) * n)
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Text as it comes; closing the iterator early cancels the rest.
@@ -259,7 +262,7 @@ class Generation:
                         yield Piece(choice, text, logprobs, finish)
         except TimeoutError:
             outcome = "timeout"
-            raise ApiError(504, f"no complete answer after {service.timeout:g} seconds", "timeout") from None
+            raise too_late(service.timeout) from None
         except TailorbirdError:
             outcome = "error"
             raise

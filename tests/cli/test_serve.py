@@ -1,0 +1,55 @@
+"""`serve` hands on what was said, takes keys from two places, and tells at the end what was served."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+
+def test_flags_reach_the_call(command: Any, api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAILORBIRD_API_KEY", "third")
+    flags = (
+        "--host 0.0.0.0 --port 0 --api-key one --api-key two --adapter a=x/y=z --adapter b=y --memory 4GiB "
+        "--adapter-directory d --max-sequences 3 --context 99 --threads 1 --queue 0 --timeout 2.5 "
+        "--requests-per-minute 30"
+    )
+    done = command("serve", "m", *flags.split())
+    assert done.status == 0
+    assert api.arguments == {
+        "model": "m", "host": "0.0.0.0", "port": 0, "keys": ["one", "two", "third"], "memory": "4GiB",
+        "adapters": {"a": "x/y=z", "b": "y"}, "adapter_directory": "d", "max_sequences": 3, "context": 99,
+        "threads": 1, "queue": 0, "timeout": 2.5, "requests_per_minute": 30.0, "device": "cpu",
+    }  # fmt: skip
+    for fact in ("http://127.0.0.1:8000", "1234", "1 min"):
+        assert fact in done.out
+
+
+def test_nothing_said_lets_in_only_this_machine(
+    command: Any, api: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TAILORBIRD_API_KEY", raising=False)
+    command("serve", "m")
+    assert (api.arguments["host"], api.arguments["keys"]) == ("127.0.0.1", [])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--adapter", "a"], ["--adapter", "=b"], ["--adapter", "a="],
+        ["--adapter", "a=b", "--adapter", "a=c"],
+        ["--port", "65536"], ["--port", "-1"], ["--queue", "-1"], ["--timeout", "0"],
+        ["--max-sequences", "0"],
+    ],
+)  # fmt: skip
+def test_wrong_flags_exit_2_before_any_work(command: Any, api: Any, wrong: list[str]) -> None:
+    done = command("serve", "m", *wrong)
+    assert (done.status, api.calls) == (2, [])
+
+
+def test_a_size_that_is_none_is_refused_before_anything_is_started() -> None:
+    from tailorbird import api
+    from tailorbird.errors import SettingsError
+
+    with pytest.raises(SettingsError, match="4G"):
+        api.serve("demo", memory="4G", port=0)
