@@ -110,10 +110,32 @@ bool block(int bits, bool symmetric, bool int8, Activation activation) {
   return true;
 }
 
+// The weights of random logits, which each version rounds in its own way.
+bool weights() {
+  const std::int64_t count = between(1, 300);
+  std::vector<float> logits(count), maxima(count), expected_maxima(count);
+  std::vector<double> found(count), sums(count);
+  for (auto& logit : logits) logit = between(-6000, 0) / 100.0f;
+  const float top = portable::largest(logits.data(), count, expected_maxima.data());
+  if (neon::largest(logits.data(), count, maxima.data()) != top || maxima != expected_maxima) return false;
+  neon::weigh(logits.data(), count, top, 0.9, found.data());
+  neon::weigh_blocks(logits.data(), count, maxima.data(), top, 0.9, sums.data());
+  for (std::int64_t i = 0; i < count; ++i) {
+    const double x = (double(logits[i]) - top) * 0.9, exact = x < -FAR_BELOW ? 0 : std::exp(x);
+    if (std::fabs(found[i] - exact) > 2e-11 * exact) return false;
+    sums[i / BLOCK] -= found[i];
+  }
+  for (std::int64_t b = 0; b * BLOCK < count; ++b) {
+    if (std::fabs(sums[b]) > 1e-13 * BLOCK) return false;
+  }
+  return true;
+}
+
 int main(int, char** arguments) {
   if (tailorbird_best_version() != NEON) return std::puts("this processor has no dot products"), 1;
   random_bits.seed(std::atoi(arguments[1]));
   for (int round = 0; round < std::atoi(arguments[2]); ++round) {
+    if (!weights()) return std::puts("weights of logits differ"), 1;
     for (const int bits : {2, 3, 4, 5, 6, 8}) {
       for (const int kind : {0, 1, 2, 3}) {
         const bool symmetric = kind & 1, int8 = kind & 2;

@@ -1,6 +1,6 @@
-// Random weights of every width through every version of the products and of dequantization, and random additions to
-// these, in blocks of memory of exactly the size that they need: built with sanitizers, so that a step beyond any of
-// them, or anything undefined, ends the run.
+// Random weights of every width through every version of the products and of dequantization, random additions to these,
+// and random rows of logits, in blocks of memory of exactly the size that they need: built with sanitizers, so that a
+// step beyond any of them, or anything undefined, ends the run.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -61,6 +61,43 @@ bool dequantizes(std::mt19937& random, int bits, int version) {
   return true;
 }
 
+// A random row of logits, with every setting by chance: what is chosen is a token that was allowed.
+bool chooses(std::mt19937& random, int version) {
+  const std::int64_t vocabulary = 1 + random() % (random() % 2 ? 70 : 700);
+  std::vector<float> logits(vocabulary);
+  for (auto& logit : logits) logit = random() % 9 == 0 ? -INFINITY : int(random() % 4001 - 2000) / 100.0f;
+  logits[random() % vocabulary] = 1;
+  std::vector<std::uint32_t> bits((vocabulary + 31) / 32);
+  for (auto& word : bits) word = random() % 3 ? random() : 0;
+  std::vector<std::int32_t> tokens(random() % vocabulary), counts(tokens.size());
+  for (std::size_t i = 0; i < tokens.size(); ++i) tokens[i] = i, counts[i] = random() % 3;
+  const std::vector<double> biases(tokens.size(), 0.25);
+  const auto share = [&](double none) { return random() % 2 ? none : (1 + random() % 1000) / 1000.0; };
+  SamplingRow row = {};
+  row.logits = logits.data();
+  row.seen = row.bias_tokens = tokens.data(), row.counts = counts.data(), row.biases = biases.data();
+  row.seen_count = random() % 2 ? tokens.size() : 0, row.bias_count = random() % 2 ? tokens.size() : 0;
+  row.forbidden = tokens.data(), row.forbidden_count = std::min<std::size_t>(random() % 2, tokens.size());
+  row.allowed = random() % 2 ? bits.data() : nullptr;
+  row.repetition = 1.25, row.presence = 0.5, row.frequency = -0.125;
+  const double temperatures[] = {0, 1e-320, 0.01, 1, 100};
+  row.temperature = temperatures[random() % 5];
+  row.top_p = share(1), row.min_p = share(0), row.typical_p = share(1), row.uniform = random() % 1000 / 1000.0;
+  row.top_k = random() % 2 ? random() % 100 : 0;
+  row.logprobs = int(random() % (MOST_LOGPROBS + 2)) - 1;
+  void* const rows[] = {&row};
+  tailorbird_choose(rows, 1, vocabulary, 1 + random() % 3, version);
+  const auto may = [&](std::int64_t t) {
+    return std::isfinite(logits[t]) && (row.forbidden_count == 0 || t != tokens[0]) &&
+           (row.allowed == nullptr || bits[t / 32] >> t % 32 & 1);
+  };
+  bool any = false;
+  for (std::int64_t t = 0; t < vocabulary; ++t) any = any || may(t);
+  if (row.problem == (any ? FOUND : NOTHING_LEFT) && (!any || may(row.token))) return true;
+  std::printf("version %d: of %d tokens %d, problem %d\n", version, int(vocabulary), row.token, row.problem);
+  return false;
+}
+
 int main(int, char** arguments) {
   std::mt19937 random(std::atoi(arguments[1]));
   const int widths[] = {2, 3, 4, 5, 6, 8};
@@ -69,7 +106,7 @@ int main(int, char** arguments) {
     const int bits = book ? 4 : widths[random() % 6];
     int version = random() % 5;
     if (!tailorbird_runs_version(version)) version = 0;
-    if (!dequantizes(random, bits, version)) return 1;
+    if (!dequantizes(random, bits, version) || !chooses(random, version)) return 1;
     const std::int64_t rows = 1 + random() % 70, in_features = 1 + random() % 300, tokens = 1 + random() % 29;
     const std::int64_t steps = (in_features + STEP - 1) / STEP, columns = steps * STEP;
     const std::int64_t group_steps = 1 + random() % 6, groups = (steps + group_steps - 1) / group_steps;

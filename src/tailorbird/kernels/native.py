@@ -110,6 +110,9 @@ def library() -> Any:
             adapt.restype = add_sparse.restype = None
             adapt.argtypes = [pointer, pointer, size, pointer, size, size, number, number]
             add_sparse.argtypes = [pointer, pointer, pointer, size, number, number]
+            choose = found.tailorbird_choose
+            choose.restype = None
+            choose.argtypes = [pointer, size, size, number, number]
             return found
     return None
 

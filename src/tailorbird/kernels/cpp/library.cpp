@@ -1,5 +1,5 @@
-// Products with packed integer weights, as plain C functions; what they do for one kind of processor is in
-// products.inc, how a weight lies in memory in layout.h.
+// Products with packed integer weights, and what goes with them, as plain C functions; what they do for one kind of
+// processor is in products.inc and its neighbours, how a weight lies in memory in layout.h.
 //
 // Activations are taken as they are, in float32 arithmetic, or first rounded to bytes, one scale for each segment of at
 // most 128 inputs that share a group of the weight. A result has the same bits whatever the number of tokens or threads.
@@ -14,6 +14,7 @@
 
 #include "block.h"
 #include "forking.h"
+#include "sampling.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -176,6 +177,7 @@ struct Laps {
 #include "products.inc"
 #include "block.inc"
 #include "dequantize.inc"
+#include "sampling.inc"
 #undef VERSION
 #undef TARGET
 #undef UNROLL
@@ -188,6 +190,7 @@ struct Laps {
 #include "products.inc"
 #include "block.inc"
 #include "dequantize.inc"
+#include "sampling.inc"
 #undef VERSION
 #undef TARGET
 #undef DOT_AVX2
@@ -198,6 +201,7 @@ struct Laps {
 #include "products.inc"
 #include "block.inc"
 #include "dequantize.inc"
+#include "sampling.inc"
 #undef VERSION
 #undef TARGET
 #undef DOT_AVXVNNI
@@ -208,6 +212,7 @@ struct Laps {
 #include "products.inc"
 #include "block.inc"
 #include "dequantize.inc"
+#include "sampling.inc"
 #undef VERSION
 #undef TARGET
 #undef DOT_AVX512
@@ -219,6 +224,7 @@ struct Laps {
 #include "products.inc"
 #include "block.inc"
 #include "dequantize.inc"
+#include "sampling.inc"
 #undef VERSION
 #undef TARGET
 #undef DOT_NEON
@@ -278,6 +284,17 @@ BlockVersion block_version_of(int version) {
   if (version == 4) return {neon::run_blocks, neon::run_head, neon::adapt, neon::add_sparse};
 #endif
   return {portable::run_blocks, portable::run_head, portable::adapt, portable::add_sparse};
+}
+
+SamplingVersion sampling_version_of(int version) {
+#if defined(__x86_64__)
+  if (version == 1) return {avx2::largest, avx2::weigh, avx2::weigh_blocks};
+  if (version == 2) return {avx512::largest, avx512::weigh, avx512::weigh_blocks};
+  if (version == 3) return {avxvnni::largest, avxvnni::weigh, avxvnni::weigh_blocks};
+#elif defined(__aarch64__)
+  if (version == 4) return {neon::largest, neon::weigh, neon::weigh_blocks};
+#endif
+  return {portable::largest, portable::weigh, portable::weigh_blocks};
 }
 
 template <typename T>
@@ -419,6 +436,17 @@ void tailorbird_add_sparse(const void* sparse, const float* x, float* y, std::in
   const auto run = block_version_of(version).add_sparse;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   run(*static_cast<const SparseRows*>(sparse), x, y, tokens, omp_get_thread_num(), omp_get_num_threads());
+}
+
+// A token for each of the rows[count], which all have logits of so many tokens; what is found lies in the rows.
+void tailorbird_choose(void* const* rows, std::int64_t count, std::int64_t tokens, int threads, int version) {
+  using namespace tailorbird;
+  const SamplingVersion run = sampling_version_of(version);
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+  for (std::int64_t i = 0; i < count; ++i) {
+    thread_local SamplingSpace space;
+    choose(*static_cast<SamplingRow*>(rows[i]), tokens, run, space);
+  }
 }
 
 }  // extern "C"
