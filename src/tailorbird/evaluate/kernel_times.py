@@ -218,7 +218,7 @@ def _lookup() -> dict[str, float]:
     scales = torch.ones(256, EMBEDDED // 64, dtype=torch.bfloat16, device="cpu")
     zeros = torch.ones(256, EMBEDDED // 64, dtype=torch.uint8, device="cpu")
     packed = CompressedEmbedding.from_packed(PackedWeight.from_codes(codes, scales, zeros, coding))
-    dense = nn.Embedding(256, EMBEDDED, dtype=torch.bfloat16, device="cpu")
+    dense = nn.Embedding.from_pretrained(packed.weight.bfloat16())
     every = torch.arange(256, device="cpu")
 
     def beyond(ids: Tensor) -> float:

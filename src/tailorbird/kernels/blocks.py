@@ -124,7 +124,7 @@ class Batch:
         last: int,
         version: int | None = None,
     ) -> None:
-        """Run the tokens through blocks ``first`` to ``last - 1``; arguments and errors as of `run_blocks`."""
+        """Run the tokens through blocks ``first`` to ``last - 1``; the rest is as of `run_blocks`."""
         _check_hidden(hidden)
         described = self._described
         tokens, described.width = hidden.shape

@@ -405,9 +405,7 @@ def dense_embedding(weight: Tensor, factor: float = 1.0) -> EmbeddingStructure:
     return EmbeddingStructure(weight.data_ptr(), StoredStructure(), rows, width, factor, KINDS[weight.dtype])
 
 
-def packed_embedding(
-    packed: StoredStructure, dtype: torch.dtype, factor: float = 1.0
-) -> EmbeddingStructure:
+def packed_embedding(packed: StoredStructure, dtype: torch.dtype, factor: float = 1.0) -> EmbeddingStructure:
     """An embedding for `look_up`, of stored codes.
 
     Parameters

@@ -232,9 +232,7 @@ class FusedModel:
             or found.pages is not tables
             or found.seconds is not self.seconds
         ):
-            found = native_blocks.Batch(
-                positions, sequences, tables, self.cache_dtype, seconds=self.seconds
-            )
+            found = native_blocks.Batch(positions, sequences, tables, self.cache_dtype, seconds=self.seconds)
             self._described = found
         return found
 

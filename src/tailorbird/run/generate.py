@@ -252,9 +252,7 @@ class FusedDecoding:
         ids = ids.reshape(-1)
         if tokens == 1:
             self._positions.numpy().fill(start)
-            return self.model.step(
-                ids, self._positions, self._sequences, self.pages, reach=self.length
-            )
+            return self.model.step(ids, self._positions, self._sequences, self.pages, reach=self.length)
         positions = torch.arange(start, self.length, dtype=torch.int32, device="cpu").repeat(sequences)
         wanted = torch.arange(1, sequences + 1, device="cpu") * tokens - 1
         owners = self._sequences.repeat_interleave(tokens)
