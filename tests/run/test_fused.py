@@ -288,10 +288,10 @@ def test_token_by_token_in_turns_gives_the_bits_of_one_reading(tmp_path: Path) -
 def test_positions_may_be_known_and_all_tokens_wanted(tmp_path: Path) -> None:
     model = compressed(tmp_path / "m", "gemma2")
     fused, ids = FusedModel(model), tokens(1)[0]
-    apart = torch.arange(2 * LENGTH, dtype=torch.int32)
-    positions, sequences = apart[::2] // 2, torch.zeros(LENGTH, dtype=torch.int32)
+    positions, sequences = torch.arange(LENGTH, dtype=torch.int32), torch.zeros(LENGTH, dtype=torch.int32)
+    spread = torch.stack([positions, sequences], dim=1)[:, 0]
     expected = in_pieces(model, ids[None], [])[0]
-    for numbers, reach in ((positions, None), (apart[:LENGTH], LENGTH), (apart[:LENGTH], LENGTH + 300)):
+    for numbers, reach in ((spread, None), (positions, LENGTH), (positions, LENGTH + 300)):
         pages = fused.pages(1)
         pages.reach(LENGTH)
         assert torch.equal(fused.step(ids, numbers, sequences, pages, reach=reach), expected)

@@ -63,6 +63,7 @@ class FusedModel:
         self._kept: list[Any] = []
         self._arena = native.Arena()
         self._angles: dict[str | None, tuple[Tensor, Tensor]] = {}
+        self._reached = 0  # positions whose angles the blocks know
         self._used: tuple[Cache, torch.Size] | None = None
         self._described: native_blocks.Batch | None = None  # tokens of the last step
         #: Where the seconds of each of `blocks.STEPS`, and of the head, are added; none are taken unless set.
@@ -208,7 +209,8 @@ class FusedModel:
             self._used = cache, cache.tables.shape
         if reach is None:
             reach = int(positions.max()) + 1 if tokens else 0
-        self._reach(reach)
+        if self.parts.rotary is not None and reach > self._reached:
+            self._reach(self.parts.rotary, reach)
         segments = check_segments(adapters, tokens, self.blocks) if adapters else []
         if tokens <= MOST_TOKENS and not segments:
             batch = self._batch(positions.contiguous(), sequences.contiguous(), cache.tables)
@@ -247,13 +249,10 @@ class FusedModel:
         return logits
 
     @torch.no_grad()
-    def _reach(self, positions: int) -> None:
+    def _reach(self, rotary: nn.Module, positions: int) -> None:
         """Let every block know the rotary angles of so many positions."""
-        rotary, layers = self.parts.rotary, self.parts.layers
-        have = len(next(iter(self._angles.values()))[0]) if self._angles else 0
-        if rotary is None or have >= positions:
-            return
-        count = torch.arange(max(positions, 2 * have, 256), device="cpu")[None]
+        reached, layers = max(positions, 2 * self._reached, 256), self.parts.layers
+        count = torch.arange(reached, device="cpu")[None]
         for kind in {layer.rotary for layer in layers}:
             like = torch.empty(0, dtype=torch.float32, device="cpu")
             cosine, sine = rotary(like, count) if kind is None else rotary(like, count, kind)
@@ -261,6 +260,7 @@ class FusedModel:
         for block, layer in zip(self.blocks, layers, strict=True):
             cosine, sine = self._angles[layer.rotary]
             block.cosine, block.sine, block.rotary_dim = cosine.data_ptr(), sine.data_ptr(), cosine.shape[-1]
+        self._reached = reached
 
     def _block(self, layer: Layer) -> BlockStructure:
         q, k = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
