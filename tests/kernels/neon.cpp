@@ -1,5 +1,5 @@
-// Products and blocks of NEON's version against those of the portable one, bit for bit: both sum in the same order, and
-// both multiply and add at once. Every width, with zero points and without, odd shapes, few tokens and many.
+// Products, blocks and rows of embeddings of NEON's version against those of the portable one, bit for bit: both sum in
+// the same order, and both multiply and add at once. Every width, with zero points and without, odd shapes, few tokens and many.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -57,6 +57,29 @@ bool product(int bits, bool symmetric, bool int8) {
   tailorbird_linear(&weight, x.data(), expected.data(), tokens, 0, int8, 1, PORTABLE);
   tailorbird_linear(&weight, x.data(), found.data(), tokens, 0, int8, between(1, 3), NEON);
   return same(expected, found) && expected[0] == expected[0];
+}
+
+// Rows of an embedding, packed in groups of 32 columns, rounded to each kind of values.
+bool rows_looked_up(int bits, bool symmetric, bool book) {
+  const std::int64_t rows = between(1, 40), width = between(1, 300), groups = (width + 31) / 32, count = between(1, 9);
+  std::vector<std::uint8_t> codes(rows * ((width * bits + 7) / 8)), zeros(rows * ((groups * bits + 7) / 8));
+  std::vector<std::uint16_t> scales(rows * groups);
+  std::vector<std::int64_t> ids(count);
+  const std::vector<float> levels = floats(16);
+  for (auto& byte : codes) byte = random_bits();
+  for (auto& byte : zeros) byte = random_bits();
+  for (auto& scale : scales) scale = between(0, 0x7bff);  // every finite positive float16
+  for (auto& id : ids) id = between(0, rows - 1);
+  const Stored packed{codes.data(), scales.data(), symmetric ? nullptr : zeros.data(), rows, width, groups, 32,
+                      bits, 1, book ? levels.data() : nullptr};
+  for (const Kind kind : {Kind::float32, Kind::bfloat16, Kind::float16}) {
+    const Embedding embedding{nullptr, packed, rows, width, between(0, 1) ? 1.0f : 1.7f, kind};
+    std::vector<float> expected(count * width, NAN), found(count * width, NAN);
+    tailorbird_look_up(&embedding, ids.data(), count, expected.data(), 1, PORTABLE);
+    tailorbird_look_up(&embedding, ids.data(), count, found.data(), between(1, 3), NEON);
+    if (!same(expected, found) || expected[0] != expected[0]) return false;
+  }
+  return true;
 }
 
 // A block of the Llama kind and a head, over two sequences of unlike lengths.
@@ -141,6 +164,7 @@ int main(int, char** arguments) {
         const bool symmetric = kind & 1, int8 = kind & 2;
         const auto activation = static_cast<Activation>(round % 4);
         const char* wrong = !product(bits, symmetric, int8) ? "product" : nullptr;
+        if (!rows_looked_up(bits, symmetric, bits == 4 && symmetric && int8)) wrong = "row";
         if (round % 4 == 0 && !block(bits, symmetric, int8, activation)) wrong = "block";
         if (wrong != nullptr) {
           std::printf("a %s of %d bits differs, symmetric %d, int8 %d\n", wrong, bits, symmetric, int8);

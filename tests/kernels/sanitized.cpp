@@ -1,6 +1,6 @@
-// Random weights of every width through every version of the products and of dequantization, random additions to these,
-// and random rows of logits, in blocks of memory of exactly the size that they need: built with sanitizers, so that a
-// step beyond any of them, or anything undefined, ends the run.
+// Random weights of every width through every version of the products, of dequantization and of looking rows up, random
+// additions to these, and random rows of logits, in blocks of memory of exactly the size that they need: built with
+// sanitizers, so that a step beyond any of them, or anything undefined, ends the run.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -11,6 +11,15 @@
 #include "../../src/tailorbird/kernels/cpp/library.cpp"
 
 using namespace tailorbird;
+
+int code_of(const std::uint8_t* stream, std::int64_t index, int bits) {
+  int code = 0;
+  for (int bit = 0; bit < bits; ++bit) {
+    const std::int64_t place = index * bits + bit;
+    code |= (stream[place / 8] >> place % 8 & 1) << bit;
+  }
+  return code;
+}
 
 // A random rectangle of a random weight, as float32 or bfloat16.
 bool dequantizes(std::mt19937& random, int bits, int version) {
@@ -29,21 +38,13 @@ bool dequantizes(std::mt19937& random, int bits, int version) {
   const std::int64_t columns = 1 + random() % (in_features - column);
   std::vector<std::uint16_t> to(count * columns * (bfloat16 ? 1 : 2));
   const Stored weight{codes.data(), scales.data(), symmetric ? nullptr : zeros.data(), rows, in_features, groups,
-                      group_columns, bits, 0};
+                      group_columns, bits, 0, nullptr};
   tailorbird_dequantize(&weight, row, count, column, columns, to.data(), bfloat16, 1 + random() % 3, version);
-  const auto code_of = [bits](const std::uint8_t* stream, std::int64_t index) {
-    int code = 0;
-    for (int bit = 0; bit < bits; ++bit) {
-      const std::int64_t place = index * bits + bit;
-      code |= (stream[place / 8] >> place % 8 & 1) << bit;
-    }
-    return code;
-  };
   for (std::int64_t r = 0; r < count; ++r) {
     for (std::int64_t c = 0; c < columns; ++c) {
       const std::int64_t group = (column + c) / group_columns;
-      const int code = code_of(codes.data() + (row + r) * width, column + c);
-      const int zero = symmetric ? 1 << (bits - 1) : code_of(zeros.data() + (row + r) * zeros_width, group);
+      const int code = code_of(codes.data() + (row + r) * width, column + c, bits);
+      const int zero = symmetric ? 1 << (bits - 1) : code_of(zeros.data() + (row + r) * zeros_width, group, bits);
       const float exact = (code - zero) * portable::value_of(BFloat16{scales[(row + r) * groups + group]});
       const std::int64_t place = r * columns + c;
       float value;
@@ -98,6 +99,58 @@ bool chooses(std::mt19937& random, int version) {
   return false;
 }
 
+// Random rows of a random embedding, packed or dense; and none where an id has no row.
+bool looks_up(std::mt19937& random, int bits, int version) {
+  const std::int64_t rows = 1 + random() % 20, width = 1 + random() % 300, group_columns = 32 * (1 + random() % 6);
+  const std::int64_t groups = (width + group_columns - 1) / group_columns, count = 1 + random() % 9;
+  const bool book = bits == 4 && random() % 2, symmetric = book || random() % 2, dense = random() % 3 == 0;
+  const Kind kind = static_cast<Kind>(random() % 3);
+  const std::int64_t row_bytes = (width * bits + 7) / 8, zeros_bytes = (groups * bits + 7) / 8;
+  std::vector<std::uint8_t> codes(rows * row_bytes), zeros(rows * zeros_bytes);
+  std::vector<std::uint16_t> scales(rows * groups), halves(dense ? rows * width : 0);
+  std::vector<float> singles(dense ? rows * width : 0), levels(book ? 16 : 0), to(count * width, NAN);
+  for (auto& byte : codes) byte = random();
+  for (auto& byte : zeros) byte = random();
+  for (auto& scale : scales) scale = 0x3c00 + random() % 100;  // float16 from 1 on
+  for (auto& level : levels) level = int(random() % 255) - 127;
+  for (auto& value : halves) value = (kind == Kind::bfloat16 ? 0x3f80 : 0x3c00) + random() % 100;
+  for (auto& value : singles) value = random() % 100 / 8.0f;
+  const Stored packed{codes.data(), scales.data(), symmetric ? nullptr : zeros.data(), rows, width, groups,
+                      group_columns, bits, 1, book ? levels.data() : nullptr};
+  const void* values = kind == Kind::float32 ? static_cast<const void*>(singles.data()) : halves.data();
+  const float factor = random() % 2 ? 1 : 3;
+  const Embedding embedding{dense ? values : nullptr, packed, rows, width, factor, kind};
+  std::vector<std::int64_t> ids(count);
+  for (auto& id : ids) id = random() % rows;
+  const std::int64_t wrong = random() % count, given = ids[wrong];
+  for (const std::int64_t id : {rows, std::int64_t(-1), std::int64_t(1) << 62, -(std::int64_t(1) << 62)}) {
+    ids[wrong] = id;
+    const std::int64_t missed =
+        tailorbird_look_up(&embedding, ids.data(), count, to.data(), 1 + random() % 3, version);
+    if (missed != wrong || !std::isnan(to[0])) return std::puts("an id without a row was looked up"), false;
+  }
+  ids[wrong] = given;
+  if (tailorbird_look_up(&embedding, ids.data(), count, to.data(), 1 + random() % 3, version) != -1) return false;
+  for (std::int64_t token = 0; token < count; ++token) {
+    for (std::int64_t c = 0; c < width; ++c) {
+      const std::int64_t row = ids[token], group = c / group_columns, place = row * width + c;
+      const int code = code_of(codes.data() + row * row_bytes, c, bits);
+      const int zero = symmetric ? 1 << (bits - 1) : code_of(zeros.data() + row * zeros_bytes, group, bits);
+      float exact = (book ? levels[code] : code - zero) * portable::value_of(Half{scales[row * groups + group]});
+      if (dense && kind == Kind::float32) exact = singles[place];
+      if (dense && kind == Kind::bfloat16) exact = portable::value_of(BFloat16{halves[place]});
+      if (dense && kind == Kind::float16) exact = portable::value_of(Half{halves[place]});
+      exact *= factor;
+      const float unit = kind == Kind::float32 ? 0 : kind == Kind::bfloat16 ? 1 / 128.0f : 1 / 1024.0f;
+      if (!(std::fabs(to[token * width + c] - exact) <= unit * std::fabs(exact))) {
+        std::printf("a row of %d bits, version %d: %g is not %g\n", bits, version, to[token * width + c], exact);
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
 int main(int, char** arguments) {
   std::mt19937 random(std::atoi(arguments[1]));
   const int widths[] = {2, 3, 4, 5, 6, 8};
@@ -106,7 +159,8 @@ int main(int, char** arguments) {
     const int bits = book ? 4 : widths[random() % 6];
     int version = random() % 5;
     if (!tailorbird_runs_version(version)) version = 0;
-    if (!dequantizes(random, bits, version) || !chooses(random, version)) return 1;
+    if (!dequantizes(random, bits, version) || !looks_up(random, bits, version)) return 1;
+    if (!chooses(random, version)) return 1;
     const std::int64_t rows = 1 + random() % 70, in_features = 1 + random() % 300, tokens = 1 + random() % 29;
     const std::int64_t steps = (in_features + STEP - 1) / STEP, columns = steps * STEP;
     const std::int64_t group_steps = 1 + random() % 6, groups = (steps + group_steps - 1) / group_steps;

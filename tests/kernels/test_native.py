@@ -19,16 +19,24 @@ from hypothesis import strategies as st
 
 from packed_weights import laid_out, random_packed
 from tailorbird.formats.modules import CompressedLinear
-from tailorbird.formats.packed import CodebookCoding, GroupedCoding, IntegerCoding, PackedWeight
+from tailorbird.formats.packed import (
+    CodebookCoding,
+    GroupedCoding,
+    IntegerCoding,
+    PackedWeight,
+    unpacking,
+)
 from tailorbird.kernels import dispatch, native, reference
 from tailorbird.kernels.packing import BITS
 
 CPU = torch.device("cpu")
 NF4 = CodebookCoding("nf4", 64)
+LEVELS = NF4.levels.float()
 ROOT = Path(__file__).parents[2]
 
 built = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
 versions = st.sampled_from(native.versions() or (0,))
+dtypes = st.sampled_from(list(native.KINDS))
 codings = st.sampled_from([*(IntegerCoding(bits, 64) for bits in BITS), NF4])
 
 
@@ -310,3 +318,101 @@ def test_a_scale_that_is_not_finite_shows(value: float, int8: bool) -> None:
     product = native.linear(activations(2, 64), layout_of(packed), int8)
     assert not product[:, 3].isfinite().any()
     assert product[:, :3].isfinite().all()
+
+
+def packed_table(packed: PackedWeight, dtype: torch.dtype, factor: float = 1.0) -> native.EmbeddingStructure:
+    """A table for `look_up`; `packed` has to stay."""
+    tensors, told = packed.tensors, unpacking(packed.coding)
+    if "levels" in told:
+        told["levels"] = LEVELS
+    stored = native.described_as_stored(
+        tensors["codes"], tensors["scales"], tensors.get("zeros"), in_features=packed.in_features, **told
+    )
+    return native.packed_embedding(stored, dtype, factor)
+
+
+def assert_same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """The same numbers, zeros of the same sign, and none where none is expected."""
+    numbers = ~expected.isnan()
+    assert torch.equal(found.isnan(), ~numbers)
+    assert torch.equal(found[numbers].view(torch.int32), expected[numbers].view(torch.int32))
+
+
+@built
+@given(
+    coding=codings_with([0, 32, 64, 96, 160, 256]),
+    shape=st.tuples(st.sampled_from([1, 17, 130]), st.sampled_from([1, 31, 64, 172, 320, 1030])),
+    dtype=dtypes,
+    factor=st.sampled_from([1.0, 1.7, 64.0]),
+    seed=st.integers(0, 99),
+    version=versions,
+)
+@settings(max_examples=200, deadline=None)
+def test_rows_have_the_bits_of_the_reference(
+    coding: GroupedCoding, shape: tuple[int, int], dtype: torch.dtype, factor: float, seed: int, version: int
+) -> None:
+    packed = random_packed(coding, shape)
+    ids = torch.randint(0, shape[0], (seed % 7,), generator=torch.Generator().manual_seed(seed))
+    expected = packed.dequantize(dtype)[ids]
+    factor = float(torch.tensor(factor, dtype=dtype))
+    if factor != 1:
+        expected = expected * torch.tensor(factor, dtype=dtype)
+    assert_same_bits(native.look_up(packed_table(packed, dtype, factor), ids, version), expected.float())
+
+
+@built
+@pytest.mark.parametrize("dtype", native.KINDS)
+@pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16"])
+def test_rows_with_scales_of_every_size_have_the_bits_of_the_reference(
+    scale_dtype: str, dtype: torch.dtype
+) -> None:
+    """Among them values that float16 holds with fewer bits, or not at all."""
+    shape = 512, 128 * 32
+    packed = random_packed(IntegerCoding(8, 32, False, scale_dtype), shape)
+    stored = packed.tensors["scales"]
+    stored.copy_(torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(512, 128).view(stored.dtype))
+    for version in native.versions():
+        rows = native.look_up(packed_table(packed, dtype), torch.arange(512), version)
+        assert_same_bits(rows, packed.dequantize(dtype).float())
+
+
+@built
+@pytest.mark.parametrize("dtype", native.KINDS)
+@pytest.mark.parametrize("factor", [1.0, 1.0 / 3, 5.0])
+def test_dense_rows_have_the_bits_of_every_value(dtype: torch.dtype, factor: float) -> None:
+    sixteen = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16)
+    values = sixteen.int() * 65537 if dtype == torch.float32 else sixteen
+    weight = values.view(dtype).view(512, -1)[:, :121].contiguous()
+    ids = torch.arange(2000) * 7 % 512
+    factor = float(torch.tensor(factor, dtype=dtype))
+    expected = torch.nn.functional.embedding(ids, weight)
+    if factor != 1:
+        expected = expected * torch.tensor(factor, dtype=dtype)
+    for version in native.versions():
+        table = native.dense_embedding(weight, factor)
+        assert_same_bits(native.look_up(table, ids, version), expected.float())
+
+
+@built
+def test_the_number_of_threads_changes_no_row(threads: None) -> None:
+    packed, ids = random_packed(IntegerCoding(5, 64), (50, 1030)), torch.arange(301) * 7 % 50
+    table = packed_table(packed, torch.bfloat16)
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        assert_same_bits(native.look_up(table, ids), packed.dequantize(torch.bfloat16)[ids].float())
+
+
+@built
+@pytest.mark.parametrize("id", [-1, 7, 1 << 40, -(1 << 63), (1 << 63) - 1])
+def test_an_id_without_a_row_is_refused(id: int) -> None:
+    packed, weight = random_packed(IntegerCoding(4, 32), (7, 40)), torch.zeros(7, 40)
+    for table in (packed_table(packed, torch.float32), native.dense_embedding(weight)):
+        with pytest.raises(IndexError, match=rf"token id {id}; expected one from 0 to 6"):
+            native.look_up(table, torch.tensor([6, 0, id, 1]))
+
+
+@built
+@pytest.mark.parametrize("ids", [torch.zeros(2, dtype=torch.int32), torch.zeros(2), torch.zeros(1, 2).long()])
+def test_ids_of_another_kind_are_refused(ids: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="expected int64"):
+        native.look_up(native.dense_embedding(torch.zeros(3, 4)), ids)

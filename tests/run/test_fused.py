@@ -269,6 +269,36 @@ def test_decoding_takes_the_blocks_and_agrees(tmp_path: Path) -> None:
         torch.testing.assert_close(fused.read(part), modules.read(part), atol=2e-5, rtol=1e-4)
 
 
+def test_token_by_token_in_turns_gives_the_bits_of_one_reading(tmp_path: Path) -> None:
+    """What a step keeps for the next is its own, also where pages are added and others ran in between."""
+    model = compressed(tmp_path / "m", "qwen2")
+    ids = torch.cat([tokens(3), tokens(3, seed=1)], dim=1)  # more than the pages that are taken first
+    expected = in_pieces(model, ids, [])
+    shared = FusedModel(model)
+    several, alone = FusedDecoding(shared), FusedDecoding(shared)
+    for position in range(2 * LENGTH):
+        at = slice(position, position + 1)
+        found = several.read(ids[:, at])
+        assert torch.equal(found, expected[:, position])
+        assert torch.equal(alone.read(ids[1:2, at]), expected[1:2, position])
+        if position == LENGTH:
+            shared.seconds = torch.zeros(len(blocks.STEPS) + 1, dtype=torch.float64)
+    assert shared.seconds is not None
+    assert (shared.seconds > 0).all()
+
+
+def test_positions_may_be_known_and_all_tokens_wanted(tmp_path: Path) -> None:
+    model = compressed(tmp_path / "m", "gemma2")
+    fused, ids = FusedModel(model), tokens(1)[0]
+    positions, sequences = torch.arange(LENGTH, dtype=torch.int32), torch.zeros(LENGTH, dtype=torch.int32)
+    spread = torch.stack([positions, sequences], dim=1)[:, 0]
+    expected = in_pieces(model, ids[None], [])[0]
+    for numbers, reach in ((spread, None), (positions, LENGTH), (positions, LENGTH + 300)):
+        pages = fused.pages(1)
+        pages.reach(LENGTH)
+        assert torch.equal(fused.step(ids, numbers, sequences, pages, reach=reach), expected)
+
+
 def test_branches_of_a_tree_see_their_ancestors_only(tmp_path: Path) -> None:
     """Two continuations of one prompt in one batch: each as if it followed the prompt alone."""
     model = compressed(tmp_path / "m", "llama")

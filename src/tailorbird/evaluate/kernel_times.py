@@ -57,6 +57,7 @@ from tailorbird.kernels.blocks import (
 )
 from tailorbird.model.anatomy import BYTES_PER_CACHED_VALUE
 from tailorbird.progress import Progress, Silent
+from tailorbird.run.embedding import embed_by
 from tailorbird.run.fused import MOST_TOKENS, FusedModel
 from tailorbird.run.generate import FusedDecoding
 
@@ -211,14 +212,20 @@ def _logits() -> dict[str, float]:
 
 
 def _lookup() -> dict[str, float]:
-    """What rows of a compressed embedding take."""
+    """What rows of a compressed embedding take beyond those of a dense one."""
     coding = IntegerCoding(4, 64)
     codes = torch.zeros(256, EMBEDDED, dtype=torch.int64, device="cpu")
     scales = torch.ones(256, EMBEDDED // 64, dtype=torch.bfloat16, device="cpu")
     zeros = torch.ones(256, EMBEDDED // 64, dtype=torch.uint8, device="cpu")
-    embedding = CompressedEmbedding.from_packed(PackedWeight.from_codes(codes, scales, zeros, coding))
+    packed = CompressedEmbedding.from_packed(PackedWeight.from_codes(codes, scales, zeros, coding))
+    dense = nn.Embedding.from_pretrained(packed.weight.bfloat16())
     every = torch.arange(256, device="cpu")
-    one, many = _typical(lambda: embedding(every[:1])), _typical(lambda: embedding(every))
+
+    def beyond(ids: Tensor) -> float:
+        one, other = (embed_by(embedding) for embedding in (packed, dense))
+        return max(0.0, _typical(lambda: one(ids, ids)) - _typical(lambda: other(ids, ids)))
+
+    one, many = beyond(every[:1]), beyond(every)
     return {"lookup": one, "unpacked": max(0.0, many - one) / 255 / EMBEDDED}
 
 

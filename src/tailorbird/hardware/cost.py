@@ -210,7 +210,7 @@ class KernelTimes:
     logit : float
         Per logit that is given back, beyond the head's product.
     lookup, unpacked : float
-        What looking up rows of a compressed embedding takes, once and per value.
+        What looking up rows of a compressed embedding takes beyond those of a dense one, once and per value.
     """
 
     threads: int

@@ -71,13 +71,69 @@ class BlockStructure(ctypes.Structure):
     ]  # fmt: skip
 
 
-class _Batch(ctypes.Structure):
+class _BatchStructure(ctypes.Structure):
     _fields_ = [
         *((name, _pointer) for name in ("positions", "slots", "sequences", "pages")),
         *((name, _pointer) for name in ("ancestors", "tree_start")),
         *((name, _size) for name in ("tokens", "most_pages", "width")), ("segments", _pointer),
         ("segment_count", _size), ("most_rank", _size), ("cache_float32", _int), ("seconds", _pointer),
     ]  # fmt: skip
+
+
+class Batch:
+    """Tokens that run together, described once: their tensors stay, and what they hold counts when it runs.
+
+    Parameters
+    ----------
+    positions, sequences, pages, cache_dtype, slots, ancestors, tree_start, seconds
+        As in `run_blocks`; contiguous.
+    segments : sequence of Segment
+        Checked.
+    """
+
+    def __init__(
+        self,
+        positions: Tensor,
+        sequences: Tensor,
+        pages: Tensor,
+        cache_dtype: torch.dtype,
+        slots: Tensor | None = None,
+        ancestors: Tensor | None = None,
+        tree_start: Tensor | None = None,
+        segments: Sequence[Segment] = (),
+        seconds: Tensor | None = None,
+    ) -> None:
+        self.positions, self.sequences, self.pages, self.seconds = positions, sequences, pages, seconds
+        structures = segment_structures(segments)
+        self._kept = slots, ancestors, tree_start, structures, segments
+        self._described = _BatchStructure(
+            positions.data_ptr(), (positions if slots is None else slots).data_ptr(), sequences.data_ptr(),
+            pages.data_ptr(),
+            None if ancestors is None else ancestors.data_ptr(),
+            None if tree_start is None else tree_start.data_ptr(),
+            positions.shape[0], pages.shape[1], 0, ctypes.addressof(structures), len(segments),
+            max((segment.adapter.rank for segment in segments), default=0),
+            int(cache_dtype == torch.float32), None if seconds is None else seconds.data_ptr(),
+        )  # fmt: skip
+
+    def run(
+        self,
+        blocks: ctypes.Array[BlockStructure],
+        hidden: Tensor,
+        first: int,
+        last: int,
+        version: int | None = None,
+    ) -> None:
+        """Run the tokens through blocks ``first`` to ``last - 1``; the rest is as of `run_blocks`."""
+        _check_hidden(hidden)
+        described = self._described
+        tokens, described.width = hidden.shape
+        if tokens != described.tokens:
+            raise ValueError(f"hidden states of {tokens} tokens; expected those of {described.tokens}")
+        library().tailorbird_run_blocks(
+            blocks, first, last, ctypes.addressof(described), hidden.data_ptr(), torch.get_num_threads(),
+            best_version() if version is None else version,
+        )  # fmt: skip
 
 
 def run_blocks(
@@ -132,22 +188,11 @@ def run_blocks(
     ValueError
         For hidden states or segments that the compiled code can't take.
     """
-    _check_hidden(hidden)
     checked = check_segments(segments, len(hidden), blocks)
-    structures = segment_structures(checked)
-    described = _Batch(
-        positions.data_ptr(), (positions if slots is None else slots).data_ptr(), sequences.data_ptr(),
-        pages.data_ptr(),
-        None if ancestors is None else ancestors.data_ptr(),
-        None if tree_start is None else tree_start.data_ptr(),
-        *hidden.shape[:1], pages.shape[1], hidden.shape[1], ctypes.addressof(structures), len(checked),
-        max((segment.adapter.rank for segment in checked), default=0), int(cache_dtype == torch.float32),
-        None if seconds is None else seconds.data_ptr(),
+    batch = Batch(
+        positions, sequences, pages, cache_dtype, slots, ancestors, tree_start, checked, seconds
     )  # fmt: skip
-    library().tailorbird_run_blocks(
-        blocks, first, len(blocks) if last is None else last, ctypes.byref(described), hidden.data_ptr(),
-        torch.get_num_threads(), best_version() if version is None else version,
-    )  # fmt: skip
+    batch.run(blocks, hidden, first, len(blocks) if last is None else last, version)
 
 
 def _check_hidden(hidden: Tensor) -> None:

@@ -31,6 +31,8 @@ ONE_THREAD = 1 << 18
 ARENA_BYTES = 16 << 20
 #: What the system calls large; less than that begins anywhere.
 LARGE_PAGE = 2 << 20
+#: What values of an embedding are, as `Kind` of `cpp/layout.h` counts.
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class WeightStructure(ctypes.Structure):
@@ -51,7 +53,17 @@ class StoredStructure(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros")),
         *((name, ctypes.c_int64) for name in ("rows", "in_features", "groups", "group_columns")),
         *((name, ctypes.c_int32) for name in ("bits", "half")),
+        ("levels", ctypes.c_void_p),
     ]
+
+
+class EmbeddingStructure(ctypes.Structure):
+    """`Embedding` of `cpp/layout.h`."""
+
+    _fields_ = [
+        ("dense", ctypes.c_void_p), ("packed", StoredStructure), ("rows", ctypes.c_int64),
+        ("width", ctypes.c_int64), ("factor", ctypes.c_float), ("kind", ctypes.c_int32),
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +114,9 @@ def library() -> Any:
             unpack = found.tailorbird_dequantize
             unpack.restype = None
             unpack.argtypes = [pointer, size, size, size, size, pointer, number, number, number]
+            look_up = found.tailorbird_look_up
+            look_up.restype = size
+            look_up.argtypes = [pointer, pointer, size, pointer, number, number]
             run_blocks, run_head = found.tailorbird_run_blocks, found.tailorbird_run_head
             run_blocks.restype = run_head.restype = None
             run_blocks.argtypes = [pointer, size, size, pointer, pointer, number, number]
@@ -300,13 +315,23 @@ def linear(x: Tensor, layout: Tiles, int8: bool = False, version: int | None = N
 
 
 def described_as_stored(
-    codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, in_features: int
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    levels: Tensor | None = None,
 ) -> StoredStructure:
-    """The C structure of a stored weight, for `dequantize`; its tensors must be contiguous and stay."""
+    """The C structure of a stored weight, for `dequantize`; its tensors must be contiguous and stay.
+
+    Tensors are as in `reference.dequantize`, `levels` in float32.
+    """
     groups, size = group_layout(in_features, group_size)
     return StoredStructure(
         codes.data_ptr(), scales.data_ptr(), None if zeros is None else zeros.data_ptr(), codes.shape[0],
         in_features, groups, size, bits, int(scales.dtype == torch.float16),
+        None if levels is None else levels.data_ptr(),
     )  # fmt: skip
 
 
@@ -332,6 +357,70 @@ def dequantize(
         best_version() if version is None else version,
     )  # fmt: skip
     return to
+
+
+def look_up(table: EmbeddingStructure, ids: Tensor, version: int | None = None) -> Tensor:
+    """Rows of an embedding: float32 ``[tokens, width]``.
+
+    Stored codes are dequantized to the bits of `reference.dequantize` in the table's dtype.
+
+    Parameters
+    ----------
+    table : EmbeddingStructure
+        Made by `dense_embedding` or `packed_embedding`.
+    ids : Tensor[tokens], int64
+        On the CPU.
+    version : int, optional
+        Instructions to use, one of `versions()`; the fastest by default.
+
+    Raises
+    ------
+    IndexError
+        An id has no row.
+    ValueError
+        `ids` are of another dtype, device or number of dimensions.
+    """
+    if ids.dtype != torch.int64 or not ids.is_cpu or ids.dim() != 1:
+        raise ValueError(f"ids {list(ids.shape)} of {ids.dtype} on {ids.device}; expected int64 on the CPU")
+    ids = ids.contiguous()
+    tokens = ids.shape[0]
+    rows = torch.empty(tokens, table.width, dtype=torch.float32, device="cpu")
+    missed = library().tailorbird_look_up(
+        ctypes.addressof(table), ids.data_ptr(), tokens, rows.data_ptr(),
+        1 if tokens * table.width <= ONE_THREAD else torch.get_num_threads(),
+        best_version() if version is None else version,
+    )  # fmt: skip
+    if missed >= 0:
+        raise IndexError(f"token id {int(ids[missed])}; expected one from 0 to {table.rows - 1}")
+    return rows
+
+
+def dense_embedding(weight: Tensor, factor: float = 1.0) -> EmbeddingStructure:
+    """An embedding for `look_up`; its tensor must be contiguous and stay.
+
+    Parameters
+    ----------
+    weight : Tensor[rows, width], one of `KINDS`, on the CPU
+    factor : float
+        What rows are multiplied by, the products rounded to the dtype of `weight`.
+    """
+    rows, width = weight.shape
+    return EmbeddingStructure(weight.data_ptr(), StoredStructure(), rows, width, factor, KINDS[weight.dtype])
+
+
+def packed_embedding(packed: StoredStructure, dtype: torch.dtype, factor: float = 1.0) -> EmbeddingStructure:
+    """An embedding for `look_up`, of stored codes.
+
+    Parameters
+    ----------
+    packed : StoredStructure
+        Made by `described_as_stored`.
+    dtype : torch.dtype
+        What its values are rounded to, one of `KINDS`.
+    factor : float
+        What rows are multiplied by afterwards, the products rounded again.
+    """
+    return EmbeddingStructure(None, packed, packed.rows, packed.in_features, factor, KINDS[dtype])
 
 
 def traced_linear(x: Tensor, layout: Tiles, int8: bool) -> Tensor:

@@ -193,11 +193,11 @@ def _build_embedding(old: nn.Embedding, layout: ModuleLayout, name: str) -> nn.M
         device=old.weight.device,
     )
     if scale is not None:
-        new.register_forward_hook(partial(_scale_output, scale))
+        new.register_forward_hook(partial(scale_output, scale))
     return _ready(new, old.weight.dtype)
 
 
-def _scale_output(scale: float, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+def scale_output(scale: float, module: nn.Module, args: Any, output: Tensor) -> Tensor:
     """Multiply by the model's embedding scale, itself rounded to the dtype of the values (as Gemma does)."""
     return output * torch.tensor(scale, dtype=output.dtype, device=output.device)
 

@@ -65,7 +65,9 @@ class FusedModel:
         self._kept: list[Any] = []
         self._arena = native.Arena()
         self._angles: dict[str | None, tuple[Tensor, Tensor]] = {}
+        self._reached = 0  # positions whose angles the blocks know
         self._used: tuple[Cache, torch.Size] | None = None
+        self._described: native_blocks.Batch | None = None  # tokens of the last step
         #: Where the seconds of each of `blocks.STEPS`, and of the head, are added; none are taken unless set.
         self.seconds: Tensor | None = None
         layers = self.parts.layers
@@ -108,8 +110,9 @@ class FusedModel:
         positions: Tensor,
         sequences: Tensor,
         cache: Cache,
-        wanted: Tensor,
+        wanted: Tensor | None = None,
         adapters: Iterable[Segment] = (),
+        reach: int | None = None,
     ) -> Tensor:
         """Logits after some of the tokens that are read now.
 
@@ -119,10 +122,12 @@ class FusedModel:
             Tokens of a sequence are neighbours, in order.
         cache : Cache
             With room for all positions.
-        wanted : Tensor[n], int64
-            Tokens after which logits are wanted.
+        wanted : Tensor[n], int64, optional
+            Tokens after which logits are wanted; all unless given.
         adapters : iterable of Segment
             Which tokens have an adapter, made by `adapter`; others have none.
+        reach : int, optional
+            What all positions lie below; found from these unless given.
 
         Returns
         -------
@@ -130,16 +135,18 @@ class FusedModel:
 
         Raises
         ------
+        IndexError
+            For a token id that the model hasn't.
         ValueError
             For segments that overlap, leave the batch, or have an adapter of another model.
         """
-        hidden = self.run(self.embed(ids, positions), positions, sequences, cache, adapters=adapters)
-        return self.logits(hidden[wanted])
+        hidden = self.embed(ids, positions)
+        self._advance(hidden, positions, sequences, cache, 0, len(self.blocks), adapters, reach)
+        return self.logits(hidden if wanted is None else hidden[wanted])
 
-    @torch.no_grad()
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """What enters the first block, float32 ``[tokens, hidden_size]``; arguments as in `step`."""
-        return self.parts.embed(ids, positions).float().contiguous()
+        return self.parts.embed(ids, positions)
 
     @torch.no_grad()
     def run(
@@ -179,22 +186,58 @@ class FusedModel:
         last = len(self.blocks) if last is None else last
         if not 0 <= first <= last <= len(self.blocks):
             raise ValueError(f"blocks {first} to {last}; expected a range within 0 to {len(self.blocks)}")
-        if hidden.shape != (len(positions), self.width):
-            expected = [len(positions), self.width]
+        found = hidden.clone(memory_format=torch.contiguous_format)
+        self._advance(found, positions, sequences, cache, first, last, adapters)
+        return found
+
+    def _advance(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        sequences: Tensor,
+        cache: Cache,
+        first: int,
+        last: int,
+        adapters: Iterable[Segment] = (),
+        reach: int | None = None,
+    ) -> None:
+        """Take hidden states through blocks ``first`` to ``last - 1``, in place; arguments as in `step`."""
+        tokens = len(positions)
+        if hidden.shape != (tokens, self.width):
+            expected = [tokens, self.width]
             raise ValueError(f"hidden states {list(hidden.shape)}; expected {expected}, one for a position")
-        segments = check_segments(adapters, len(hidden), self.blocks)
         if self._used != (cache, cache.tables.shape):
             cache.use(self.blocks)
             self._used = cache, cache.tables.shape
-        self._reach(int(positions.max()) + 1 if len(positions) else 0)
-        found = hidden.clone(memory_format=torch.contiguous_format)
-        for start in range(0, len(hidden), MOST_TOKENS):
+        if reach is None:
+            reach = int(positions.max()) + 1 if tokens else 0
+        if self.parts.rotary is not None and reach > self._reached:
+            self._reach(self.parts.rotary, reach)
+        segments = check_segments(adapters, tokens, self.blocks) if adapters else []
+        if tokens <= MOST_TOKENS and not segments:
+            batch = self._batch(positions.contiguous(), sequences.contiguous(), cache.tables)
+            batch.run(self.blocks, hidden, first, last)
+            return
+        for start in range(0, tokens, MOST_TOKENS):
             here = slice(start, start + MOST_TOKENS)
             native_blocks.run_blocks(
-                self.blocks, found[here], positions[here].contiguous(), sequences[here].contiguous(),
+                self.blocks, hidden[here], positions[here].contiguous(), sequences[here].contiguous(),
                 cache.tables, self.cache_dtype, first, last, segments=within(segments, start, here.stop),
                 seconds=self.seconds,
             )  # fmt: skip
+
+    def _batch(self, positions: Tensor, sequences: Tensor, tables: Tensor) -> native_blocks.Batch:
+        """Tokens without adapters; described anew only where the last step's tensors were others."""
+        found = self._described
+        if (
+            found is None
+            or found.positions is not positions
+            or found.sequences is not sequences
+            or found.pages is not tables
+            or found.seconds is not self.seconds
+        ):
+            found = native_blocks.Batch(positions, sequences, tables, self.cache_dtype, seconds=self.seconds)
+            self._described = found
         return found
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -208,13 +251,10 @@ class FusedModel:
         return logits
 
     @torch.no_grad()
-    def _reach(self, positions: int) -> None:
+    def _reach(self, rotary: nn.Module, positions: int) -> None:
         """Let every block know the rotary angles of so many positions."""
-        rotary, layers = self.parts.rotary, self.parts.layers
-        have = len(next(iter(self._angles.values()))[0]) if self._angles else 0
-        if rotary is None or have >= positions:
-            return
-        count = torch.arange(max(positions, 2 * have, 256), device="cpu")[None]
+        reached, layers = max(positions, 2 * self._reached, 256), self.parts.layers
+        count = torch.arange(reached, device="cpu")[None]
         for kind in {layer.rotary for layer in layers}:
             like = torch.empty(0, dtype=torch.float32, device="cpu")
             cosine, sine = rotary(like, count) if kind is None else rotary(like, count, kind)
@@ -222,6 +262,7 @@ class FusedModel:
         for block, layer in zip(self.blocks, layers, strict=True):
             cosine, sine = self._angles[layer.rotary]
             block.cosine, block.sine, block.rotary_dim = cosine.data_ptr(), sine.data_ptr(), cosine.shape[-1]
+        self._reached = reached
 
     def _block(self, layer: Layer) -> BlockStructure:
         q, k = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim

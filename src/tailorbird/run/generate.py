@@ -237,18 +237,26 @@ class FusedDecoding:
         self.model = model
         self.pages: Pages | None = None
         self.length = 0
+        # of single tokens, which read keeps from step to step
+        self._positions = self._sequences = torch.empty(0, dtype=torch.int32, device="cpu")
 
     def read(self, ids: Tensor) -> Tensor:
         """See `Decoding`."""
         sequences, tokens = ids.shape
         if self.pages is None:
             self.pages = self.model.pages(sequences)
-        self.pages.reach(self.length + tokens)
-        positions = torch.arange(self.length, self.length + tokens, dtype=torch.int32).repeat(sequences)
-        of_sequence = torch.arange(sequences, dtype=torch.int32).repeat_interleave(tokens)
-        wanted = torch.arange(1, sequences + 1) * tokens - 1
-        self.length += tokens
-        return self.model.step(ids.reshape(-1), positions, of_sequence, self.pages, wanted)
+            self._positions = torch.empty(sequences, dtype=torch.int32, device="cpu")
+            self._sequences = torch.arange(sequences, dtype=torch.int32, device="cpu")
+        start, self.length = self.length, self.length + tokens
+        self.pages.reach(self.length)
+        ids = ids.reshape(-1)
+        if tokens == 1:
+            self._positions.numpy().fill(start)
+            return self.model.step(ids, self._positions, self._sequences, self.pages, reach=self.length)
+        positions = torch.arange(start, self.length, dtype=torch.int32, device="cpu").repeat(sequences)
+        wanted = torch.arange(1, sequences + 1, device="cpu") * tokens - 1
+        owners = self._sequences.repeat_interleave(tokens)
+        return self.model.step(ids, positions, owners, self.pages, wanted, reach=self.length)
 
 
 class ModuleDecoding:

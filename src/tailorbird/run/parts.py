@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tailorbird.formats.modules import CompressedEmbedding, CompressedLinear
 from tailorbird.kernels import native
 from tailorbird.kernels.blocks import HEAD_MULTIPLE
+from tailorbird.run.embedding import Embed, embed_by
 
 #: What configs call an activation function -> what it is.
 _FUNCTIONS = {
@@ -38,8 +39,7 @@ class Parts:
     """Where a model keeps what; modules of transformers."""
 
     layers: list[Layer]
-    #: (ids, positions), both ``[tokens]``, to hidden states ``[tokens, hidden_size]``
-    embed: Callable[[Tensor, Tensor], Tensor]
+    embed: Embed
     norm: nn.Module
     head: nn.Module
     #: gives cosines and sines ``[1, positions, rotary_dim]``; None without rotary angles
@@ -326,7 +326,7 @@ def _llama_like(model: Any) -> Parts:
 
     return Parts(
         [read_layer(layer, index) for index, layer in enumerate(body.layers)],
-        lambda ids, _: body.embed_tokens(ids), body.norm, model.lm_head, body.rotary_emb,
+        embed_by(body.embed_tokens), body.norm, model.lm_head, body.rotary_emb,
         config.final_logit_softcapping if gemma else None,
     )  # fmt: skip
 
@@ -376,9 +376,7 @@ def _gpt2(model: Any) -> Parts:
             scale=head_dim**-0.5 if config.scale_attn_weights else 1.0,
         )  # fmt: skip
 
-    def embed(ids: Tensor, positions: Tensor) -> Tensor:
-        return body.wte(ids) + body.wpe(positions.long())
-
+    embed = embed_by(body.wte, body.wpe.weight)
     return Parts([read_layer(layer) for layer in body.h], embed, body.ln_f, model.lm_head, None)
 
 
@@ -398,7 +396,7 @@ def _gpt_neox(model: Any) -> Parts:
         )  # fmt: skip
 
     return Parts(
-        [read_layer(layer) for layer in body.layers], lambda ids, _: body.embed_in(ids),
+        [read_layer(layer) for layer in body.layers], embed_by(body.embed_in),
         body.final_layer_norm, model.get_output_embeddings(), body.rotary_emb,
     )  # fmt: skip
 
@@ -434,7 +432,7 @@ def _falcon(model: Any) -> Parts:
         )  # fmt: skip
 
     return Parts(
-        [read_layer(layer) for layer in body.h], lambda ids, _: body.word_embeddings(ids), body.ln_f,
+        [read_layer(layer) for layer in body.h], embed_by(body.word_embeddings), body.ln_f,
         model.lm_head, body.rotary_emb,
     )  # fmt: skip
 
@@ -454,10 +452,8 @@ def _opt(model: Any) -> Parts:
             kv_heads=attention.num_heads, head_dim=attention.head_dim, scale=float(attention.scaling),
         )  # fmt: skip
 
-    def embed(ids: Tensor, positions: Tensor) -> Tensor:
-        table = body.embed_positions
-        return body.embed_tokens(ids) + nn.functional.embedding(positions.long() + table.offset, table.weight)
-
+    table = body.embed_positions
+    embed = embed_by(body.embed_tokens, table.weight[table.offset :])
     layers = [read_layer(layer) for layer in body.layers]
     return Parts(layers, embed, body.final_layer_norm, model.lm_head, None)
 

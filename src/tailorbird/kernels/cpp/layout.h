@@ -37,6 +37,18 @@ struct Stored {
   const std::uint8_t* zeros;    // [rows][ceil(groups * bits / 8)], or null: 2^(bits - 1) everywhere
   std::int64_t rows, in_features, groups, group_columns;
   std::int32_t bits, half;      // half: whether scales are float16
+  const float* levels;          // [16], of a codebook, which has no zeros; or null: codes are what they stand for
+};
+
+enum class Kind : std::int32_t { float32, bfloat16, float16 };
+
+// The rows of an embedding: values of `kind`, or a weight as it is stored, whose values are rounded to `kind`.
+struct Embedding {
+  const void* dense;  // [rows][width], or null: packed
+  Stored packed;
+  std::int64_t rows, width;
+  float factor;       // what rows are multiplied by, products rounded to `kind`
+  Kind kind;
 };
 
 //: Where numbers of bits are template arguments: 4 that a table makes 8 of.

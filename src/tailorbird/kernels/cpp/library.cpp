@@ -275,6 +275,17 @@ decltype(&portable::dequantize) dequantize_of(int version) {
   return portable::dequantize;
 }
 
+decltype(&portable::look_up) look_up_of(int version) {
+#if defined(__x86_64__)
+  if (version == 1) return avx2::look_up;
+  if (version == 2) return avx512::look_up;
+  if (version == 3) return avxvnni::look_up;
+#elif defined(__aarch64__)
+  if (version == 4) return neon::look_up;
+#endif
+  return portable::look_up;
+}
+
 BlockVersion block_version_of(int version) {
 #if defined(__x86_64__)
   if (version == 1) return {avx2::run_blocks, avx2::run_head, avx2::adapt, avx2::add_sparse};
@@ -387,6 +398,24 @@ void tailorbird_dequantize(const void* weight, std::int64_t row, std::int64_t ro
     run(w, row + first, row + last, column, column + columns,
         static_cast<char*>(to) + first * columns * (bfloat16 ? 2 : 4), bfloat16);
   }
+}
+
+// The rows of `count` ids as float32, into to[count][width]; the same bits in every version. Returns the number of the first
+// id that has no row, and then does nothing, or -1.
+std::int64_t tailorbird_look_up(const void* embedding, const std::int64_t* ids, std::int64_t count, float* to,
+                                int threads, int version) {
+  using namespace tailorbird;
+  const Embedding& e = *static_cast<const Embedding*>(embedding);
+  for (std::int64_t token = 0; token < count; ++token) {
+    if (ids[token] < 0 || ids[token] >= e.rows) return token;
+  }
+  const auto run = look_up_of(version);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int part = 0; part < threads; ++part) {
+    const std::int64_t first = count * part / threads, last = count * (part + 1) / threads;
+    run(e, ids + first, last - first, to + first * e.width);
+  }
+  return -1;
 }
 
 // y[tokens][rows] = x[tokens][in_features] times the weight; both float32, or both bfloat16.
