@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tailorbird.formats.modules import CompressedEmbedding, CompressedLinear
 from tailorbird.kernels import native

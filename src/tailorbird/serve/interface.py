@@ -23,7 +23,8 @@ class EngineOptions:
     adapters : mapping of str to str
         Name -> directory, loaded from the start.
     memory_bytes : int or None
-        For weights, keys and values together; None lets the engine choose.
+        For weights, keys and values together. None is the weights, and for keys and values a quarter of the
+        memory that is available, or what `max_sequences` texts of 2,048 tokens need, whichever is less.
     max_sequences : int
         Most sequences that run at the same time.
     step_tokens : int
@@ -34,6 +35,8 @@ class EngineOptions:
         Where adapters may be loaded from while the server runs.
     threads : int or None
         CPU threads; None is all cores.
+    speculative : bool
+        Whether tokens may be guessed from the text itself, several of which are then checked at once.
     """
 
     model: str
@@ -44,6 +47,7 @@ class EngineOptions:
     context: int | None = None
     adapter_directory: str | None = None
     threads: int | None = None
+    speculative: bool = True
 
     def to_wire(self) -> dict[str, Any]:
         """As plain values, for a message."""

@@ -1,7 +1,7 @@
 """Which JSON schemas a grammar can hold.
 
 xgrammar turns a schema into a grammar, and passes over what no grammar expresses, or what it doesn't join.
-Text would then be called valid that isn't; such schemas are refused here instead, by the keyword and its place.
+Text would then be called valid that is not; such schemas are refused here instead, by keyword and place.
 What a schema leaves open may be narrowed: text has the keys in the order of the schema and no others unless
 `additionalProperties` allows them, and a pattern covers the whole string. Of `oneOf`, text may fit more than
 one.

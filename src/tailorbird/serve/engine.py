@@ -1,0 +1,459 @@
+"""The engine: requests in, tokens out, one step at a time.
+
+A step reads the pieces that the scheduler picked, in one packed row, and chooses a token for each sequence
+that has read all it has. It knows tokens only; text, sockets and clients are elsewhere. Nothing here waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Many
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tailorbird.errors import BudgetError, SettingsError, TailorbirdError
+from tailorbird.hardware.memory import available_bytes
+from tailorbird.model.anatomy import read_anatomy
+from tailorbird.model.checkpoint import open_checkpoint
+from tailorbird.model.load import load, load_tokenizer
+from tailorbird.run.generate import context_length, stop_tokens
+from tailorbird.serve.adapters.store import AdapterStore
+from tailorbird.serve.draft import Pace, lookup
+from tailorbird.serve.grammar import Compiler
+from tailorbird.serve.interface import EngineOptions
+from tailorbird.serve.page_pool import PagePool
+from tailorbird.serve.request import Finish, Output, Request
+from tailorbird.serve.runner import FusedRunner, runner_for
+from tailorbird.serve.sampling import Choice, Sampler, choose
+from tailorbird.serve.scheduler import Piece, Scheduler
+from tailorbird.serve.sequence import Sequence
+
+logger = logging.getLogger("tailorbird")
+
+#: Context where neither model nor options state one.
+DEFAULT_CONTEXT = 4096
+#: Where no budget is stated: the share of the available memory for pages, and tokens of a sequence.
+SHARE_OF_MEMORY, USUAL_TOKENS = 0.25, 2048
+#: How fast what is thought of a sequence's guesses follows how many of them were right.
+LUCK_RATE = 0.2
+#: Most bytes of adapters that are laid out at once.
+WARM_BYTES = 2 << 30
+#: How fast guesses that were wrong are forgotten, with each token.
+RECOVERY = 0.01
+
+
+@dataclass(eq=False)
+class _Head:
+    """A sequence for which tokens are chosen: after its piece, or after the prompt that it shares.
+
+    `rows` are the logits ``[1 + drafts, vocab_size]`` after its last token and after each of its drafts.
+    """
+
+    sequence: Sequence
+    rows: Tensor
+    piece: Piece | None = None
+    choices: list[Choice] = field(default_factory=list)
+
+
+class Engine:
+    """A model that serves many requests at once.
+
+    Parameters
+    ----------
+    options : EngineOptions
+    log : callable
+        Gets a line for each part of starting.
+
+    Attributes
+    ----------
+    info : dict
+        ``model``, ``context``, ``vocab_size``, ``max_sequences``, ``kv_tokens``, ``path`` (``fused`` or
+        ``modules``), ``note`` (why not fused), ``adapters``, ``startup`` (name -> seconds).
+
+    Raises
+    ------
+    SettingsError
+        An option out of range.
+    BudgetError
+        The memory holds the weights and not one sequence.
+    """
+
+    def __init__(self, options: EngineOptions, log: Callable[[str], None] = logger.info) -> None:
+        for name, least in (("max_sequences", 1), ("step_tokens", 1), ("context", 2), ("threads", 1)):
+            value = getattr(options, name)
+            if value is not None and value < least:
+                raise SettingsError(f"{name} {value}", f"at least {least}", f"set {name} to {least} or more")
+        self.options = options
+        self._startup: dict[str, float] = {}
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        with self._part("weights", log):
+            checkpoint = open_checkpoint(options.model)
+            self.model = load(options.model)
+        with self._part("blocks", log):
+            self.runner = runner_for(self.model, read_anatomy(checkpoint).kv_bytes_per_token)
+        with self._part("tokenizer", log):
+            self._tokenizer = load_tokenizer(options.model)
+            self.stop = frozenset(stop_tokens(self.model, self._tokenizer))
+        with self._part("pages", log):
+            stated = context_length(self.model)
+            self.context = min(options.context or stated or DEFAULT_CONTEXT, stated or 1 << 30)
+            pages = self._page_count()
+            self.pool = PagePool(pages)
+            self.runner.reserve(pages)
+            self.scheduler = Scheduler(
+                self.pool, self.runner.page_tokens, options.step_tokens, options.max_sequences,
+                self.runner.shares_prefixes,
+            )  # fmt: skip
+        self.store: AdapterStore | None = None
+        if isinstance(self.runner, FusedRunner):
+            self.store = AdapterStore(self.runner.model, WARM_BYTES)
+        with self._part("adapters", log):
+            for name, path in options.adapters.items():
+                self._adapters_of_model().register(name, Path(path))
+        self._sequences: dict[str, list[Sequence]] = {}
+        self._arrivals = 0
+        self._outputs: list[Output] = []
+        self._seeds = random.Random()
+        self._steps = self._found = self._drafted = self._accepted = 0
+        self._step_tokens = 0
+        self.pace = Pace()
+        self._compiler: Compiler | None = None
+        self.vocab_size: int = self.model.config.get_text_config().vocab_size
+
+    @contextmanager
+    def _part(self, name: str, log: Callable[[str], None]) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._startup[name] = time.perf_counter() - began
+        log(f"{name}: {self._startup[name]:.2f} s")
+
+    def _page_count(self) -> int:
+        """How many pages the budget holds; raises where one sequence of the least use doesn't fit."""
+        size, tokens = self.runner.page_bytes, self.runner.page_tokens
+        of_sequence = -(-self.context // tokens)
+        if self.options.memory_bytes is None:
+            usual = -(-min(self.context, USUAL_TOKENS) // tokens) * self.options.max_sequences
+            affordable = int(available_bytes() * SHARE_OF_MEMORY) // size
+            return max(of_sequence, min(usual, affordable))
+        weights = sum(t.nbytes for t in {t.data_ptr(): t for t in _tensors(self.model)}.values())
+        pages = (self.options.memory_bytes - weights) // size
+        if pages < 2:
+            raise BudgetError(
+                f"{self.options.memory_bytes:,} bytes of memory",
+                f"at least {weights + 2 * size:,}: {weights:,} of weights, and {2 * size:,} for a text of "
+                f"{2 * tokens} tokens",
+                "allow more memory, or compress the model (`tailorbird fit`)",
+            )
+        return min(pages, of_sequence * self.options.max_sequences)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """See the class."""
+        return {
+            "model": self.options.model, "context": self.context, "vocab_size": self.vocab_size,
+            "max_sequences": self.scheduler.max_sequences,
+            "kv_tokens": self.pool.pages * self.runner.page_tokens, "path": self.runner.path,
+            "note": self.runner.note, "adapters": self.adapters(), "startup": dict(self._startup),
+        }  # fmt: skip
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self.scheduler.waiting or self.scheduler.running or self._outputs)
+
+    def stats(self) -> dict[str, float]:
+        """Counts of now (``waiting running kv_pages kv_pages_used``) and since the start."""
+        return {
+            "waiting": len(self.scheduler.waiting), "running": len(self.scheduler.running),
+            "kv_pages": self.pool.pages, "kv_pages_used": self.pool.used, "cached_tokens": self._found,
+            "preemptions": self.scheduler.preemptions, "step_tokens": self._step_tokens, "steps": self._steps,
+            "drafted_tokens": self._drafted, "accepted_tokens": self._accepted,
+        }  # fmt: skip
+
+    def add(self, request: Request) -> None:
+        """Let a request wait for its turn.
+
+        Raises
+        ------
+        SettingsError
+            A prompt beyond the context or the memory, a token that the model hasn't, an unknown adapter, an
+            impossible grammar, or an id that runs already.
+        """
+        if request.id in self._sequences:
+            raise SettingsError(f"request {request.id!r}", "an id that isn't in use", "choose another id")
+        self._check_tokens(request.prompt, self.context - 1)
+        length = len(request.prompt)
+        room = self.pool.pages * self.runner.page_tokens
+        if length + 1 > room:
+            raise SettingsError(
+                f"a prompt of {length} tokens", f"at most {room - 1}, for which there is memory",
+                "shorten the prompt, or allow more memory",
+            )  # fmt: skip
+        adapter = self._acquire(request.adapter)
+        try:
+            made = self._sequences_of(request, adapter)
+        except TailorbirdError:
+            self._let_go(adapter)
+            raise
+        self._sequences[request.id] = made
+        self.scheduler.add(made[0])
+        self._arrivals += 1
+
+    def _check_tokens(self, tokens: Many[int], most: int) -> None:
+        if not 0 < len(tokens) <= most:
+            raise SettingsError(
+                f"a prompt of {len(tokens)} tokens",
+                f"1 to {most} tokens, for a context of {self.context}",
+                "shorten the prompt" if tokens else "give a longer prompt",
+            )
+        wrong = next((token for token in tokens if not 0 <= token < self.vocab_size), None)
+        if wrong is not None:
+            raise SettingsError(
+                f"token {wrong} in a prompt", f"0 to {self.vocab_size - 1}", "use this model's tokenizer"
+            )
+
+    def _sequences_of(self, request: Request, adapter: Any) -> list[Sequence]:
+        """The continuations of a request; all but the first begin when its prompt was read."""
+        stop = self.stop if request.stop is None else request.stop
+        seed = self._seeds.getrandbits(63) if request.sampling.seed is None else request.sampling.seed
+        salt = f"{request.tenant}\0".encode() + (b"" if adapter is None else adapter.salt)
+        made = []
+        for index in range(request.n):
+            grammar = request.sampling.grammar
+            matcher = None if grammar is None else self._grammars().matcher(grammar, stop)
+            sampler = Sampler(request.sampling, request.prompt, stop, self.vocab_size, seed + index, matcher)
+            made.append(
+                Sequence(request, index, self._arrivals, sampler, adapter, salt, list(request.prompt))
+            )
+        return made
+
+    def _grammars(self) -> Compiler:
+        if self._compiler is None:
+            self._compiler = Compiler(self._tokenizer, self.vocab_size)
+        return self._compiler
+
+    def cancel(self, id: str) -> None:
+        """End a request without another word; one that isn't there is no mistake."""
+        sequences = self._sequences.pop(id, [])
+        for sequence in sequences:
+            if sequence in self.scheduler.running or sequence in self.scheduler.waiting:
+                self.scheduler.remove(sequence)
+            self.runner.forget(sequence)
+        if sequences:
+            self._let_go(sequences[0].adapter)
+
+    def step(self) -> list[Output]:
+        """Read what comes next, choose tokens; what happened to whom."""
+        pieces = self.scheduler.next_step(self._draft if self._may_draft else None)
+        if pieces:
+            began = time.perf_counter()
+            logits = self.runner.step(pieces)
+            tokens = sum(piece.count + len(piece.drafts) for piece in pieces)
+            if len(logits) == len(pieces):
+                self.pace.record(tokens, time.perf_counter() - began)
+            self._steps += 1
+            self._step_tokens = tokens
+            self._take(pieces, logits)
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    @property
+    def _may_draft(self) -> bool:
+        return self.options.speculative and isinstance(self.runner, FusedRunner)
+
+    def _draft(self, sequence: Sequence, most: int) -> list[int]:
+        most = min(
+            most, self._left(sequence) - 1, self.pace.worth(sequence.luck, len(self.scheduler.running))
+        )
+        return lookup(sequence.tokens, most)
+
+    def _limit(self) -> int:
+        return min(self.context, self.pool.pages * self.runner.page_tokens)
+
+    def _left(self, sequence: Sequence) -> int:
+        """Tokens that a sequence may still write."""
+        written = sequence.request.max_tokens - sequence.written
+        return min(written, self._limit() - len(sequence.tokens))
+
+    def _ends(self, sequence: Sequence, token: int) -> bool:
+        stop = self.stop if sequence.request.stop is None else sequence.request.stop
+        return token in stop and not sequence.request.sampling.ignore_end
+
+    def _take(self, pieces: Many[Piece], logits: Many[Tensor]) -> None:
+        """Choose tokens after the pieces that are read whole, and after those of their drafts that fit."""
+        heads, rows_of = [], iter(logits)
+        for piece in pieces:
+            if not piece.chooses:
+                self.scheduler.done(piece)
+                continue
+            rows = next(rows_of)
+            heads.append(_Head(piece.sequence, rows, piece))
+            if piece.sequence.index == 0 and piece.sequence.written == 0:
+                siblings = self._sequences[piece.sequence.request.id][1:]
+                heads += [_Head(sibling, rows[:1]) for sibling in siblings]
+        choosing, depth = heads, 0
+        while choosing:
+            choices = choose(
+                torch.stack([head.rows[depth] for head in choosing]),
+                [head.sequence.sampler for head in choosing],
+                torch.get_num_threads(),
+            )
+            going_on = []
+            for head, choice in zip(choosing, choices, strict=True):
+                head.choices.append(choice)
+                if choice.error is not None:
+                    continue
+                head.sequence.sampler.accept(choice.token)
+                drafts = head.piece.drafts if head.piece is not None else ()
+                if (
+                    depth < len(drafts)
+                    and choice.token == drafts[depth]
+                    and depth + 1 < self._left(head.sequence)
+                    and not self._ends(head.sequence, choice.token)
+                ):
+                    going_on.append(head)
+            choosing, depth = going_on, depth + 1
+        for head in reversed(heads):  # a first continuation may end, and its pages are needed until then
+            self._extend(head)
+
+    def _extend(self, head: _Head) -> None:
+        """Give a sequence the tokens that were chosen for it, and say so."""
+        sequence, choices = head.sequence, head.choices
+        prompt_read = sequence.written == 0
+        error = choices[-1].error
+        ended = error is None and self._ends(sequence, choices[-1].token)
+        new = choices[:-1] if ended or error is not None else choices
+        sequence.tokens += [choice.token for choice in new]
+        if head.piece is not None:
+            accepted = len(choices) - 1
+            if head.piece.drafts:
+                sequence.luck += LUCK_RATE * (accepted / len(head.piece.drafts) - sequence.luck)
+                self._drafted += len(head.piece.drafts)
+                self._accepted += accepted
+            self.scheduler.done(head.piece, accepted)
+        finish: Finish | None = None
+        if error is not None:
+            finish = "error"
+        elif ended:
+            finish = "stop"
+        elif self._left(sequence) <= 0:
+            finish = "length"
+        cached = 0
+        if prompt_read:
+            parent = self._sequences[sequence.request.id][0]
+            cached = parent.cached or 0
+            self._found += cached if head.piece is not None else 0
+        self._outputs.append(
+            Output(
+                sequence.request.id, sequence.index, tuple(choice.token for choice in new),
+                tuple(choice.logprob for choice in new if choice.logprob is not None), finish,
+                None if error is None else str(error), cached,
+            )
+        )  # fmt: skip
+        if head.piece is None and finish is None:
+            self._branch(sequence)
+        if finish is not None:
+            self._end(sequence, running=head.piece is not None)
+
+    def _branch(self, sequence: Sequence) -> None:
+        """Let a continuation run on pages of the first one, with a copy of the page that isn't full."""
+        parent = self._sequences[sequence.request.id][0]
+        length = len(sequence.request.prompt)
+        full, rest = divmod(length, self.runner.page_tokens)
+        own = self.pool.take(1 if rest else 0) if self.runner.shares_prefixes else None
+        if own is None:
+            self.scheduler.add(sequence)  # it reads the prompt again
+            return
+        if rest:
+            self.runner.copy(parent.pages[full], own[0])
+        shared = parent.pages[:full]
+        self.pool.share(shared)
+        sequence.pages, sequence.computed = shared + own, length
+        self.scheduler.fork(sequence)
+
+    def _end(self, sequence: Sequence, running: bool) -> None:
+        """A sequence wrote its last token."""
+        if running:
+            self.scheduler.remove(sequence)
+        self.runner.forget(sequence)
+        left = self._sequences[sequence.request.id]
+        sequence.ended = True
+        if all(other.ended for other in left):
+            del self._sequences[sequence.request.id]
+            self._let_go(sequence.adapter)
+
+    def load_adapter(self, name: str, path: str) -> None:
+        """Register an adapter, or a new version of it; requests that run keep the one that they began with.
+
+        Raises
+        ------
+        SettingsError
+            The model runs through its modules, or the path isn't below `adapter_directory`, links followed.
+        CheckpointError
+            Files are missing, damaged or pickled, or don't fit the model.
+        """
+        store, allowed = self._adapters_of_model(), self.options.adapter_directory
+        if allowed is None or not Path(path).resolve().is_relative_to(Path(allowed).resolve()):
+            raise SettingsError(
+                f"an adapter in {path}",
+                "one below the directory for adapters"
+                if allowed
+                else "a server with a directory for adapters",
+                "put it there" if allowed else "start it with --adapter-directory",
+            )
+        store.register(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; requests that run keep it until they end."""
+        self._adapters_of_model().unregister(name)
+
+    def adapters(self) -> list[str]:
+        """Names of the adapters."""
+        return [] if self.store is None else self.store.names()
+
+    def _adapters_of_model(self) -> AdapterStore:
+        if self.store is None:
+            raise SettingsError(
+                f"an adapter for a model that runs through its modules ({self.runner.note})",
+                "a model that runs in compiled blocks",
+                "merge the adapter into the model",
+            )
+        return self.store
+
+    def _acquire(self, name: str | None) -> Any:
+        return None if name is None else self._adapters_of_model().acquire(name)
+
+    def _let_go(self, adapter: Any) -> None:
+        if adapter is not None:
+            self._adapters_of_model().release(adapter)
+
+    def embed(self, ids: Many[int], adapter: str | None = None) -> list[float]:
+        """The mean of what leaves the last norm for each token of a text, with length 1.
+
+        Raises
+        ------
+        SettingsError
+            No token, more than the context holds, a token that the model hasn't, or an unknown adapter.
+        """
+        self._check_tokens(ids, self.context)
+        handle = self._acquire(adapter)
+        try:
+            mean = self.runner.hidden(ids, handle).mean(0)
+        finally:
+            self._let_go(handle)
+        return (mean / mean.norm().clamp(min=1e-12)).tolist()
+
+
+def _tensors(model: Any) -> Iterator[Tensor]:
+    """Every tensor that a model stores."""
+    for module in model.modules():
+        yield from (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)

@@ -1,0 +1,269 @@
+"""The engine against one request at a time: the same tokens and the same bits, whatever else is served."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from compressed import save_compressed
+from tailorbird.errors import BudgetError, SettingsError
+from tailorbird.formats.packed import CodebookCoding, Coding, IntegerCoding
+from tailorbird.kernels import native
+from tailorbird.run.fused import FusedModel
+from tailorbird.run.generate import FusedDecoding, ModuleDecoding
+from tailorbird.run.parts import ARCHITECTURES
+from tailorbird.serve.engine import Engine
+from tailorbird.serve.interface import EngineOptions
+from tailorbird.serve.request import Output, Request, Sampling
+from tiny import byte_tokenizer, make_model
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
+
+CODINGS: list[Coding] = [
+    *(IntegerCoding(bits, 32, symmetric=bits % 2 == 0) for bits in (2, 3, 4, 5, 6, 8)),
+    CodebookCoding("nf4", 32),
+]
+
+
+def served(directory: Path, architecture: str = "llama", coding: Coding = CODINGS[2], **config: Any) -> str:
+    """A compressed model with a tokenizer."""
+    save_compressed(directory, make_model(architecture, **config), coding)
+    byte_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+def engine(path: str, **options: Any) -> Engine:
+    return Engine(EngineOptions(path, **options), log=lambda _: None)
+
+
+class Watched:
+    """An engine, all that it said, and the logits after each token of each text."""
+
+    def __init__(self, made: Engine) -> None:
+        self.engine = made
+        self.tokens: dict[tuple[str, int], list[int]] = {}
+        self.finish: dict[tuple[str, int], str] = {}
+        self.logits: dict[tuple[str, int, int], Tensor] = {}
+        self.outputs: list[Output] = []
+        step = made.runner.step
+
+        def watched(pieces: Any) -> list[Tensor]:
+            found = step(pieces)
+            for piece, rows in zip((p for p in pieces if p.chooses), found, strict=True):
+                for depth, row in enumerate(rows):
+                    at = len(piece.sequence.tokens) + depth
+                    right = piece.sequence.tokens + list(piece.drafts[:depth])
+                    self.logits[piece.sequence.request.id, at, hash(tuple(right))] = row.clone()
+            return found
+
+        made.runner.step = watched  # type: ignore[method-assign]
+
+    def step(self) -> None:
+        for output in self.engine.step():
+            self.outputs.append(output)
+            self.tokens.setdefault((output.id, output.index), []).extend(output.tokens)
+            if output.finish is not None:
+                assert (output.id, output.index) not in self.finish
+                self.finish[output.id, output.index] = output.finish
+
+    def run(self) -> None:
+        for _ in range(20_000):
+            if not self.engine.busy:
+                return
+            self.step()
+        raise AssertionError("it doesn't end")
+
+
+def alone(made: Engine, prompt: tuple[int, ...], count: int) -> tuple[list[int], list[Tensor]]:
+    """Greedy tokens of one text, and the logits from which each was taken."""
+    model = made.model
+    decoding = FusedDecoding(FusedModel(model)) if made.runner.path == "fused" else ModuleDecoding(model)
+    fed, tokens, rows = torch.tensor([prompt]), [], []
+    for _ in range(count):
+        rows.append(decoding.read(fed)[0])
+        tokens.append(int(rows[-1].argmax()))
+        fed = torch.tensor([tokens[-1:]])
+    return tokens, rows
+
+
+def greedy(id: str, prompt: tuple[int, ...], count: int, **more: Any) -> Request:
+    return Request(id, prompt, count, Sampling(temperature=0, ignore_end=True), **more)
+
+
+def check_random_schedule(made: Engine, seed: int, requests: int) -> None:
+    """Requests at random moments, some cancelled; every text and its logits as they are alone."""
+    rng, run = random.Random(seed), Watched(made)
+    openings = [tuple(rng.randrange(256) for _ in range(rng.randrange(1, 90))) for _ in range(3)]
+    sent, gone = {}, set()
+    for number in range(requests):
+        prompt = (*rng.choice(openings), *(rng.randrange(256) for _ in range(rng.randrange(1, 9))))
+        times, who, priority = rng.choice([1, 1, 1, 3]), rng.choice("ab"), rng.randrange(2)
+        request = greedy(str(number), prompt, rng.randrange(1, 24), n=times, tenant=who, priority=priority)
+        sent[request.id] = request
+        made.add(request)
+        for _ in range(rng.randrange(6)):
+            run.step()
+        if rng.random() < 0.1:
+            victim = rng.choice(list(sent))
+            gone.add(victim)
+            made.cancel(victim)
+    run.run()
+    assert made.pool.used == 0
+    for id, request in sent.items():
+        if id in gone:
+            continue
+        tokens, rows = alone(made, request.prompt, request.max_tokens)
+        for index in range(request.n):
+            assert run.tokens[id, index] == tokens
+            assert run.finish[id, index] == "length"
+        for at, row in enumerate(rows):
+            text = [*request.prompt, *tokens[:at]]
+            found = run.logits.get((id, len(text), hash(tuple(text))))
+            assert found is not None
+            assert torch.equal(found, row)
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_every_architecture_serves_the_bits_of_generate(architecture: str, tmp_path: Path) -> None:
+    path = served(tmp_path / "m", architecture)
+    made = engine(path, max_sequences=4, step_tokens=24, memory_bytes=None)
+    check_random_schedule(made, seed=1, requests=8)
+
+
+@pytest.mark.parametrize("coding", CODINGS, ids=lambda coding: coding.label)
+def test_every_coding_serves_the_bits_of_generate(coding: Coding, tmp_path: Path) -> None:
+    made = engine(served(tmp_path / "m", coding=coding), max_sequences=6, step_tokens=40)
+    check_random_schedule(made, seed=2, requests=8)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_few_pages_small_steps_and_guesses_change_nothing(seed: int, tmp_path: Path) -> None:
+    path = served(tmp_path / "m", max_position_embeddings=256)
+    rng = random.Random(seed)
+    made = engine(path, max_sequences=rng.choice([2, 5]), step_tokens=rng.choice([7, 33]))
+    made.pool.take(made.pool.pages - rng.choice([10, 14]))  # hold the others, so that sequences are preempted
+    held = made.pool.used
+    rng = random.Random(seed)
+    run = Watched(made)
+    sent = []
+    for number in range(10):
+        prompt = tuple(rng.randrange(4) for _ in range(rng.randrange(1, 60)))
+        sent.append(greedy(str(number), prompt, rng.randrange(1, 80)))
+        made.add(sent[-1])
+        for _ in range(rng.randrange(5)):
+            run.step()
+    run.run()
+    assert made.pool.used == held
+    for request in sent:
+        assert run.tokens[request.id, 0] == alone(made, request.prompt, request.max_tokens)[0]
+
+
+def test_a_model_that_runs_through_its_modules_is_served(tmp_path: Path) -> None:
+    from tiny import save_model
+
+    path = str(save_model(tmp_path / "m", "llama", hidden_act="tanh"))
+    made = engine(path, max_sequences=3, step_tokens=16)
+    assert made.info["path"] == "modules"
+    assert made.info["note"]
+    run = Watched(made)
+    requests = [greedy(str(i), tuple(range(i, i + 20)), 6) for i in range(4)]
+    for request in requests:
+        made.add(request)
+    run.run()
+    for request in requests:
+        assert run.tokens[request.id, 0] == alone(made, request.prompt, 6)[0]
+    with pytest.raises(SettingsError, match="compiled blocks"):
+        made.load_adapter("a", str(tmp_path))
+
+
+def test_seeds_give_the_same_text_whatever_else_is_served(tmp_path: Path) -> None:
+    made = engine(served(tmp_path / "m"), max_sequences=8, step_tokens=32)
+    sampling = Sampling(temperature=1.0, top_p=0.9, seed=7, ignore_end=True)
+    texts = []
+    for others in (0, 5):
+        run = Watched(made)
+        for number in range(others):
+            made.add(Request(f"other {number}", (number, 3, 4), 15))
+        made.add(Request("mine", (1, 2, 3), 12, sampling))
+        run.run()
+        texts.append(run.tokens["mine", 0])
+    assert texts[0] == texts[1]
+
+
+def test_guesses_are_checked_many_at_once(tmp_path: Path) -> None:
+    made = engine(served(tmp_path / "m"), max_sequences=2)
+    run = Watched(made)
+    made.add(greedy("a", (1, 2, 3) * 8, 90))
+    run.run()
+    tokens, _ = alone(made, (1, 2, 3) * 8, 90)
+    assert run.tokens["a", 0] == tokens
+    repeats = len(set(tokens[-40:])) < 20  # a random model soon repeats itself
+    assert made.stats()["drafted_tokens"] > 0
+    if repeats:
+        assert made.stats()["accepted_tokens"] > 0
+
+
+def test_prompts_that_begin_alike_are_read_once_and_only_for_their_tenant(tmp_path: Path) -> None:
+    made = engine(served(tmp_path / "m"), max_sequences=4)
+    prompt = tuple(range(100))
+    cached = []
+    for id, tenant in (("a", ""), ("b", ""), ("c", "other")):
+        run = Watched(made)
+        made.add(greedy(id, (*prompt, 7), 2, tenant=tenant))
+        run.run()
+        cached.append(run.outputs[0].cached_tokens)
+    assert cached == [0, 96, 0]
+
+
+def test_stop_tokens_end_a_text_and_stay_out_of_it(tmp_path: Path) -> None:
+    made = engine(served(tmp_path / "m"))
+    tokens, _ = alone(made, (5, 6, 7), 10)
+    run = Watched(made)
+    made.add(Request("a", (5, 6, 7), 10, Sampling(temperature=0), stop=frozenset({tokens[3]})))
+    run.run()
+    first = tokens.index(tokens[3])
+    assert run.tokens["a", 0] == tokens[:first]
+    assert run.finish["a", 0] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda made: greedy("x", tuple([1] * made.context), 1), "context"),
+        (lambda made: greedy("x", (1, 99_999), 1), "token 99999"),
+        (lambda made: greedy("x", (1,), 1, adapter="none"), "none"),
+        (lambda made: greedy("twice", (1,), 1), "twice"),
+        (lambda made: Request("x", (1,), 1, Sampling(logit_bias={999: 1.0})), "logit_bias"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_and_leaves_nothing(
+    wrong: Callable[[Engine], Request], said: str, tmp_path: Path
+) -> None:
+    made = engine(served(tmp_path / "m"))
+    made.add(greedy("twice", (1, 2), 4))
+    with pytest.raises(SettingsError, match=said):
+        made.add(wrong(made))
+    run = Watched(made)
+    run.run()
+    assert list(run.tokens) == [("twice", 0)]
+    assert made.pool.used == 0
+
+
+def test_too_little_memory_says_what_would_do(tmp_path: Path) -> None:
+    path = served(tmp_path / "m")
+    with pytest.raises(BudgetError, match="at least"):
+        engine(path, memory_bytes=1000)
+
+
+def test_embeddings_have_length_one_and_tell_texts_apart(tmp_path: Path) -> None:
+    made = engine(served(tmp_path / "m"))
+    first, again, other = (torch.tensor(made.embed(ids)) for ids in ((1, 2, 3), (1, 2, 3), (9, 8)))
+    assert first.norm() == pytest.approx(1, abs=1e-5)
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other, atol=1e-3)
