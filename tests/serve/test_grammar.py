@@ -146,7 +146,8 @@ def test_a_validator_agrees_that_text_fits_its_schema(
 
 KEYWORDS = st.sampled_from(
     ["type", "properties", "items", "minLength", "pattern", "required", "allOf", "anyOf", "enum", "const",
-     "$ref", "minItems", "minimum", "patternProperties", "additionalProperties", "prefixItems", "format", "$defs"]
+     "$ref", "minItems", "minimum", "patternProperties", "additionalProperties", "prefixItems", "format",
+     "$defs"]
 )  # fmt: skip
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=2)

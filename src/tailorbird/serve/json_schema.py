@@ -42,8 +42,8 @@ _BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 _ONE = ("items", "additionalProperties", "propertyNames")
 _LISTED = ("prefixItems", "anyOf", "oneOf", "allOf")
 
-#: Classes of characters in a pattern, which the grammar keeps to what JSON takes as it is; and characters, plain
-#: or escaped, that it wouldn't.
+#: Classes of characters in a pattern, which the grammar keeps to what JSON takes as it is; and characters, as
+#: they are or escaped, that it wouldn't.
 _CLASSES = re.compile(r"\[(?:\\.|[^\]\\])*\]", re.DOTALL)
 _ESCAPED = re.compile(r'["\x00-\x1f]|\\[\\"tnrfvc0]|\\(?:x|u00)(?:[01]|22|5[cC])')
 _CONTROL = re.compile(r"[\x00-\x1f]")
