@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tailorbird.kernels import native
+from tailorbird.kernels import native, sampling
 from tailorbird.kernels.sampling import Rule, changed, choose, drawn, kept_weights, reference
 
 versions = pytest.mark.parametrize("version", native.versions())
@@ -254,6 +254,22 @@ def test_changes_come_in_the_documented_order() -> None:
         bias_tokens=array("i", [1, 3]), biases=array("d", [4.0, 1.0]), forbidden=array("i", [3]),
     )  # fmt: skip
     assert changed(logits, rule).tolist() == [1 - 0.5 - 0.5, -4 - 0.5 - 0.25 + 4, 0.5, -math.inf]
+
+
+def test_without_compiled_code_the_exact_path_serves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logits = torch.randn(5, 700, generator=torch.Generator().manual_seed(4))
+    rules = [Rule(top_p=0.9, uniform=(i + 0.3) / 5, logprobs=2) for i in range(5)]
+    expected = choose(logits, rules)
+    monkeypatch.setattr(sampling, "available", lambda: False)
+    sampling._say_slow.cache_clear()
+    found = choose(logits, rules)
+    assert found == choose(logits, rules)
+    sampling._say_slow.cache_clear()
+    assert [item.token for item in found] == [item.token for item in expected]
+    assert [record.getMessage() for record in caplog.records if "C++ compiler" in record.getMessage()] != []
+    assert len(caplog.records) == 1
 
 
 def test_wrong_shapes_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tailorbird.errors import SettingsError
 from tailorbird.model.load import load_tokenizer
@@ -103,6 +106,62 @@ def test_text_that_ends_fits(
     ended = [text for text in texts if text is not None]
     assert len(ended) >= 6
     assert all(fits(text) for text in ended)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {
+            "type": "object",
+            "properties": {"a": {"type": "integer"}, "b": {"type": "string", "maxLength": 3}},
+            "additionalProperties": {"type": "boolean"}, "minProperties": 2, "required": ["b"],
+        },
+        {"type": "object", "patternProperties": {"^a.*$": {"type": "integer"}}},
+        {"type": "object", "propertyNames": {"type": "string", "maxLength": 2}, "maxProperties": 3},
+        {"type": "object", "minProperties": 2},
+        {"type": "array", "prefixItems": [{"type": "integer"}], "items": {"type": "boolean"}, "maxItems": 4},
+        {"type": "array", "minItems": 3},
+        {"type": "number", "minimum": -2.5, "exclusiveMaximum": 3.75},
+        {"type": "integer", "exclusiveMinimum": -13, "exclusiveMaximum": 1000},
+        {"type": "string", "minLength": 2, "maxLength": 4},
+        {"type": "string", "pattern": "^[ -~]{2}$"},
+        {"type": ["integer", "null", "string"], "minimum": 3, "maxLength": 2},
+        {"anyOf": [{"type": "integer", "minimum": 7}, {"type": "array", "items": {"type": "null"}}]},
+        {"$defs": {"n": {"items": {"$ref": "#/$defs/n"}, "maxItems": 2}}, "$ref": "#/$defs/n"},
+        {"enum": [1, "1", None, [], {"a": 'é"'}, 1.5, True]},
+    ],
+    ids=lambda schema: json.dumps(schema)[:50],
+)  # fmt: skip
+def test_a_validator_agrees_that_text_fits_its_schema(
+    compiler: Compiler, tokenizer: Any, schema: dict[str, Any]
+) -> None:
+    validator = pytest.importorskip("jsonschema_rs").Draft202012Validator(schema)
+    grammar = Grammar("json_schema", json.dumps(schema))
+    texts = [written(compiler, tokenizer, grammar, seed, most=150) for seed in range(20)]
+    ended = [text for text in texts if text is not None]
+    assert len(ended) >= 5
+    for text in ended:
+        validator.validate(json.loads(text))
+
+
+KEYWORDS = st.sampled_from(
+    ["type", "properties", "items", "minLength", "pattern", "required", "allOf", "anyOf", "enum", "const",
+     "$ref", "minItems", "minimum", "patternProperties", "additionalProperties", "prefixItems", "format",
+     "$defs"]
+)  # fmt: skip
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=2)
+    | st.sampled_from(["object", "string", "array", "#", "#/$defs/a", "^[a"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(KEYWORDS, inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+
+
+@given(schema=st.dictionaries(KEYWORDS, VALUES, max_size=4))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_nonsense_in_a_schema_is_compiled_or_refused(compiler: Compiler, schema: dict[str, Any]) -> None:
+    with contextlib.suppress(SettingsError):
+        assert not compiler.matcher(Grammar("json_schema", json.dumps(schema))).finished
 
 
 @pytest.mark.parametrize(

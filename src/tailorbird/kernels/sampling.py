@@ -14,6 +14,8 @@ between two.
 from __future__ import annotations
 
 import ctypes
+import functools
+import logging
 import math
 from array import array
 from collections.abc import Sequence
@@ -24,6 +26,8 @@ import torch
 from torch import Tensor
 
 from tailorbird.kernels.native import available, best_version, library
+
+logger = logging.getLogger("tailorbird")
 
 #: Most of the likeliest tokens whose log-probabilities can be asked for.
 MOST_LOGPROBS = 20
@@ -189,6 +193,7 @@ def choose(
     if len(set(map(id, rules))) < len(rules):
         raise ValueError("a rule for two rows; expected one for each")
     if not available():
+        _say_slow()
         return [reference(row, rule) for row, rule in zip(logits, rules, strict=True)]
     start, stride = logits.data_ptr(), logits.stride(0) * 4
     rows = [rule.describe(start + i * stride) for i, rule in enumerate(rules)]
@@ -198,6 +203,11 @@ def choose(
         best_version() if version is None else version,
     )  # fmt: skip
     return [_chosen(row) for row in rows]
+
+
+@functools.cache
+def _say_slow() -> None:
+    logger.warning("tokens are chosen slowly: tailorbird was installed without a C++ compiler")
 
 
 def _chosen(row: _RowStructure) -> Chosen:

@@ -286,7 +286,8 @@ class Engine:
 
     def _ends(self, sequence: Sequence, token: int) -> bool:
         stop = self.stop if sequence.request.stop is None else sequence.request.stop
-        return token in stop and not sequence.request.sampling.ignore_end
+        heeded = not sequence.request.sampling.ignore_end
+        return (heeded and token in stop) or sequence.sampler.finished
 
     def _take(self, pieces: Many[Piece], logits: Many[Tensor]) -> None:
         """Choose tokens after the pieces that are read whole, and after those of their drafts that fit."""

@@ -1,15 +1,19 @@
 """Which JSON schemas a grammar can hold.
 
 xgrammar turns a schema into a grammar, and passes over what no grammar expresses, or what it doesn't join.
-Text would then be called valid that is not; such schemas are refused here instead, by keyword and place.
-What a schema leaves open may be narrowed: text has the keys in the order of the schema and no others unless
-`additionalProperties` allows them, and a pattern covers the whole string. Of `oneOf`, text may fit more than
-one.
+Text would then be called valid that isn't; such schemas are refused here instead, by the keyword and its
+place.
+
+What a schema leaves open may be narrowed: text has the keys in the order of the schema, and no others unless
+`additionalProperties` allows them or none are named; a pattern covers the whole string; strings with a
+pattern or bounds of their length have nothing in them that JSON escapes. Of `oneOf`, text may fit more than
+one, and a format is followed as far as a pattern describes it.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,6 +42,14 @@ _BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 _ONE = ("items", "additionalProperties", "propertyNames")
 _LISTED = ("prefixItems", "anyOf", "oneOf", "allOf")
 
+#: Classes of characters in a pattern, which the grammar keeps to what JSON takes as it is; and characters, as
+#: they are or escaped, that it wouldn't.
+_CLASSES = re.compile(r"\[(?:\\.|[^\]\\])*\]", re.DOTALL)
+_ESCAPED = re.compile(r'["\x00-\x1f]|\\[\\"tnrfvc0]|\\(?:x|u00)(?:[01]|22|5[cC])')
+_CONTROL = re.compile(r"[\x00-\x1f]")
+#: Strings that JSON writes as they are; to be repeated.
+_PLAIN = r'[^\x00-\x1f"\\]'
+
 _TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,), "array": (list,), "string": (str,), "boolean": (bool,), "null": (type(None),),
     "number": (int, float), "integer": (int,),
@@ -45,7 +57,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def checked(text: str) -> str:
-    """A schema that a grammar can hold, as JSON.
+    """A schema that a grammar can hold, as JSON that xgrammar reads rightly.
 
     Parameters
     ----------
@@ -67,11 +79,46 @@ def checked(text: str) -> str:
             if isinstance(part, dict):
                 _check(place, part)
                 waiting += [(f"{place}.{name}", inner, depth + 1) for name, inner in _inner(part)]
-        return json.dumps(schema)
+        return json.dumps(_rewritten(schema))
     except json.JSONDecodeError as error:
         raise SettingsError(f"a JSON schema that is no JSON ({error})", "JSON", "correct it there") from error
     except RecursionError as error:
         raise _too_deep() from error
+    except (TypeError, AttributeError) as error:
+        raise SettingsError(
+            f"a JSON schema with a keyword whose value is of the wrong type ({error})",
+            "a JSON schema (https://json-schema.org)", "correct it",
+        ) from error  # fmt: skip
+
+
+def _rewritten(schema: Any) -> Any:
+    """A schema in other words where xgrammar misreads it.
+
+    It lets control characters into strings of bounded length, and counts items and properties that nothing is
+    said about as none.
+    """
+    if not isinstance(schema, dict):
+        return schema
+    after = dict(schema)
+    for key in _BY_NAME:
+        if isinstance(schema.get(key), dict):
+            after[key] = {name: _rewritten(inner) for name, inner in schema[key].items()}
+    for key in _ONE:
+        if key in schema:
+            after[key] = _rewritten(schema[key])
+    for key in _LISTED:
+        if isinstance(schema.get(key), list):
+            after[key] = [_rewritten(inner) for inner in schema[key]]
+    least, most = after.pop("minLength", None), after.pop("maxLength", None)
+    if "minLength" in schema or "maxLength" in schema:
+        after["pattern"] = f"^{_PLAIN}{{{least or 0},{'' if most is None else most}}}$"
+    if "minItems" in after and not {"items", "prefixItems"} & set(after):
+        after["items"] = {}
+    if "minProperties" in after and not {"properties", "patternProperties", "additionalProperties"} & set(
+        after
+    ):
+        after["additionalProperties"] = {}
+    return after
 
 
 def _inner(schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -113,6 +160,13 @@ def _check(place: str, schema: dict[str, Any]) -> None:
     sized = [key for key in ("minLength", "maxLength") if key in schema]
     if shaped and (sized or len(shaped) > 1):
         raise _refused(f"{(sized + shaped)[0]} beside {shaped[-1]} in {place}", "say both in one pattern")
+    for pattern in [schema.get("pattern", ""), *schema.get("patternProperties", {})]:
+        outside = _CLASSES.sub("", pattern)
+        if _CONTROL.search(pattern) or _ESCAPED.search(outside):
+            raise _refused(
+                f"pattern {pattern!r} in {place}, with a character that JSON escapes",
+                "leave out quotes, backslashes and control characters, or put them into brackets",
+            )
     required, named = schema.get("required", []), schema.get("properties", {})
     missing = [name for name in required if name not in named] if isinstance(required, list) else []
     if missing:

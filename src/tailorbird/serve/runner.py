@@ -116,6 +116,7 @@ class FusedRunner:
             self.cache,
             torch.tensor(wanted, dtype=torch.int64),
             segments,
+            reach=max(positions) + 1,
         )
         return list(logits.split(rows))
 
