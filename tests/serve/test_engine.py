@@ -21,7 +21,7 @@ from tailorbird.run.parts import ARCHITECTURES
 from tailorbird.serve.engine import Engine
 from tailorbird.serve.interface import EngineOptions
 from tailorbird.serve.request import Output, Request, Sampling
-from tiny import byte_tokenizer, make_model
+from tiny import byte_tokenizer, make_model, save_model
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
 
@@ -142,6 +142,26 @@ def test_every_coding_serves_the_bits_of_generate(coding: Coding, tmp_path: Path
     check_random_schedule(made, seed=2, requests=8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_models_are_served_by_the_blocks_and_write_what_their_modules_write(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    path = str(save_model(tmp_path / "m", "llama", dtype=dtype))
+    made = engine(path, max_sequences=4, step_tokens=24)
+    assert made.info["path"] == "fused"
+    check_random_schedule(made, seed=3, requests=6)
+    run = Watched(made)
+    made.add(greedy("a", (4, 2), 20))
+    run.run()
+    fed, decoding = torch.tensor([[4, 2]]), ModuleDecoding(made.model)
+    for token in run.tokens["a", 0]:
+        best = decoding.read(fed)[0].topk(2)
+        if float(best.values[0] - best.values[1]) < (1e-4 if dtype == torch.float32 else 0.05):
+            break  # whichever of the two was taken
+        assert token == int(best.indices[0])
+        fed = torch.tensor([[token]])
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_few_pages_small_steps_and_guesses_change_nothing(seed: int, tmp_path: Path) -> None:
     path = served(tmp_path / "m", max_position_embeddings=256)
@@ -165,8 +185,6 @@ def test_few_pages_small_steps_and_guesses_change_nothing(seed: int, tmp_path: P
 
 
 def test_a_model_that_runs_through_its_modules_is_served(tmp_path: Path) -> None:
-    from tiny import save_model
-
     path = str(save_model(tmp_path / "m", "llama", hidden_act="tanh"))
     made = engine(path, max_sequences=3, step_tokens=16)
     assert made.info["path"] == "modules"

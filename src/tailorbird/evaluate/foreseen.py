@@ -19,7 +19,8 @@ from tailorbird.hardware.cost import (
 )
 from tailorbird.model.anatomy import BYTES_PER_CACHED_VALUE
 from tailorbird.progress import Progress
-from tailorbird.run.parts import Layer, Unsuited, linear_shape, parts_of
+from tailorbird.run.fused import obstacle
+from tailorbird.run.parts import Layer, linear_shape, parts_of
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,9 @@ def foresee(
 
     Kernels that weren't timed on this machine yet are timed first.
     """
-    try:
-        shape, kernels = shape_of(model)
-    except Unsuited:
+    if obstacle(model) is not None:
         return None
+    shape, kernels = shape_of(model)
     return speeds(shape, kernel_times(kernels, shape, progress), batch, prompt_tokens, new_tokens)
 
 

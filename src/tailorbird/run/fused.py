@@ -33,11 +33,16 @@ MOST_TOKENS = 512
 
 
 def obstacle(model: Any) -> str | None:
-    """What keeps a model of transformers from running fused here, or None."""
+    """What keeps a model of transformers from being decoded fused here, or None.
+
+    A dense model isn't, though it could be: its own modules give the bits that transformers gives.
+    """
     try:
         parts_of(model)
     except Unsuited as reason:
         return str(reason)
+    if not any(isinstance(module, CompressedLinear) for module in model.modules()):
+        return "no linear is compressed"
     return None
 
 
@@ -53,7 +58,7 @@ class FusedModel:
     Raises
     ------
     Unsuited
-        As `obstacle` says.
+        As `obstacle` says, but that a dense model suits.
     """
 
     def __init__(self, model: Any) -> None:

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from tailorbird.errors import CheckpointError, SettingsError
 from tailorbird.progress import Progress, Silent
-from tailorbird.run.fused import FusedModel
+from tailorbird.run.fused import FusedModel, obstacle
 from tailorbird.run.pages import Pages
-from tailorbird.run.parts import Unsuited
 
 logger = logging.getLogger("tailorbird")
 
@@ -223,11 +222,11 @@ class Decoding(Protocol):
 
 def decode(model: Any) -> Decoding:
     """A fresh decoding: compiled blocks where a compressed model allows it, else its modules."""
-    try:
+    reason = obstacle(model)
+    if reason is None:
         return FusedDecoding(FusedModel(model))
-    except Unsuited as reason:
-        logger.info("decoding through the model's modules: %s", reason)
-        return ModuleDecoding(model)
+    logger.info("decoding through the model's modules: %s", reason)
+    return ModuleDecoding(model)
 
 
 class FusedDecoding:

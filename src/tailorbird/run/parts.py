@@ -137,8 +137,6 @@ def parts_of(model: Any) -> Parts:
     if model.device.type != "cpu":
         raise Unsuited(f"the model is on `{model.device.type}`")
     _check_untouched(model)
-    if not any(isinstance(module, CompressedLinear) for module in model.modules()):
-        raise Unsuited("no linear is compressed")
     try:
         parts = reader(model)
     except AttributeError as error:
