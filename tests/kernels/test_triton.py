@@ -91,6 +91,23 @@ def test_a_row_has_the_same_bits_alone_and_among_others(
         assert torch.equal(triton_linear.linear(x[row : row + 1], layout)[0], together[row])
 
 
+@pytest.mark.skipif(not ON_GPU, reason="the interpreter knows one launch only")
+@pytest.mark.parametrize("bits", BITS)
+def test_every_launch_gives_the_same_bits(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, x = planes_of(random_packed(IntegerCoding(bits, 64), (200, 1056))), random(bits, 40, 1056)
+    cache, tables, _, _ = cache_of(2, 64, 16, torch.bfloat16, triton_attention.to_int4)
+    queries = random(3, len(LENGTHS), 4, 64, dtype=torch.bfloat16)
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=DEVICE)
+    monkeypatch.setattr(triton_linear, "SMALL", 0)
+    results = []
+    for number in range(3):
+        for module in (triton_linear, triton_attention):
+            monkeypatch.setattr(module, "choose", lambda *given, number=number: given[2][number])
+        attended = triton_attention.decode(queries, cache, tables, lengths)
+        results.append((triton_linear.linear(x, layout), attended))
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+
+
 @with_triton
 @pytest.mark.parametrize("bits", BITS)
 def test_planes_waste_no_bit_where_inputs_fill_their_steps(bits: int) -> None:

@@ -242,7 +242,7 @@ def works(path: Path) -> bool:
         products = [
             path.multiply(torch.eye(64, dtype=dtype, device=path.device), layout) for dtype in path.dtypes
         ]
-    except (AttributeError, NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # a compiler's errors have no closer base
         logger.warning("fast path %s doesn't run here (%s); using the exact reference", path.name, error)
         return False
     weight = dequantize(codes, scales, None, bits=bits, group_size=group_size, in_features=64)

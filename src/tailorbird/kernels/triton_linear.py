@@ -197,7 +197,7 @@ def linear(x: Tensor, layout: Planes) -> Tensor:
             block_rows, num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
 
-    launches = [Launch(4, stages), Launch(8, stages), Launch(4, stages + 1), Launch(8, stages + 1)]
+    launches = [Launch(4, stages), Launch(8, stages), Launch(4, stages + 1)]
     case = (layout.bits, layout.zeros is not None, run, layout.in_features, outputs, block_rows, x.dtype)
     worth = outputs * layout.in_features >= SMALL
     launch(choose("linear", case, launches if worth else launches[:1], launch, x.device))
