@@ -1,17 +1,18 @@
 """Speed of the Triton kernels on a GPU, beside PyTorch's and the GPU's own copy bandwidth.
 
 Linears: every width in groups of 128 with zero points, beside bf16 through cuBLAS and PyTorch's int4
-product. Attention: one new token per sequence over bf16 and int8 pages, beside scaled_dot_product_attention
-over keys and values that lie in one piece. Adapters: rows of 8 adapters of rank 16, beside gathered batched
-products.
+product. Prompts: many rows of activations rounded to int8 times packed integers, and to FP8 where the GPU has
+it, the rounding included, beside bf16 through cuBLAS and PyTorch's FP8 product. Attention: one new token per
+sequence over bf16, int8 and int4 pages, beside scaled_dot_product_attention over keys and values that lie in
+one piece. Adapters: rows of 8 adapters of rank 16, beside gathered batched products.
 
 What is read rotates over at least 512 MB, so that no cache holds it; calls are replayed from a CUDA graph,
 and subjects take turns. Bytes are those that must be read and written: weights with scales and zero points
 (or keys and values), inputs, outputs. Their rate is compared with a copy's, which counts bytes read and
 written alike. Results are first compared with exact ones, and the bits of a linear's rows with those of the
-same rows in other batches.
+same rows in other batches. Kernels are launched in the way that was fastest here (`triton_tuning`).
 
-    python benchmarks/gpu_kernels.py [--only linears attention adapters] [--rounds 7]
+    python benchmarks/gpu_kernels.py [--only linears prompts attention adapters] [--rounds 7]
 """
 
 from __future__ import annotations
@@ -29,14 +30,22 @@ from rich.table import Table
 from torch import Tensor
 
 from machine import add_quiet_option, require_quiet, write_result
-from tailorbird.kernels import triton_adapters, triton_attention, triton_linear, triton_runtime
+from tailorbird.kernels import (
+    triton_adapters,
+    triton_attention,
+    triton_fp8,
+    triton_int8,
+    triton_linear,
+    triton_runtime,
+)
 from tailorbird.kernels.packing import packed_width
-from tailorbird.kernels.reference import dequantize
+from tailorbird.kernels.reference import dequantize, to_bytes
 
 #: (out_features, in_features)
 SHAPES = ((4096, 4096), (8192, 8192), (14336, 4096))
 BATCHES = (1, 4, 16, 64)
 WIDTHS = (2, 3, 4, 5, 6, 8)
+PROMPTS, PROMPT_WIDTHS = (512, 2048), (4, 8)
 GROUP = 128
 CONTEXTS, SEQUENCES = (1024, 8192, 32768), (1, 16)
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 32, 8, 128, 16
@@ -134,8 +143,8 @@ def measure(
     return found
 
 
-def packed_linear(bits: int, shape: tuple[int, int], console: Console) -> Subject:
-    """Our product, after a look at its results."""
+def planes(bits: int, shape: tuple[int, int]) -> tuple[triton_linear.Planes, Tensor]:
+    """A random weight as our products read it, and as it counts, in float64."""
     outputs, inputs = shape
     generator = torch.Generator(DEVICE).manual_seed(bits)
     groups = inputs // GROUP
@@ -147,36 +156,87 @@ def packed_linear(bits: int, shape: tuple[int, int], console: Console) -> Subjec
     scales = torch.rand(outputs, groups, device=DEVICE, generator=generator).bfloat16()
     stored: dict[str, Any] = {"bits": bits, "group_size": GROUP, "in_features": inputs}
     layout = triton_linear.prepare(codes, scales, zeros, **stored)
-    x = torch.randn(max(BATCHES), inputs, device=DEVICE, generator=generator).bfloat16()
-    weight = dequantize(codes, scales, zeros, **stored).double()
-    together, exact = triton_linear.linear(x, layout), x.double() @ weight.t()
-    off = ((together - exact).abs() / (x.double().abs() @ weight.t().abs())).max().item()
+    return layout, dequantize(codes, scales, zeros, **stored).double()
+
+
+def check(
+    name: str, call: Callable[[Tensor], Tensor], x: Tensor, exact: Tensor, sizes: Tensor, console: Console
+) -> None:
+    """Stop where a product is off, and say so where a row's bits depend on its batch.
+
+    `exact` and `sizes` are the results of the first rows of `x`, and the sums of the sizes of their terms.
+    """
+    together = call(x)
+    off = ((together[: len(exact)] - exact).abs() / sizes).max().item()
     if not off < 2.0**-8:
-        raise SystemExit(f"the product of {bits} bits at {shape} is off by {off:.1e} of the sum of sizes")
-    for batch in BATCHES:
-        if not torch.equal(triton_linear.linear(x[:batch], layout), together[:batch]):
-            console.print(f"[red]{bits} bits, {shape}: rows have other bits in a batch of {batch}")
-    nbytes = layout.nbytes
-    return Subject(
-        f"{bits} bits", rotated(layout, nbytes, copy_parts), lambda w, x: triton_linear.linear(x, w), nbytes
-    )
+        raise SystemExit(f"the product {name} is off by {off:.1e} of the sum of sizes")
+    for batch in (1, 4, 16, 64, 512):
+        if batch < len(x) and not torch.equal(call(x[:batch]), together[:batch]):
+            console.print(f"[red]{name}: rows have other bits in a batch of {batch}")
+
+
+def packed_linear(bits: int, shape: tuple[int, int], console: Console) -> Subject:
+    """Our product, after a look at its results."""
+    layout, weight = planes(bits, shape)
+    x = torch.randn(max(BATCHES), shape[1], device=DEVICE).bfloat16()
+    exact, sizes = x.double() @ weight.t(), x.double().abs() @ weight.t().abs()
+    check(f"{bits} bits {shape}", lambda x: triton_linear.linear(x, layout), x, exact, sizes, console)
+    copies = rotated(layout, layout.nbytes, copy_parts)
+    return Subject(f"{bits} bits", copies, lambda w, x: triton_linear.linear(x, w), layout.nbytes)
+
+
+def rounded_linear(bits: int, shape: tuple[int, int], console: Console) -> Subject:
+    """Our product of activations rounded to int8, after a look at its results."""
+    layout, weight = planes(bits, shape)
+    x = torch.randn(max(PROMPTS), shape[1], device=DEVICE).bfloat16()
+    first = to_bytes(x[:64], GROUP).double()
+    exact, sizes = first @ weight.t(), first.abs() @ weight.t().abs()
+    name = f"int8 x {bits} bits"
+    check(f"{name} {shape}", lambda x: triton_int8.linear(x, layout), x, exact, sizes, console)
+    copies = rotated(layout, layout.nbytes, copy_parts)
+    return Subject(name, copies, lambda w, x: triton_int8.linear(x, w), layout.nbytes)
+
+
+def fp8_linears(shape: tuple[int, int], console: Console) -> list[Subject]:
+    """Our FP8 product and, on compute capability 9.0, PyTorch's with a scale per row; both round `x`."""
+    weight = triton_fp8.to_fp8(torch.randn(shape, device=DEVICE))
+    x = torch.randn(max(PROMPTS), shape[1], device=DEVICE).bfloat16()
+    first = triton_fp8.to_fp8(x[:64])
+    left, right = (part.values.double() * part.scales.double()[:, None] for part in (first, weight))
+    exact, sizes = left @ right.t(), left.abs() @ right.t().abs()
+    check(f"fp8 {shape}", lambda x: triton_fp8.linear(x, weight), x, exact, sizes, console)
+    nbytes = weight.values.nbytes + weight.scales.nbytes
+    copies = rotated(weight, nbytes, copy_parts)
+
+    def peer(weight: triton_fp8.Codes, x: Tensor) -> Tensor:
+        codes = triton_fp8.round_rows(x)
+        return torch._scaled_mm(
+            codes.values, weight.values.t(), scale_a=codes.scales[:, None], scale_b=weight.scales[None],
+            out_dtype=torch.bfloat16, use_fast_accum=True,
+        )  # fmt: skip
+
+    subjects = [Subject("fp8", copies, lambda w, x: triton_fp8.linear(x, w), nbytes)]
+    if torch.cuda.get_device_capability() == (9, 0):
+        subjects.append(Subject("fp8 PyTorch", copies, peer, nbytes))
+    return subjects
+
+
+def dense_linear(shape: tuple[int, int]) -> Subject:
+    """cuBLAS's bf16 product."""
+    dense = torch.randn(shape, device=DEVICE).bfloat16()
+    copies = rotated(dense, dense.nbytes, Tensor.clone)
+    return Subject("bf16 cuBLAS", copies, lambda w, x: torch.nn.functional.linear(x, w), dense.nbytes)
 
 
 def torch_linears(shape: tuple[int, int]) -> list[Subject]:
     """cuBLAS's bf16 product and PyTorch's int4 product."""
     outputs, inputs = shape
-    dense = torch.randn(shape, device=DEVICE).bfloat16()
     halves = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, device=DEVICE)
     packed = torch.ops.aten._convert_weight_to_int4pack(halves, 8)
     scales_and_zeros = torch.rand(inputs // GROUP, outputs, 2, device=DEVICE).bfloat16()
     nbytes = packed.nbytes + scales_and_zeros.nbytes
     return [
-        Subject(
-            "bf16 cuBLAS",
-            rotated(dense, dense.nbytes, Tensor.clone),
-            lambda w, x: torch.nn.functional.linear(x, w),
-            dense.nbytes,
-        ),
+        dense_linear(shape),
         Subject(
             "int4 PyTorch",
             rotated((packed, scales_and_zeros), nbytes, lambda parts: tuple(part.clone() for part in parts)),
@@ -206,16 +266,40 @@ def measure_linears(rounds: int, bandwidth: float, console: Console) -> list[dic
     return rows
 
 
+def measure_prompts(rounds: int, bandwidth: float, console: Console) -> list[dict[str, Any]]:
+    """Products of many rows, which arithmetic decides and not bytes."""
+    rows = []
+    for shape in SHAPES:
+        subjects = [dense_linear(shape), *(rounded_linear(bits, shape, console) for bits in PROMPT_WIDTHS)]
+        if triton_fp8.has_fp8(torch.device(DEVICE)):
+            subjects += fp8_linears(shape, console)
+        for batch in PROMPTS:
+            x = torch.randn(batch, shape[1], device=DEVICE).bfloat16()
+            case = {"out_features": shape[0], "in_features": shape[1], "batch": batch}
+            rows += measure(subjects, x, 2 * batch * sum(shape), rounds, bandwidth, case)
+        show(
+            console,
+            f"{shape[0]} x {shape[1]}",
+            [row for row in rows if (row["out_features"], row["in_features"]) == shape],
+            lambda row: f"{row['batch']} rows",
+        )
+        del subjects
+        torch.cuda.empty_cache()
+    return rows
+
+
 def caches(sequences: int, context: int) -> list[Subject]:
-    """Our attention over bf16 and int8 pages, and PyTorch's over whole keys and values."""
+    """Our attention over bf16, int8 and int4 pages, and PyTorch's over whole keys and values."""
     most = context // PAGE
     shape = sequences * most, PAGE, KV_HEADS, HEAD_DIM
     keys, values = (torch.randn(shape, device=DEVICE).bfloat16() for _ in range(2))
     tables = torch.randperm(sequences * most, device=DEVICE).int().view(sequences, most)
     lengths = torch.full((sequences,), context, dtype=torch.int32, device=DEVICE)
-    (int8_keys, key_scales), (int8_values, value_scales) = map(triton_attention.to_int8, (keys, values))
-    paged = triton_attention.Cache(keys, values)
-    small = triton_attention.Cache(int8_keys, int8_values, key_scales, value_scales)
+    kept = {"bf16 pages": (triton_attention.Cache(keys, values), keys, values)}
+    for name, store in (("int8 pages", triton_attention.to_int8), ("int4 pages", triton_attention.to_int4)):
+        stored = store(keys), store(values)
+        parts = (part for pair in zip(*stored, strict=True) for part in pair)
+        kept[name] = triton_attention.Cache(*parts), restored(*stored[0]), restored(*stored[1])
 
     def whole(pages: Tensor) -> Tensor:
         joined = pages[tables.long()].view(sequences, context, KV_HEADS, HEAD_DIM)
@@ -232,14 +316,15 @@ def caches(sequences: int, context: int) -> list[Subject]:
 
     pieces = whole(keys), whole(values)
     queries = torch.randn(sequences, HEADS, HEAD_DIM, device=DEVICE).bfloat16()
-    exact = peer([piece[:1].float() for piece in pieces], queries[:1].float())
-    for cache, allowed in ((paged, 0.02), (small, 0.05)):
+    subjects = []
+    for name, (cache, *as_they_count) in kept.items():
+        exact = peer([whole(part)[:1].float() for part in as_they_count], queries[:1].float())
         off = ((ours(cache, queries)[:1] - exact).abs().max() / exact.abs().max()).item()
-        if not off < allowed:
-            raise SystemExit(
-                f"attention over {context} tokens in {cache.keys.dtype} is off by {off:.1e} of the largest"
-            )
-    size, small_size = 2 * keys.nbytes, 2 * (int8_keys.nbytes + key_scales.nbytes)
+        if not off < 0.02:
+            raise SystemExit(f"attention over {context} tokens in {name} is off by {off:.1e} of the largest")
+        nbytes = sum(part.nbytes for part in vars(cache).values() if part is not None)
+        subjects.append(Subject(name, rotated(cache, nbytes, copy_parts), ours, nbytes))
+    size = 2 * keys.nbytes
     return [
         Subject(
             "bf16 PyTorch, in one piece",
@@ -247,9 +332,15 @@ def caches(sequences: int, context: int) -> list[Subject]:
             peer,
             size,
         ),
-        Subject("bf16 pages", rotated(paged, size, copy_parts), ours, size),
-        Subject("int8 pages", rotated(small, small_size, copy_parts), ours, small_size),
+        *subjects,
     ]
+
+
+def restored(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+    """Stored keys or values as they count, in float32."""
+    if zeros is None:
+        return codes * scales[..., None]
+    return (torch.cat([codes & 15, codes >> 4], -1).float() - zeros[..., None]) * scales[..., None]
 
 
 def measure_attention(rounds: int, bandwidth: float, console: Console) -> list[dict[str, Any]]:
@@ -340,7 +431,12 @@ def show(
     console.print(table)
 
 
-PARTS = {"linears": measure_linears, "attention": measure_attention, "adapters": measure_adapters}
+PARTS = {
+    "linears": measure_linears,
+    "prompts": measure_prompts,
+    "attention": measure_attention,
+    "adapters": measure_adapters,
+}
 
 
 @torch.inference_mode()

@@ -37,7 +37,11 @@ class Tailorbird:
         from tailorbird.serve.engine import Engine, EngineOptions
         from tailorbird.serve.request import Request, Sampling
 
-        self.engine = Engine(EngineOptions(model, max_sequences=sequences, step_tokens=STEP, threads=THREADS))
+        # Random weights repeat themselves, so that guesses from the text would be right too often.
+        options = EngineOptions(
+            model, max_sequences=sequences, step_tokens=STEP, threads=THREADS, speculative=False
+        )
+        self.engine = Engine(options)
         self.request, self.sampling = Request, Sampling(temperature=0, ignore_end=True)
 
     def add(self, number: int, prompt: list[int], new: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from tailorbird.formats.codebooks import LEVELS
 from tailorbird.kernels import packing
 from tailorbird.kernels.packing import BITS, pack_codes
-from tailorbird.kernels.reference import dequantize, group_layout, linear
+from tailorbird.kernels.reference import dequantize, group_layout, linear, to_bytes
 
 SHAPES = st.sampled_from([(1, 1), (3, 64), (5, 172), (2, 4097), (7, 33), (4, 128), (1, 255)])
 
@@ -105,3 +106,19 @@ def test_linear_multiplies_in_the_dtype_of_its_input_and_adds_the_bias(dtype: to
 def test_a_group_as_long_as_the_row_or_longer_is_one_group() -> None:
     assert group_layout(100, 0) == group_layout(100, 128) == group_layout(100, 100) == (1, 100)
     assert group_layout(172, 64) == (3, 64)
+
+
+@given(
+    columns=st.sampled_from([1, 100, 300]),
+    seed=st.integers(0, 99),
+    size=st.sampled_from([1e-35, 1e-3, 1.0, 1e4]),
+)
+def test_bytes_are_rounded_with_one_division(columns: int, seed: int, size: float) -> None:
+    """As compiled products do: in float32, the largest of a segment over 127, ties to even."""
+    x = torch.randn(2, columns, generator=torch.Generator().manual_seed(seed)).bfloat16().float() * size
+    expected = x.numpy().copy()
+    for segment in np.split(expected, range(128, columns, 128), axis=1):
+        largest = np.abs(segment).max(1, keepdims=True)
+        inverse = np.where(largest < 1e-30, 0, np.float32(127) / largest)
+        segment[:] = np.rint(segment * inverse) * (largest / np.float32(127))
+    assert torch.equal(to_bytes(x, 0), torch.from_numpy(expected))

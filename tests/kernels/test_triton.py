@@ -9,6 +9,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,36 +18,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from packed_weights import laid_out, random_packed
+from packed_weights import random_packed
 from tailorbird.errors import ResourceError, SettingsError
-from tailorbird.formats.packed import IntegerCoding, PackedWeight
+from tailorbird.formats.packed import IntegerCoding
 from tailorbird.kernels import dispatch, triton_adapters, triton_attention, triton_linear, triton_runtime
 from tailorbird.kernels.packing import BITS, pack_codes
+from triton_cases import DEVICE, DTYPES, ON_GPU, ROUNDING, of_rounding, planes_of, random, with_triton
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ON_GPU = DEVICE.type == "cuda"
-#: Relative error of rounding to a dtype; the interpreter cuts bfloat16 off instead.
-ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0 ** (-8 if ON_GPU else -7)}
-DTYPES = list(ROUNDING)
 #: The interpreter multiplies tiles with NumPy, whose order of summing depends on the tile's shape. With up to
 #: so many rows it is the same.
 MOST_ROWS = 65 if ON_GPU else 16
-
-with_triton = pytest.mark.skipif(not triton_runtime.installed(), reason="the package triton isn't installed")
-
-
-def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
-
-
-def of_rounding(sizes: Tensor, dtype: torch.dtype) -> Tensor:
-    """What rounding numbers of such sizes to a dtype can cost; float16's smallest are evenly spaced."""
-    return ROUNDING[dtype] * sizes + (2.0**-25 if dtype == torch.float16 else 0.0)
-
-
-def planes_of(packed: PackedWeight) -> triton_linear.Planes:
-    on_device = {name: tensor.to(DEVICE) for name, tensor in packed.tensors.items()}
-    return laid_out(triton_linear.prepare, dataclasses.replace(packed, tensors=on_device))
 
 
 @with_triton
@@ -110,6 +91,23 @@ def test_a_row_has_the_same_bits_alone_and_among_others(
         assert torch.equal(triton_linear.linear(x[row : row + 1], layout)[0], together[row])
 
 
+@pytest.mark.skipif(not ON_GPU, reason="the interpreter knows one launch only")
+@pytest.mark.parametrize("bits", BITS)
+def test_every_launch_gives_the_same_bits(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, x = planes_of(random_packed(IntegerCoding(bits, 64), (200, 1056))), random(bits, 40, 1056)
+    cache, tables, _, _ = cache_of(2, 64, 16, torch.bfloat16, triton_attention.to_int4)
+    queries = random(3, len(LENGTHS), 4, 64, dtype=torch.bfloat16)
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=DEVICE)
+    monkeypatch.setattr(triton_linear, "SMALL", 0)
+    results = []
+    for number in range(3):
+        for module in (triton_linear, triton_attention):
+            monkeypatch.setattr(module, "choose", lambda *given, number=number: given[2][number])
+        attended = triton_attention.decode(queries, cache, tables, lengths)
+        results.append((triton_linear.linear(x, layout), attended))
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+
+
 @with_triton
 @pytest.mark.parametrize("bits", BITS)
 def test_planes_waste_no_bit_where_inputs_fill_their_steps(bits: int) -> None:
@@ -143,18 +141,30 @@ def test_other_activations_are_refused() -> None:
 LENGTHS = [1100, 1, 0, 513, 70]
 
 
-def cache_of(kv_heads: int, head_dim: int, page: int, dtype: torch.dtype, int8: bool) -> tuple:
+#: how keys and values may be stored, None as they are
+STORED = [None, triton_attention.to_int8, triton_attention.to_int4]
+
+
+def cache_of(kv_heads: int, head_dim: int, page: int, dtype: torch.dtype, store: Callable | None) -> tuple:
     """A cache of shuffled pages for `LENGTHS`, its table, and its keys and values as they count."""
     most = -(-max(LENGTHS) // page)
     pages = len(LENGTHS) * most
     generator = torch.Generator().manual_seed(page)
     tables = torch.randperm(pages, generator=generator).view(len(LENGTHS), most).int().to(DEVICE)
     keys, values = (random(n, pages, page, kv_heads, head_dim, dtype=dtype) for n in (1, 2))
-    if not int8:
+    if store is None:
         return triton_attention.Cache(keys, values), tables, keys.double(), values.double()
-    (keys, key_scales), (values, value_scales) = map(triton_attention.to_int8, (keys, values))
-    cache = triton_attention.Cache(keys, values, key_scales, value_scales)
-    return cache, tables, keys * key_scales.double()[..., None], values * value_scales.double()[..., None]
+    keys, values = store(keys), store(values)
+    cache = triton_attention.Cache(*(part for pair in zip(keys, values, strict=True) for part in pair))
+    return cache, tables, restored(*keys), restored(*values)
+
+
+def restored(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+    """Stored keys or values as they count."""
+    if zeros is None:
+        return codes * scales.double()[..., None]
+    values = torch.cat([codes & 15, codes >> 4], -1)
+    return (values.double() - zeros[..., None]) * scales.double()[..., None]
 
 
 @with_triton
@@ -164,7 +174,7 @@ def cache_of(kv_heads: int, head_dim: int, page: int, dtype: torch.dtype, int8: 
     head_dim=st.sampled_from([16, 64, 80]),
     page=st.sampled_from([16, 24, 256]),
     dtype=st.sampled_from([torch.float16, torch.bfloat16]),
-    int8=st.booleans(),
+    store=st.sampled_from(STORED),
     window=st.sampled_from([None, 1, 100, 600]),
     soft_cap=st.sampled_from([None, 5.0]),
 )
@@ -175,11 +185,11 @@ def test_attention_is_softmax_over_the_tokens_in_sight(
     head_dim: int,
     page: int,
     dtype: torch.dtype,
-    int8: bool,
+    store: Callable | None,
     window: int | None,
     soft_cap: float | None,
 ) -> None:
-    cache, tables, keys, values = cache_of(kv_heads, head_dim, page, dtype, int8)
+    cache, tables, keys, values = cache_of(kv_heads, head_dim, page, dtype, store)
     queries = random(3, len(LENGTHS), kv_heads * group, head_dim, dtype=dtype)
     lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=DEVICE)
     found = triton_attention.decode(queries, cache, tables, lengths, window=window, soft_cap=soft_cap)
@@ -200,15 +210,21 @@ def test_attention_is_softmax_over_the_tokens_in_sight(
         of_weights = ROUNDING[dtype] + 2 * of_scores + (length + 4) * 2.0**-24
         bound = of_weights * torch.einsum("hn,nhd->hd", weights, v.abs())
         if dtype == torch.float16:
-            bound += 2.0**-25 * (127 if int8 else 1) * v.abs().sum(0)
+            # A weight is multiplied by its vector's scale first, which makes it the smaller the more codes
+            # there are.
+            bound += 2.0**-25 * {STORED[1]: 127, STORED[2]: 15}.get(store, 1) * v.abs().sum(0)
         bound += of_rounding(exact.abs() + bound, dtype)
         assert ((found[sequence].double() - exact).abs() <= bound).all()
 
 
 @with_triton
-@pytest.mark.parametrize("window", [None, 300])
-def test_attention_of_a_sequence_has_the_same_bits_alone_and_among_others(window: int | None) -> None:
-    cache, tables, _, _ = cache_of(2, 64, 16, torch.bfloat16, False)
+@pytest.mark.parametrize(
+    ("window", "store"), [(None, None), (300, None), (None, STORED[1]), (300, STORED[2])]
+)
+def test_attention_of_a_sequence_has_the_same_bits_alone_and_among_others(
+    window: int | None, store: Callable | None
+) -> None:
+    cache, tables, _, _ = cache_of(2, 64, 16, torch.bfloat16, store)
     queries = random(3, len(LENGTHS), 4, 64, dtype=torch.bfloat16)
     lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=DEVICE)
     together = triton_attention.decode(queries, cache, tables, lengths, window=window)
@@ -226,16 +242,43 @@ def test_vectors_in_int8_are_off_by_half_a_step_at_most(columns: int, seed: int,
     assert (error <= 0.5001 * scales.double()[:, None]).all()
 
 
+@given(
+    halves=st.integers(1, 40),
+    seed=st.integers(0, 9),
+    size=st.sampled_from([0.0, 1e-20, 1.0, 1e4]),
+    middle=st.sampled_from([0.0, 0.3, 5.0, -5.0]),
+)
+def test_vectors_in_int4_are_off_by_half_a_step_at_most(
+    halves: int, seed: int, size: float, middle: float
+) -> None:
+    vectors = (random(seed, 3, 2 * halves) + middle) * size
+    packed, scales, zeros = triton_attention.to_int4(vectors)
+    assert packed.shape == (3, halves)
+    assert int(zeros.max()) <= 15
+    error = (restored(packed, scales, zeros) - vectors.double()).abs()
+    assert (error <= 0.5001 * scales.double()[:, None]).all()
+    reach = vectors.amax(-1).clamp(min=0) - vectors.amin(-1).clamp(max=0)
+    assert (scales <= 1.0001 * reach / 15).all()
+
+
 @with_triton
 def test_attention_refuses_what_does_not_fit() -> None:
-    cache, tables, _, _ = cache_of(2, 16, 16, torch.float16, False)
+    cache, tables, _, _ = cache_of(2, 16, 16, torch.float16, None)
     queries = random(3, len(LENGTHS), 4, 16, dtype=torch.float16)
     lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=DEVICE)
     decode = triton_attention.decode
     with pytest.raises(ValueError, match="expected float16 or bfloat16"):
         decode(queries.float(), cache, tables, lengths)
-    with pytest.raises(ValueError, match=r"expected both torch\.bfloat16 without scales, or int8"):
+    with pytest.raises(ValueError, match=r"expected both torch\.bfloat16 without either, or int8"):
         decode(queries.bfloat16(), cache, tables, lengths)
+    packed, _, _, _ = cache_of(2, 16, 16, torch.float16, triton_attention.to_int4)
+    for missing in ({"key_zeros": None}, {"value_scales": None}):
+        with pytest.raises(ValueError, match="or uint8 with uint8 zero points too"):
+            decode(queries, dataclasses.replace(packed, **missing), tables, lengths)
+    with pytest.raises(ValueError, match="half as wide in uint8"):
+        decode(queries[..., :8], packed, tables, lengths)
+    with pytest.raises(ValueError, match="expected an even number"):
+        triton_attention.to_int4(torch.zeros(3, 5))
     with pytest.raises(ValueError, match="heads a multiple of kv_heads"):
         decode(queries[:, :3], cache, tables, lengths)
     with pytest.raises(ValueError, match="expected int32"):
@@ -333,14 +376,20 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tailorbird.kernels import dispatch, triton_adapters, triton_attention, triton_linear
+from tailorbird.kernels import triton_adapters, triton_attention, triton_fp8, triton_int8, triton_linear
 
 I, F = "i32", "*fp32"
-PRODUCT = {"low": "*i32", "zeros": "*u8", "sums": F, "rows": I, "outputs": I, "inputs": I, "words": I,
-           "groups": I, "group_chunks": I, "length": I}
-ATTENTION = {"key_scales": F, "value_scales": F, "tables": "*i32", "lengths": "*i32", "sums": F, "norms": F,
-             "norms_size": I, "kv_heads": I, "most_pages": I, "splits": I, "factor": "fp32", "window": I,
-             "soft_cap": "fp32"}
+PLANES = {"low": "*i32", "zeros": "*u8", "rows": I, "outputs": I, "inputs": I, "words": I, "groups": I,
+          "group_chunks": I}
+PRODUCT = {**PLANES, "sums": F, "length": I}
+ROUNDED = {**PLANES, "codes": "*i8", "x_scales": F, "sums": "*i32", "group_segments": I}
+ROUNDING = {"x": "*bf16", "codes": "*i8", "scales": F, "sums": "*i32", "rows": I, "inputs": I,
+            "group_size": I, "per_group": I}
+FP8 = {"x": "*fp8e4nv", "weight": "*fp8e4nv", "x_scales": F, "scales": F, "rows": I, "outputs": I,
+       "inputs": I}
+ATTENTION = {"key_scales": F, "value_scales": F, "key_zeros": "*u8", "value_zeros": "*u8",
+             "tables": "*i32", "lengths": "*i32", "sums": F, "norms": F, "norms_size": I, "kv_heads": I,
+             "most_pages": I, "splits": I, "factor": "fp32", "window": I, "soft_cap": "fp32"}
 TILES = {"tile_rows": "*i32", "tile_adapters": "*i32", "middle": F, "ranks": I, "tiles": I}
 
 
@@ -351,8 +400,15 @@ def product(low, high, words, rows):
     return triton_linear._sum_part, {**PRODUCT, "high": words}, constants
 
 
-def attention(stored, scaled):
-    constants = dict(CAPPED=scaled, HAS_SCALES=scaled, PAGE=16, SPLIT=512, STEP=64, HEAD=80, WIDE=128,
+def rounded(low, high, words):
+    out, rows = triton_int8.LAUNCHES[0].tile
+    constants = dict(LOW=low, HIGH=high, HAS_ZEROS=bool(high), STEP=1024 // low, CHUNK=32, RUN=4,
+                     SEGMENT_CHUNKS=4, OUT=out, ROWS=rows)
+    return triton_int8._multiply, {**ROUNDED, "high": words}, constants
+
+
+def attention(stored, bits):
+    constants = dict(CAPPED=bits < 16, BITS=bits, PAGE=16, SPLIT=512, STEP=64, HEAD=80, WIDE=128,
                      GROUP=4, HEADS=16, OPERAND=tl.bfloat16)
     return triton_attention._sum_split, {**ATTENTION, "keys": stored, "values": stored}, constants
 
@@ -361,8 +417,15 @@ JOB = [
     product(2, 1, "*i16", 32),
     product(4, 0, "*i32", 16),
     (triton_linear._add_parts, {"sums": F, "count": I, "parts": I}, {"BLOCK": 1024}),
-    attention("*bf16", False),
-    attention("*i8", True),
+    (triton_int8._round_segment, ROUNDING, {"SEGMENT": 128, "RUN": 64}),
+    rounded(4, 2, "*i16"),
+    rounded(8, 0, "*i32"),
+    (triton_fp8._round_row, {"values": "*fp8e4nv", "scales": F, "inputs": I},
+     {"LARGEST": triton_fp8.LARGEST, "BLOCK": triton_fp8.BLOCK}),
+    (triton_fp8._multiply, FP8, {"STEP": triton_fp8.STEP, "OUT": 64, "ROWS": 64}),
+    attention("*bf16", 16),
+    attention("*i8", 8),
+    attention("*u8", 4),
     (triton_attention._join_splits,
      {"sums": F, "norms": F, "lengths": "*i32", "norms_size": I, "splits": I, "window": I},
      {"SPLIT": 512, "HEAD": 80, "WIDE": 128}),
@@ -390,7 +453,7 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     found = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment)
     assert found.returncode == 0, found.stderr
-    assert len(found.stdout.split()) == 16
+    assert len(found.stdout.split()) == 2 * 14
 
 
 def test_without_triton_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,8 +479,9 @@ def test_dispatching_imports_no_triton() -> None:
 
 
 @with_triton
-def test_dispatch_tries_the_product_and_finds_it_right() -> None:
+@pytest.mark.parametrize("name", ["triton", "triton-int8"])
+def test_dispatch_tries_the_product_and_finds_it_right(name: str) -> None:
     """As it would on a GPU, but in the interpreter."""
-    path = next(path for path in dispatch.PATHS if path.name == "triton")
+    path = next(path for path in dispatch.PATHS if path.name == name)
     assert path.device == "cuda"
     assert dispatch.works(dataclasses.replace(path, device=DEVICE.type))

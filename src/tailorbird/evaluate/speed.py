@@ -35,7 +35,7 @@ from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.load import load
 from tailorbird.progress import Progress
 from tailorbird.run.fused import obstacle
-from tailorbird.run.generate import FusedDecoding, context_length, decode
+from tailorbird.run.generate import Decoding, FusedDecoding, context_length, decode
 from tailorbird.run.parts import linear_shape
 
 PROMPT_TOKENS = 64
@@ -311,15 +311,18 @@ class _Subject:
         self.prefill_seconds: list[float] = []
         self.decode_seconds: list[float] = []
 
+    def _decoding(self) -> Decoding:
+        return decode(self.model, self.prompt.shape[1] + self.new_tokens)
+
     def warm(self) -> None:
         """Read the prompt and a token once, so that kernels are built and layouts made."""
-        decoding = decode(self.model)
+        decoding = self._decoding()
         decoding.read(self.prompt)
         decoding.read(self.prompt[:, :1])
 
     def run(self) -> None:
         """One measured round."""
-        decoding = decode(self.model)
+        decoding = self._decoding()
         start = time.perf_counter()
         logits = decoding.read(self.prompt)
         read = time.perf_counter()
@@ -330,7 +333,7 @@ class _Subject:
 
     def kernels(self) -> dict[str, dict[str, float]] | None:
         """Seconds by what they went to, in one more round; None outside of compiled blocks."""
-        decoding = decode(self.model)
+        decoding = self._decoding()
         if not isinstance(decoding, FusedDecoding):
             return None
         found = {}

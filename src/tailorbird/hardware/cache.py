@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,13 @@ def kernel_times_path(threads: int) -> Path:
     return cache_directory() / f"kernels-{threads}.json"
 
 
+def launches_path(device: str) -> Path:
+    """Where the launches of GPU kernels that were fastest on such a device are kept."""
+    return cache_directory() / f"kernels-{re.sub('[^A-Za-z0-9]+', '-', device)}.json"
+
+
 def forget_kernel_times() -> None:
-    """Let the kernels be timed again."""
+    """Let the kernels be timed again, on processors and GPUs."""
     for path in cache_directory().glob("kernels-*.json"):
         with contextlib.suppress(OSError):
             path.unlink()

@@ -95,14 +95,18 @@ def _fits_signed_bytes(coding: GroupedCodes, in_features: int) -> bool:
     return one_group and (coding.bits in (5, 6) or (coding.bits == 8 and coding.symmetric))
 
 
-def _lazily(name: str) -> Callable[..., Any]:
-    """A function of `triton_linear`, which isn't imported before it is needed: Triton takes a while."""
+def _lazily(module: str, name: str) -> Callable[..., Any]:
+    """A function of Triton kernels, whose module isn't imported before it is needed: that takes a while."""
 
     def call(*arguments: Any, **settings: Any) -> Any:
-        module = importlib.import_module("tailorbird.kernels.triton_linear")
-        return getattr(module, name)(*arguments, **settings)
+        return getattr(importlib.import_module(f"tailorbird.kernels.{module}"), name)(*arguments, **settings)
 
     return call
+
+
+#: One object: paths with the same `prepare` share their layout.
+_triton_planes = _lazily("triton_linear", "prepare")
+_has_planes = _lazily("triton_linear", "serves")
 
 
 def _has_triton() -> bool:
@@ -118,10 +122,23 @@ PATHS = (
         max_rows=64,
         runs_here=_has_triton,
         missing="Triton isn't installed",
-        serves=_lazily("serves"),
-        prepare=_lazily("prepare"),
-        multiply=_lazily("linear"),
+        serves=_has_planes,
+        prepare=_triton_planes,
+        multiply=_lazily("triton_linear", "linear"),
         example=(3, 32),
+    ),
+    Path(
+        name="triton-int8",
+        device="cuda",
+        dtypes=(torch.bfloat16, torch.float16, torch.float32),
+        max_rows=1 << 30,
+        runs_here=_has_triton,
+        missing="Triton isn't installed",
+        serves=_has_planes,
+        prepare=_triton_planes,
+        multiply=_lazily("triton_int8", "linear"),
+        example=(3, 32),
+        rounds=True,
     ),
     Path(
         name="native-int8",
@@ -225,7 +242,7 @@ def works(path: Path) -> bool:
         products = [
             path.multiply(torch.eye(64, dtype=dtype, device=path.device), layout) for dtype in path.dtypes
         ]
-    except (AttributeError, NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # a compiler's errors have no closer base
         logger.warning("fast path %s doesn't run here (%s); using the exact reference", path.name, error)
         return False
     weight = dequantize(codes, scales, None, bits=bits, group_size=group_size, in_features=64)

@@ -111,9 +111,11 @@ def _as_bytes(segment: Tensor) -> Tensor:
     infinite = largest.isinf()
     values = torch.where(infinite, segment.isinf() * segment.sign(), segment)
     scale = torch.where(infinite, 1.0, largest)
-    inverse = torch.where(scale < 1e-30, 0.0, 127 / scale)
+    # PyTorch divides a number by a tensor, and on GPUs a tensor by a number, with two roundings.
+    top = torch.full_like(scale, 127)
+    inverse = torch.where(scale < 1e-30, 0.0, top / scale)
     rounded = torch.where(infinite, values, (values * inverse).round())
-    return rounded * torch.where(infinite, largest, torch.where(inverse == 0, 0.0, scale / 127))
+    return rounded * torch.where(infinite, largest, torch.where(inverse == 0, 0.0, scale / top))
 
 
 def linear(

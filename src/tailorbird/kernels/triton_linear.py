@@ -30,6 +30,7 @@ from tailorbird.errors import SettingsError
 from tailorbird.kernels.packing import row_chunks, unpack_codes
 from tailorbird.kernels.reference import group_layout
 from tailorbird.kernels.triton_runtime import DTYPES, jit, operand, require, tl, triton
+from tailorbird.kernels.triton_tuning import Launch, choose
 
 #: bits -> bits of the (low, high) plane
 PLANES = {2: (2, 0), 3: (2, 1), 4: (4, 0), 5: (4, 1), 6: (4, 2), 8: (8, 0)}
@@ -39,6 +40,8 @@ CHUNK = 32
 BLOCK_OUT, BLOCK_ROWS = 64, 64
 #: bytes of one step's activations, at most: two of them fit into the shared memory of consumer cards
 STEP_BYTES = 32768
+#: codes below which a product is too short for its launch to matter
+SMALL = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,13 +187,20 @@ def linear(x: Tensor, layout: Planes) -> Tensor:
     most_rows = min(BLOCK_ROWS, STEP_BYTES // (step * x.element_size()))
     block_rows = min(most_rows, max(16, triton.next_power_of_2(rows)))
     stages = 3 if 2 * step * block_rows * x.element_size() <= STEP_BYTES else 2
-    _sum_part[(-(-outputs // BLOCK_OUT), parts, -(-rows // block_rows))](
-        x, layout.low, layout.low if layout.high is None else layout.high, layout.scales,
-        layout.scales if layout.zeros is None else layout.zeros, sums,
-        rows, outputs, layout.in_features, layout.low.shape[1], groups, group_chunks, length,
-        low_bits, high_bits, layout.zeros is not None, step, CHUNK, run, operand(x.dtype), BLOCK_OUT,
-        block_rows, num_warps=4, num_stages=stages,
-    )  # fmt: skip
+
+    def launch(how: Launch) -> None:
+        _sum_part[(-(-outputs // BLOCK_OUT), parts, -(-rows // block_rows))](
+            x, layout.low, layout.low if layout.high is None else layout.high, layout.scales,
+            layout.scales if layout.zeros is None else layout.zeros, sums,
+            rows, outputs, layout.in_features, layout.low.shape[1], groups, group_chunks, length,
+            low_bits, high_bits, layout.zeros is not None, step, CHUNK, run, operand(x.dtype), BLOCK_OUT,
+            block_rows, num_warps=how.warps, num_stages=how.stages,
+        )  # fmt: skip
+
+    launches = [Launch(4, stages), Launch(8, stages), Launch(4, stages + 1)]
+    case = (layout.bits, layout.zeros is not None, run, layout.in_features, outputs, block_rows, x.dtype)
+    worth = outputs * layout.in_features >= SMALL
+    launch(choose("linear", case, launches if worth else launches[:1], launch, x.device))
     if parts > 1:
         _add_parts[(-(-rows * outputs // 1024),)](sums, y, rows * outputs, parts, 1024)
     return y

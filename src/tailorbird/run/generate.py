@@ -8,6 +8,7 @@ gets.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -21,6 +22,7 @@ from torch import Tensor
 from tailorbird.errors import CheckpointError, SettingsError
 from tailorbird.progress import Progress, Silent
 from tailorbird.run.fused import FusedModel, obstacle
+from tailorbird.run.graphs import GraphDecoding
 from tailorbird.run.pages import Pages
 
 logger = logging.getLogger("tailorbird")
@@ -115,7 +117,7 @@ def generate(
                 on_text(piece)
 
     start = time.perf_counter()
-    decoding = decode(model)
+    decoding = decode(model, len(ids) + max_tokens)
     fed = torch.tensor([ids])
     for step in range(max_tokens):
         token = int(choose(decoding.read(fed), temperature, draws[:, step]))
@@ -193,7 +195,7 @@ def sample_text(
         else:
             ids[rows, 0] = begin
         progress.advance()
-        decoding = decode(model)
+        decoding = decode(model, length)
         for position in range(1, length):
             logits = decoding.read(ids[rows, position - 1 : position])
             logits.masked_fill_(~allowed, -math.inf)
@@ -220,13 +222,29 @@ class Decoding(Protocol):
         """
 
 
-def decode(model: Any) -> Decoding:
-    """A fresh decoding: compiled blocks where a compressed model allows it, else its modules."""
+def decode(model: Any, capacity: int | None = None) -> Decoding:
+    """A fresh decoding: compiled blocks where a compressed model allows it, else its modules.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    capacity : int, optional
+        Most tokens of a sequence. Where it is given, the modules of a model on a CUDA device are replayed
+        from a graph (`graphs`), and longer sequences refused.
+    """
+    if capacity is not None and _on_one_gpu(model):
+        return GraphDecoding(model, capacity)
     reason = obstacle(model)
     if reason is None:
         return FusedDecoding(FusedModel(model))
     logger.info("decoding through the model's modules: %s", reason)
     return ModuleDecoding(model)
+
+
+def _on_one_gpu(model: Any) -> bool:
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    devices = {tensor.device for tensor in tensors}
+    return len(devices) == 1 and devices.pop().type == "cuda"
 
 
 class FusedDecoding:
