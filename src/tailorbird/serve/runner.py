@@ -8,6 +8,7 @@ all the same, so that memory stays within its bounds.
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -93,7 +94,7 @@ class FusedRunner:
         segments: list[Segment] = []
         rows = []
         most = max(len(piece.sequence.pages) for piece in pieces)
-        table = torch.zeros(len(pieces), most, dtype=torch.int32)
+        table = array("i")
         for number, piece in enumerate(pieces):
             sequence, begin = piece.sequence, len(ids)
             end = piece.start + piece.count
@@ -107,8 +108,9 @@ class FusedRunner:
                 wanted += range(len(ids) - rows[-1], len(ids))
             if sequence.adapter is not None:
                 segments.append(Segment(begin, len(ids), sequence.adapter.adapter))
-            table[number, : len(sequence.pages)] = torch.tensor(sequence.pages, dtype=torch.int32)
-        self.cache.tables = table
+            table.extend(sequence.pages)
+            table.extend([0] * (most - len(sequence.pages)))
+        self.cache.tables = torch.frombuffer(table, dtype=torch.int32).view(len(pieces), most)
         logits = self.model.step(
             torch.tensor(ids),
             torch.tensor(positions, dtype=torch.int32),
