@@ -3,8 +3,8 @@
 Two mixes of random prompts: short ones, with lengths like those of ShareGPT's conversations (log-normal,
 median prompt 60 and answer 100 tokens, cut at 1,024 and 400), and long ones (512 to 2,048 tokens, answers of
 32 to 96). Each is run at saturation, 16 requests at once, and with Poisson arrivals at 60 % of the rate that
-the slowest engine reached then, transformers' left out. Every engine runs in a process and an environment of its
-own (`cpu_peers.py` says how these are made; OpenVINO's needs `openvino-genai` too) at its own 4 bits,
+the slowest engine reached then, transformers' left out. Every engine runs in a process and an environment of
+its own (`cpu_peers.py` says how these are made; OpenVINO's needs `openvino-genai` too) at its own 4 bits,
 transformers in bf16; greedy, two threads, steps of at most 512 tokens. Tokens per second count prompts and
 answers; medians over the rounds.
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tailorbird.plan.budget import Budget
     from tailorbird.plan.predict import Prediction
     from tailorbird.run.generate import Generation
+    from tailorbird.serve.batch import BatchResult
+    from tailorbird.serve.interface import EngineOptions
     from tailorbird.serve.server import Served
 
 
@@ -427,34 +429,79 @@ def serve(
     requests_per_minute : float, optional
         For each key.
     """
-    from tailorbird.model.checkpoint import open_checkpoint
-    from tailorbird.plan.budget import parse_size
-
     _check_device(device)
     _check_serving()
     from tailorbird.serve import server
+
+    options = _engine_options(model, memory, adapters, max_sequences, context, threads)
+    return server.serve(
+        replace(options, adapter_directory=adapter_directory), host, port, keys=keys, queue=queue,
+        timeout=timeout, requests_per_minute=requests_per_minute,
+    )  # fmt: skip
+
+
+def batch(
+    model: str,
+    source: str | Path,
+    output: str | Path,
+    *,
+    adapters: Mapping[str, str] | None = None,
+    memory: str | None = None,
+    max_sequences: int = 64,
+    context: int | None = None,
+    threads: int | None = None,
+    timeout: float = 3600.0,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> BatchResult:
+    """Answer a file of requests in OpenAI's batch format; an interrupted run goes on where it was.
+
+    Parameters
+    ----------
+    model : str
+        Directory, Hugging Face id or ``demo``; requests name it, or an adapter, in their field `model`.
+    source, output : str or Path
+        Lines of JSON; `output` must not exist.
+    adapters, memory, max_sequences, context, threads
+        As in `serve`.
+    timeout : float
+        Seconds that one answer may take.
+    """
+    _check_device(device)
+    _check_serving()
+    from tailorbird.serve.batch import run_batch
+
+    options = _engine_options(model, memory, adapters, max_sequences, context, threads)
+    return run_batch(options, Path(source), Path(output), progress or Silent(), timeout=timeout)
+
+
+def _engine_options(
+    model: str,
+    memory: str | None,
+    adapters: Mapping[str, str] | None,
+    max_sequences: int,
+    context: int | None,
+    threads: int | None,
+) -> EngineOptions:
+    from tailorbird.model.checkpoint import open_checkpoint
+    from tailorbird.plan.budget import parse_size
     from tailorbird.serve.interface import EngineOptions
 
     parameters = open_checkpoint(model).parameters
-    options = EngineOptions(
+    return EngineOptions(
         model=model,
         adapters=dict(adapters or {}),
         memory_bytes=None if memory is None else parse_size(memory, 2 * parameters, parameters),
         max_sequences=max_sequences,
         context=context,
-        adapter_directory=adapter_directory,
         threads=threads,
-    )
-    return server.serve(
-        options, host, port, keys=keys, queue=queue, timeout=timeout, requests_per_minute=requests_per_minute
     )
 
 
 def _check_serving() -> None:
     """Raise `ResourceError` where the packages that only serving needs aren't installed."""
-    missing = [
-        name for name in ("fastapi", "uvicorn", "msgpack", "prometheus_client") if find_spec(name) is None
-    ]
+    needed = ("fastapi", "uvicorn", "msgpack", "prometheus_client", "httpx")
+    missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise ResourceError(
             f"packages that aren't installed: {', '.join(missing)}",

@@ -63,6 +63,14 @@ EXPORT = {
     "notes": ("scales were widened",),
 }
 SERVED = {"url": "http://127.0.0.1:8000", "seconds": 60.0, "generated_tokens": 1234, "restarts": 1}
+BATCH = {
+    "output": "out.jsonl",
+    "requests": 9,
+    "failed": 1,
+    "resumed": 2,
+    "generated_tokens": 1234,
+    "seconds": 60.0,
+}
 METHOD = {
     "name": "gptq",
     "family": "quantize",
@@ -90,6 +98,7 @@ class FakeApi:
             "speed": record(SPEED),
             "generate": record(GENERATION),
             "serve": record(SERVED),
+            "batch": record(BATCH),
             "export": record(EXPORT),
             "methods": [record(METHOD)],
         }

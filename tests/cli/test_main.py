@@ -23,6 +23,7 @@ COMMANDS = {
     "speed": ["speed", "demo"],
     "generate": ["generate", "demo", "hello"],
     "serve": ["serve", "demo"],
+    "batch": ["batch", "demo", "in.jsonl", "out.jsonl"],
     "export": ["export", "out", "--to", "dense", "-o", "dense"],
     "methods": ["methods"],
 }
@@ -108,7 +109,7 @@ def test_an_interruption_exits_130_and_says_whether_work_resumes(command: Any, a
     done = command(*COMMANDS[name])
     assert done.status == 130
     assert done.out == ""
-    assert ("same command resumes" in done.err) == (name in ("fit", "compress"))
+    assert ("same command resumes" in done.err) == (name in ("fit", "compress", "batch"))
 
 
 @each_command

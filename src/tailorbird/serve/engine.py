@@ -34,7 +34,7 @@ from tailorbird.serve.request import Finish, Output, Request
 from tailorbird.serve.runner import FusedRunner, runner_for
 from tailorbird.serve.sampling import Choice, Sampler, choose
 from tailorbird.serve.scheduler import Piece, Scheduler
-from tailorbird.serve.sequence import Sequence
+from tailorbird.serve.sequence import FIRST_LUCK, Sequence
 
 logger = logging.getLogger("tailorbird")
 
@@ -118,7 +118,7 @@ class Engine:
             self.store = AdapterStore(self.runner.model, WARM_BYTES)
         with self._part("adapters", log):
             for name, path in options.adapters.items():
-                self._adapters_of_model().register(name, Path(path))
+                self.adapters_of_model().register(name, Path(path))
         self._sequences: dict[str, list[Sequence]] = {}
         self._arrivals = 0
         self._outputs: list[Output] = []
@@ -271,10 +271,9 @@ class Engine:
         return self.options.speculative and isinstance(self.runner, FusedRunner)
 
     def _draft(self, sequence: Sequence, most: int) -> list[int]:
-        most = min(
-            most, self._left(sequence) - 1, self.pace.worth(sequence.luck, len(self.scheduler.running))
-        )
-        return lookup(sequence.tokens, most)
+        sequence.luck += RECOVERY * (FIRST_LUCK - sequence.luck)
+        worth = self.pace.worth(sequence.luck, len(self.scheduler.running))
+        return lookup(sequence.tokens, min(most, self._left(sequence) - 1, worth))
 
     def _limit(self) -> int:
         return min(self.context, self.pool.pages * self.runner.page_tokens)
@@ -370,9 +369,10 @@ class Engine:
         parent = self._sequences[sequence.request.id][0]
         length = len(sequence.request.prompt)
         full, rest = divmod(length, self.runner.page_tokens)
-        own = self.pool.take(1 if rest else 0) if self.runner.shares_prefixes else None
+        runs = self.runner.shares_prefixes and len(self.scheduler.running) < self.scheduler.max_sequences
+        own = self.pool.take(1 if rest else 0) if runs else None
         if own is None:
-            self.scheduler.add(sequence)  # it reads the prompt again
+            self.scheduler.add(sequence)  # it reads the prompt again, or finds it
             return
         if rest:
             self.runner.copy(parent.pages[full], own[0])
@@ -402,7 +402,7 @@ class Engine:
         CheckpointError
             Files are missing, damaged or pickled, or don't fit the model.
         """
-        store, allowed = self._adapters_of_model(), self.options.adapter_directory
+        store, allowed = self.adapters_of_model(), self.options.adapter_directory
         if allowed is None or not Path(path).resolve().is_relative_to(Path(allowed).resolve()):
             raise SettingsError(
                 f"an adapter in {path}",
@@ -415,13 +415,14 @@ class Engine:
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; requests that run keep it until they end."""
-        self._adapters_of_model().unregister(name)
+        self.adapters_of_model().unregister(name)
 
     def adapters(self) -> list[str]:
         """Names of the adapters."""
         return [] if self.store is None else self.store.names()
 
-    def _adapters_of_model(self) -> AdapterStore:
+    def adapters_of_model(self) -> AdapterStore:
+        """The adapters of a model that can have some; SettingsError where it can't."""
         if self.store is None:
             raise SettingsError(
                 f"an adapter for a model that runs through its modules ({self.runner.note})",
@@ -431,11 +432,11 @@ class Engine:
         return self.store
 
     def _acquire(self, name: str | None) -> Any:
-        return None if name is None else self._adapters_of_model().acquire(name)
+        return None if name is None else self.adapters_of_model().acquire(name)
 
     def _let_go(self, adapter: Any) -> None:
         if adapter is not None:
-            self._adapters_of_model().release(adapter)
+            self.adapters_of_model().release(adapter)
 
     def embed(self, ids: Many[int], adapter: str | None = None) -> list[float]:
         """The mean of what leaves the last norm for each token of a text, with length 1.

@@ -1,0 +1,84 @@
+"""`tailorbird batch`: answer a file of requests."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tailorbird.cli import options
+from tailorbird.cli.output import plain, print_facts, print_json, working
+from tailorbird.cli.serve import parse_adapters
+from tailorbird.report.table import duration_text
+
+EXAMPLE = "Example: tailorbird batch out/demo requests.jsonl answers.jsonl"
+
+
+def batch(
+    model: options.Model,
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="Requests in OpenAI's batch format, a line of JSON each.")
+    ],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="Where the answers go, a line of JSON each.")],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter", metavar="NAME=DIR", help="An adapter that requests ask for by NAME; may be repeated."
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory", metavar="SIZE", help="For weights, keys and values together, such as 4GiB or 60%."
+        ),
+    ] = None,
+    max_sequences: Annotated[
+        int, typer.Option("--max-sequences", metavar="N", min=1, help="Sequences that run at a time.")
+    ] = 64,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context", metavar="N", min=2, help="Most tokens of prompt and answer; else the model's limit."
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads; all cores if not given.")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option("--timeout", metavar="SECONDS", min=1, help="Most time for one answer.")
+    ] = 3600.0,
+    json: options.Json = False,
+    seed: options.IdleSeed = 0,
+    device: options.Device = "cpu",
+) -> None:
+    """Answer a file of requests, in an order that suits the machine; repeat it to go on after a kill."""
+    from tailorbird import api
+
+    with working() as progress:
+        result = api.batch(
+            model,
+            source,
+            output,
+            adapters=parse_adapters(adapter or []),
+            memory=memory,
+            max_sequences=max_sequences,
+            context=context,
+            threads=threads,
+            timeout=timeout,
+            device=device,
+            progress=progress,
+        )
+    fields = plain(result)
+    if json:
+        print_json(fields)
+        return
+    print_facts(
+        [
+            ("answers", fields["output"]),
+            ("requests", str(fields["requests"])),
+            ("failed", str(fields["failed"])),
+            ("answered before", str(fields["resumed"])),
+            ("tokens written", str(fields["generated_tokens"])),
+            ("took", duration_text(fields["seconds"])),
+        ]
+    )
