@@ -61,22 +61,32 @@ class Entry:
 
 
 class Process:
-    """A running engine."""
+    """An engine in a process and an environment of its own, which answers lines with lines.
 
-    def __init__(self, entry: Entry, python: str) -> None:
+    Parameters
+    ----------
+    entry : Entry
+    python : str
+        Interpreter of its environment.
+    script : str
+        The file beside this one that it runs, with engine and path, and whatever follows.
+    """
+
+    def __init__(self, entry: Entry, python: str, script: str, *arguments: str) -> None:
         self.entry = entry
         self.process = subprocess.Popen(
-            [python, str(HERE / "peer_child.py"), entry.engine, entry.path],
+            [python, str(HERE / script), entry.engine, entry.path, *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"},
         )  # fmt: skip
         self._answer()
 
-    def seconds(self, order: str) -> float:
+    def ask(self, line: str) -> str:
+        """Its answer to a line."""
         assert self.process.stdin is not None
-        self.process.stdin.write(order + "\n")
+        self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
-        return float(self._answer())
+        return self._answer()
 
     def _answer(self) -> str:
         assert self.process.stdout is not None
@@ -86,6 +96,7 @@ class Process:
         return line
 
     def end(self) -> None:
+        """Let it go, and wait until it is gone."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
@@ -141,13 +152,13 @@ def run(command: list[str]) -> None:
 
 def measure(entries: list[Entry], python: dict[str, str], rounds: int) -> dict[str, dict[str, list[float]]]:
     """Tokens per second of every engine and order, round by round in turns."""
-    processes = [Process(entry, python[entry.engine]) for entry in entries]
+    processes = [Process(entry, python[entry.engine], "peer_child.py") for entry in entries]
     rates: dict[str, dict[str, list[float]]] = {e.name: {order: [] for order in ORDERS} for e in entries}
     try:
         for number in range(rounds + 1):
             for order, (text, tokens) in ORDERS.items():
                 for process in processes if number % 2 else reversed(processes):
-                    seconds = process.seconds(text)
+                    seconds = float(process.ask(text))
                     if number:  # the first round warms up
                         rates[process.entry.name][order].append(tokens / seconds)
     finally:

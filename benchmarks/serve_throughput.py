@@ -16,10 +16,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import random
 import statistics
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cpu_peers import Entry, installed_version, prepare, pythons
+from cpu_peers import Entry, Process, installed_version, prepare, pythons
 from cpu_speed import SIZES, read_bandwidth
 from machine import add_quiet_option, require_quiet, write_result
 
@@ -73,36 +71,9 @@ def arriving(load: Load, per_second: float, rng: random.Random) -> Load:
     return found
 
 
-class Process:
-    """A running engine."""
-
-    def __init__(self, entry: Entry, python: str) -> None:
-        self.entry = entry
-        self.process = subprocess.Popen(
-            [python, str(HERE / "serve_child.py"), entry.engine, entry.path, str(SEQUENCES)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"},
-        )  # fmt: skip
-        self._answer()
-
-    def run(self, load: Load, most: int) -> list[list[float]]:
-        """Times of every request's tokens."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([load, most]) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self._answer())
-
-    def _answer(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.entry.name} ended with status {self.process.wait()}")
-        return line
-
-    def end(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+def served(process: Process, load: Load) -> list[list[float]]:
+    """Times of every request's tokens."""
+    return json.loads(process.ask(json.dumps([load, SEQUENCES])))
 
 
 def summarize(load: Load, times: list[list[float]]) -> dict[str, float]:
@@ -127,10 +98,10 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Every engine, mix and way of arriving; each round every engine gets the same requests."""
     rows = []
-    processes = [Process(entry, python[entry.engine]) for entry in entries]
+    processes = [Process(entry, python[entry.engine], "serve_child.py", str(SEQUENCES)) for entry in entries]
     try:
         for process in processes:
-            process.run(short_mix(SEQUENCES, random.Random(0)), SEQUENCES)  # warms up
+            served(process, short_mix(SEQUENCES, random.Random(0)))  # warms up
         for mix, make in MIXES.items():
             slowest = None
             for way in ("saturation", "arrivals"):
@@ -143,7 +114,7 @@ def measure(
                     if slowest is not None:
                         load = arriving(load, ARRIVALS * slowest, rng)
                     for process in present if number % 2 else reversed(present):
-                        runs[process.entry.name].append(summarize(load, process.run(load, SEQUENCES)))
+                        runs[process.entry.name].append(summarize(load, served(process, load)))
                 for process in present:
                     found = runs[process.entry.name]
                     median = {key: statistics.median(run[key] for run in found) for key in found[0]}

@@ -221,10 +221,8 @@ def test_guesses_are_checked_many_at_once(tmp_path: Path) -> None:
     run.run()
     tokens, _ = alone(made, (1, 2, 3) * 8, 90)
     assert run.tokens["a", 0] == tokens
-    repeats = len(set(tokens[-40:])) < 20  # a random model soon repeats itself
     assert made.stats()["drafted_tokens"] > 0
-    if repeats:
-        assert made.stats()["accepted_tokens"] > 0
+    assert made.stats()["accepted_tokens"] > 0  # this model soon repeats itself
 
 
 def test_prompts_that_begin_alike_are_read_once_and_only_for_their_tenant(tmp_path: Path) -> None:

@@ -20,33 +20,12 @@ def batch(
         str, typer.Argument(metavar="IN", help="Requests in OpenAI's batch format, a line of JSON each.")
     ],
     output: Annotated[str, typer.Argument(metavar="OUT", help="Where the answers go, a line of JSON each.")],
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter", metavar="NAME=DIR", help="An adapter that requests ask for by NAME; may be repeated."
-        ),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            "--memory", metavar="SIZE", help="For weights, keys and values together, such as 4GiB or 60%."
-        ),
-    ] = None,
-    max_sequences: Annotated[
-        int, typer.Option("--max-sequences", metavar="N", min=1, help="Sequences that run at a time.")
-    ] = 64,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            "--context", metavar="N", min=2, help="Most tokens of prompt and answer; else the model's limit."
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads; all cores if not given.")
-    ] = None,
-    timeout: Annotated[
-        float, typer.Option("--timeout", metavar="SECONDS", min=1, help="Most time for one answer.")
-    ] = 3600.0,
+    adapter: options.Adapters = None,
+    memory: options.ServingMemory = None,
+    max_sequences: options.MaxSequences = 64,
+    context: options.ServingContext = None,
+    threads: options.Threads = None,
+    timeout: options.Timeout = 3600.0,
     json: options.Json = False,
     seed: options.IdleSeed = 0,
     device: options.Device = "cpu",

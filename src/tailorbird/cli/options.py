@@ -74,6 +74,33 @@ AllowSlower = Annotated[
         help="Accept a result that decodes slower than its source here; else it is refused.",
     ),
 ]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter", metavar="NAME=DIR", help="An adapter that is asked for by NAME; may be repeated."
+    ),
+]
+ServingMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory", metavar="SIZE", help="For weights, keys and values together, such as 4GiB or 60%."
+    ),
+]
+MaxSequences = Annotated[
+    int, typer.Option("--max-sequences", metavar="N", min=1, help="Sequences that run at a time.")
+]
+ServingContext = Annotated[
+    int | None,
+    typer.Option(
+        "--context", metavar="N", min=2, help="Most tokens of prompt and answer; else the model's limit."
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads; all cores if not given.")
+]
+Timeout = Annotated[
+    float, typer.Option("--timeout", metavar="SECONDS", min=1, help="Most time for one answer.")
+]
 Resume = Annotated[
     bool,
     typer.Option(

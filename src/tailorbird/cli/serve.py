@@ -35,12 +35,7 @@ def serve(
             help=f"A key that lets clients in; may be repeated. Also taken from {KEY_VARIABLE}.",
         ),
     ] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter", metavar="NAME=DIR", help="An adapter that clients ask for by NAME; may be repeated."
-        ),
-    ] = None,
+    adapter: options.Adapters = None,
     adapter_directory: Annotated[
         str | None,
         typer.Option(
@@ -49,33 +44,14 @@ def serve(
             help="Where clients may load adapters from; without it they may load none.",
         ),
     ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            "--memory", metavar="SIZE", help="For weights, keys and values together, such as 4GiB or 60%."
-        ),
-    ] = None,
-    max_sequences: Annotated[
-        int, typer.Option("--max-sequences", metavar="N", min=1, help="Sequences that run at a time.")
-    ] = 64,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            "--context",
-            metavar="N",
-            min=2,
-            help="Most tokens of prompt and answer; else the model's limit.",
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads; all cores if not given.")
-    ] = None,
+    memory: options.ServingMemory = None,
+    max_sequences: options.MaxSequences = 64,
+    context: options.ServingContext = None,
+    threads: options.Threads = None,
     queue: Annotated[
         int, typer.Option("--queue", metavar="N", min=0, help="Answers that may wait beside those that run.")
     ] = 256,
-    timeout: Annotated[
-        float, typer.Option("--timeout", metavar="SECONDS", min=1, help="Most time for one answer.")
-    ] = 600.0,
+    timeout: options.Timeout = 600.0,
     requests_per_minute: Annotated[
         float | None,
         typer.Option("--requests-per-minute", metavar="N", min=1, help="Most requests of each key."),
