@@ -44,8 +44,10 @@ TARGETS = {
 ZIPF = 1.0
 
 
-def write_adapter(folder: Path, source: Path, rank: int, targets: Sequence[str], seed: int) -> Path:
-    """A random LoRA adapter in PEFT's layout."""
+def write_adapter(
+    folder: Path, source: Path, rank: int, targets: Sequence[str], seed: int, deviation: float = 0.02
+) -> Path:
+    """A random LoRA adapter in PEFT's layout; `deviation` is that of each of its numbers."""
     config = json.loads((source / "config.json").read_text())
     width, inner = config["hidden_size"], config["intermediate_size"]
     keys = width // config["num_attention_heads"] * config["num_key_value_heads"]
@@ -57,7 +59,7 @@ def write_adapter(folder: Path, source: Path, rank: int, targets: Sequence[str],
             out, n = shapes[target.split(".")[1].removesuffix("_proj")]
             prefix = f"base_model.model.model.layers.{block}.{target}"
             for part, shape in (("lora_A", (rank, n)), ("lora_B", (out, rank))):
-                noise = torch.randn(shape, generator=generator, dtype=torch.float32) * 0.02
+                noise = torch.randn(shape, generator=generator, dtype=torch.float32) * deviation
                 tensors[f"{prefix}.{part}.weight"] = noise.bfloat16()
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors")

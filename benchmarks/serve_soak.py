@@ -41,6 +41,23 @@ PROMPTS = (
     "for i in range(",
     "return [x for x in",
 )
+MOST_TOKENS = 8
+#: Of the numbers in adapters: large enough for each of them to say something else.
+DEVIATION = 0.3
+#: What clients do: how often of a hundred times, and the statuses that may come of it.
+KINDS = {
+    "plain": (45, {200}),
+    "sampled": (15, {200}),
+    "adapter": (15, {200, 404}),  # 404 while it isn't loaded
+    "whole stream": (10, {200}),
+    "hang up": (5, {200}),
+    "load": (1, {200}),
+    "unload": (1, {200, 404}),
+    "no JSON": (2, {400}),
+    "beyond the context": (2, {400}),
+    "unknown model": (2, {404}),
+    "negative limit": (2, {400}),
+}
 
 
 def memory_of(process: int) -> int:
@@ -64,6 +81,8 @@ class Soak:
         self.until = time.monotonic() + 60 * minutes
         self.sent = 0
         self.outcomes: Counter[str] = Counter()
+        self.unexpected: Counter[str] = Counter()
+        self.answers: dict[str, list[str]] = {}
         self.restarts: list[float] = []
         self.memory: list[tuple[float, int]] = []
         self.began = time.monotonic()
@@ -81,44 +100,88 @@ class Soak:
                 try:
                     await self.one(http, rng)
                 except httpx.HTTPError as error:
-                    self.outcomes[f"client: {type(error).__name__}"] += 1
+                    self.unexpected[f"client: {type(error).__name__}"] += 1
 
     async def one(self, http: httpx.AsyncClient, rng: random.Random) -> None:
-        """One request."""
+        """One request of some kind; what came of it is counted, and so is what shouldn't have."""
+        kind = rng.choices(list(KINDS), [share for share, _ in KINDS.values()])[0]
         body: dict[str, Any] = {
-            "model": "demo", "prompt": rng.choice(PROMPTS) * rng.randrange(1, 4),
-            "max_tokens": rng.randrange(1, 9), "temperature": rng.choice([0, 0.8]),
+            "model": "demo", "prompt": rng.choice(PROMPTS), "max_tokens": rng.randrange(1, MOST_TOKENS + 1),
+            "temperature": 0,
         }  # fmt: skip
-        kind = rng.random()
-        if kind < 0.02:
-            answer = await http.post("/v1/completions", content=b"{nonsense \xff")
-        elif kind < 0.04:
-            answer = await http.post("/v1/completions", json=body | {"prompt": "x = 1\n" * 2000})
-        elif kind < 0.06:
-            answer = await http.post("/v1/completions", json=body | {"model": "nobody"})
-        elif kind < 0.08:
-            answer = await http.post("/v1/completions", json=body | {"max_tokens": -1})
-        elif kind < 0.09:
-            path = str(rng.choice(self.adapters))
-            route = rng.choice(["load", "load", "unload"])
-            name = {"lora_name": f"a{rng.randrange(3)}", "lora_path": path}
-            answer = await http.post(f"/v1/{route}_lora_adapter", json=name)
-        elif kind < 0.14:
-            await self.hang_up(http, body)
+        if kind in ("whole stream", "hang up"):
+            await self.stream(http, body, leaves=kind == "hang up")
             return
-        elif kind < 0.3:
-            body["model"] = f"a{rng.randrange(3)}"
-            answer = await http.post("/v1/completions", json=body)
-        else:
-            answer = await http.post("/v1/completions", json=body)
-        self.outcomes[str(answer.status_code)] += 1
+        match kind:
+            case "no JSON":
+                answer = await http.post("/v1/completions", content=b"{nonsense \xff")
+            case "load" | "unload":
+                name = {"lora_name": f"a{rng.randrange(3)}", "lora_path": str(rng.choice(self.adapters))}
+                if kind == "load":
+                    name["load_inplace"] = True
+                answer = await http.post(f"/v1/{kind}_lora_adapter", json=name)
+            case "beyond the context":
+                answer = await http.post("/v1/completions", json=body | {"prompt": "x = 1\n" * 2000})
+            case "unknown model":
+                answer = await http.post("/v1/completions", json=body | {"model": "nobody"})
+            case "negative limit":
+                answer = await http.post("/v1/completions", json=body | {"max_tokens": -1})
+            case "adapter":
+                answer = await http.post("/v1/completions", json=body | {"model": f"a{rng.randrange(3)}"})
+                if answer.status_code == 200:
+                    self.compare_adapter(body["prompt"], answer.json()["choices"][0]["text"])
+            case "sampled":
+                answer = await http.post("/v1/completions", json=body | {"temperature": 0.8})
+            case _:
+                answer = await http.post("/v1/completions", json=body)
+                if answer.status_code == 200:
+                    self.compare(body["prompt"], answer.json()["choices"][0]["text"])
+        self.outcomes[f"{kind}: {answer.status_code}"] += 1
+        if answer.status_code not in KINDS[kind][1]:
+            self.unexpected[f"{kind}: {answer.status_code} {answer.text[:200]}"] += 1
 
-    async def hang_up(self, http: httpx.AsyncClient, body: dict[str, Any]) -> None:
-        """Leave a stream after its first event."""
+    async def stream(self, http: httpx.AsyncClient, body: dict[str, Any], leaves: bool) -> None:
+        """Read a stream to its end, which is `[DONE]` or an error event, or leave after its first event."""
+        text, last = "", ""
         async with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
-            async for _ in answer.aiter_lines():
-                break
-        self.outcomes["hung up"] += 1
+            async for line in answer.aiter_lines():
+                if leaves:
+                    self.outcomes["hung up"] += 1
+                    return
+                if line.startswith("data: "):
+                    last = line.removeprefix("data: ")
+                    if last.startswith('{"id"') and (choices := json.loads(last)["choices"]):
+                        text += choices[0]["text"]
+        if last == "[DONE]":
+            self.outcomes["whole stream: done"] += 1
+            self.compare(body["prompt"], text)
+        elif '"error"' in last:
+            self.outcomes["whole stream: error event"] += 1
+        else:
+            self.unexpected[f"a stream that ends with {last[:200]!r}"] += 1
+
+    def compare(self, prompt: str, text: str) -> None:
+        """The model without adapter says the same always, however far."""
+        if not self.answers[prompt][0].startswith(text):
+            self.unexpected[f"{text!r} after {prompt!r}, where it was {self.answers[prompt][0]!r}"] += 1
+
+    def compare_adapter(self, prompt: str, text: str) -> None:
+        """An adapter says what one of the directories says that its name may stand for."""
+        if not any(known.startswith(text) for known in self.answers[prompt][1:]):
+            self.unexpected[f"{text!r} of an adapter after {prompt!r}"] += 1
+
+    async def learn(self) -> None:
+        """What the model says, and then what each adapter says, to every prompt."""
+        async with httpx.AsyncClient(base_url=self.url, timeout=60) as http:
+            names = ["demo"]
+            for number, path in enumerate(self.adapters):
+                names.append(f"known{number}")
+                loaded = {"lora_name": names[-1], "lora_path": str(path)}
+                (await http.post("/v1/load_lora_adapter", json=loaded)).raise_for_status()
+            for prompt in PROMPTS:
+                body = {"prompt": prompt, "max_tokens": MOST_TOKENS, "temperature": 0}
+                answers = [await http.post("/v1/completions", json=body | {"model": name}) for name in names]
+                self.answers[prompt] = [answer.json()["choices"][0]["text"] for answer in answers]
 
     async def killer(self) -> None:
         """Kill the engine now and then, and see how long it takes until it is ready again."""
@@ -150,6 +213,7 @@ class Soak:
                 continue  # the engine has just been killed
 
     async def run(self, clients: int) -> None:
+        await self.learn()
         await asyncio.gather(self.killer(), self.watcher(), *(self.client(n) for n in range(clients)))
 
 
@@ -167,10 +231,10 @@ def main() -> None:
         folder = Path(name)
         source = locate(arguments.model)
         targets = ("self_attn.q_proj", "self_attn.v_proj")
-        adapters = [write_adapter(folder / str(n), Path(source), 4, targets, n) for n in range(4)]
+        adapters = [write_adapter(folder / str(n), Path(source), 4, targets, n, DEVIATION) for n in range(4)]
         log = (folder / "log").open("w+")
         server = subprocess.Popen(
-            [sys.executable, "-m", "tailorbird", "serve", arguments.model, "--port", "0",
+            [str(Path(sys.executable).with_name("tailorbird")), "serve", arguments.model, "--port", "0",
              "--adapter-directory", str(folder)],
             stderr=log,
         )  # fmt: skip
@@ -188,7 +252,10 @@ def main() -> None:
     warm = [total for at, total in soak.memory if at >= min(WARM_UP, 20 * arguments.minutes)]
     third = max(1, len(warm) // 3)
     growth = sum(warm[-third:]) / sum(warm[:third]) - 1
-    console.print(f"{soak.sent} requests in {seconds:.0f} s: {dict(soak.outcomes)}")
+    told = sum(len(set(answers)) for answers in soak.answers.values()) / len(soak.answers)
+    console.print(f"{soak.sent} requests in {seconds:.0f} s: {dict(sorted(soak.outcomes.items()))}")
+    console.print(f"{soak.unexpected.total()} went wrong: {dict(soak.unexpected.most_common(10))}")
+    console.print(f"model and adapters gave {told:.1f} different answers to a prompt")
     console.print(
         f"engine killed {len(soak.restarts)} times, ready after {max(soak.restarts, default=0):.1f} s"
     )
@@ -197,6 +264,7 @@ def main() -> None:
         arguments.name,
         {
             "requests": soak.sent, "seconds": seconds, "outcomes": dict(soak.outcomes),
+            "unexpected": dict(soak.unexpected), "different_answers_to_a_prompt": told,
             "ready_again_seconds": soak.restarts, "memory": soak.memory, "growth": growth,
             "exit_status": status,
         },

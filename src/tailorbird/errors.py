@@ -61,6 +61,10 @@ class SettingsError(UserError):
     """An option, recipe, plan or method setting is unknown, out of range or in conflict."""
 
 
+class UnknownAdapter(SettingsError):
+    """No adapter has this name, or has it any longer."""
+
+
 class BudgetError(UserError):
     """The budget can't be met, or already is."""
 

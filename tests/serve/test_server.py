@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,22 @@ def test_a_killed_engine_ends_streams_with_an_error_and_is_replaced(server: Runn
         again = client.post("/v1/completions", json={"model": "demo", "prompt": "x = 1"})
         assert again.json()["choices"][0]["text"] == "x = 1"
         assert client.get("/health/ready").status_code == 200
+
+
+def test_an_answer_of_which_nothing_was_sent_is_written_anew_by_the_next_engine(server: Running) -> None:
+    header = {"Authorization": "Bearer secret"}
+    body = {"model": "demo", "prompt": "x", "ignore_eos": True, "max_tokens": 400}
+    with (
+        httpx.Client(base_url=server.url, headers=header, timeout=20) as client,
+        ThreadPoolExecutor() as pool,
+    ):
+        answer = pool.submit(lambda: client.post("/v1/completions", json=body).json())
+        while not (status := client.get("/status").json())["stats"].get("running"):
+            pass
+        os.kill(status["info"]["process"], signal.SIGKILL)
+        whole = answer.result()
+    assert whole["choices"][0]["text"] == "x" * 400
+    assert whole["usage"]["completion_tokens"] == 400
 
 
 def test_a_stop_lets_running_answers_end_and_takes_no_new_ones(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_killed_engine_ends_what_had_begun_and_repeats_the_rest() -> None:
             with pytest.raises(EngineError):
                 await supervisor.embed([1], None)
             rest = [output async for output in begun]
-        assert rest[-1].finish == "error"
+        assert rest[-1].finish == "lost"
         assert "signal 9" in (rest[-1].error or "")
         outputs = await waiting
         assert sum((output.tokens for output in outputs), ()) == (7, 8, 9)

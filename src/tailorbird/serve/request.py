@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from tailorbird.errors import SettingsError
 
-#: Why a sequence ended: a stop token, `max_tokens` (or the context), the client's wish, or a failure.
-Finish = Literal["stop", "length", "cancelled", "error"]
+#: Why a sequence ended: a stop token, `max_tokens` (or the context), the client's wish, a failure, or the
+#: death of its engine, which wasn't its fault as far as is known.
+Finish = Literal["stop", "length", "cancelled", "error", "lost"]
 
 GRAMMAR_KINDS = ("json", "json_schema", "regex", "ebnf")
 

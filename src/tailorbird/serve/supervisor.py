@@ -1,7 +1,8 @@
 """The engine's process, as the HTTP process sees it: started, asked, watched, and started again when it dies.
 
 Requests that have sent nothing yet survive the engine: they are submitted again to the next one. Those whose
-text has begun end with an error, because another engine's continuation needn't fit what was sent.
+text has begun end as lost, because another engine's continuation needn't fit what was sent; whoever hasn't
+passed it on can ask again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from tailorbird.errors import EngineError, TailorbirdError
 from tailorbird.serve.interface import ENGINE, EngineOptions
-from tailorbird.serve.request import Output, Request
+from tailorbird.serve.request import Finish, Output, Request
 from tailorbird.serve.wire import WireError, error_from_wire, pack, read_messages
 
 #: How many engines a request may outlive; one that ended so many is taken for the cause.
@@ -362,8 +363,10 @@ class Supervisor:
                 answer.set_exception(_stopped(reason))
         for id, pending in list(self._pending.items()):
             if not keep or pending.begun or pending.attempts >= MOST_ATTEMPTS:
+                again = keep and pending.attempts < MOST_ATTEMPTS
                 for index in sorted(pending.open):
-                    pending.outputs.put_nowait(Output(id, index, finish="error", error=reason))
+                    finish: Finish = "lost" if again else "error"
+                    pending.outputs.put_nowait(Output(id, index, finish=finish, error=reason))
                 pending.open.clear()
                 del self._pending[id]
 

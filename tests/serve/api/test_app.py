@@ -246,6 +246,10 @@ def test_adapters_come_only_from_the_directory_that_is_allowed(
     assert open_.post(load, {"lora_name": "x", "lora_path": "good"}).status_code == 200
     assert open_.engine.names["x"] == str((allowed / "good").resolve())
     assert "x" in [one["id"] for one in open_.get("/v1/models").json()["data"]]
+    assert open_.post(load, {"lora_name": "x", "lora_path": "good"}).status_code == 409
+    again = {"lora_path": "good", "load_inplace": True}
+    assert open_.post(load, again | {"lora_name": "x"}).status_code == 200
+    assert open_.post(load, again | {"lora_name": "demo"}).status_code == 409
     assert open_.post(unload, {"lora_name": "x"}).status_code == 200
     assert open_.post(unload, {"lora_name": "x"}).status_code == 404
     assert open_.post(unload, {"lora_name": "demo"}).status_code == 400

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from tailorbird.errors import ResourceError, SettingsError
+from tailorbird.errors import ResourceError, SettingsError, UnknownAdapter
 from tailorbird.kernels.adapters import Adapter, LinearAdapter
 from tailorbird.run.parts import PlacedLinear
 from tailorbird.serve.adapters.kinds import open_adapter, read_linears
@@ -152,7 +152,7 @@ class AdapterStore:
         return version.record.number
 
     def unregister(self, name: str) -> None:
-        """Forget a name and its versions; requests that run keep theirs. SettingsError if it is unknown."""
+        """Forget a name and its versions; requests that run keep theirs. UnknownAdapter if it is unknown."""
         with self._lock:
             self._served(name)
             self._let_go(self._names.pop(name))
@@ -236,7 +236,7 @@ class AdapterStore:
             return sorted(self._names)
 
     def version(self, name: str) -> int:
-        """Number of the version that is served; SettingsError if the name is unknown."""
+        """Number of the version that is served; UnknownAdapter if the name is unknown."""
         with self._lock:
             return self._served(name).record.number
 
@@ -312,7 +312,7 @@ class AdapterStore:
     def _served(self, name: str) -> _Version:
         """With the lock held."""
         if name not in self._names:
-            raise SettingsError(
+            raise UnknownAdapter(
                 f"no adapter is called {name[:200]!r}",
                 "the name of a registered one",
                 "register it, or choose another",  # no list: not everybody may know others' names

@@ -153,11 +153,14 @@ async def _respond(http: Request, body: Generating, generation: Generation, shap
     """The answer, whole or as a stream; a refusal by the engine comes before the stream begins."""
     facts = http.state.facts
     facts["model"] = body.model
-    pieces = _telling(generation, facts)
     if body.stream:
+        pieces = _telling(generation, facts)
         first = await unless_gone(http.receive, _first(pieces))
         return EventStream(_chunks(first, pieces, generation, shape, _wants_usage(body)), facts)
-    found = await unless_gone(http.receive, _all(pieces))
+    try:
+        found = await unless_gone(http.receive, generation.whole())
+    finally:
+        _tell(generation, facts)
     return JSONResponse(shape.whole(found, generation.usage()))
 
 
@@ -168,17 +171,16 @@ async def _telling(generation: Generation, facts: dict[str, Any]) -> AsyncGenera
             async for piece in pieces:
                 yield piece
     finally:
-        facts["prompt_tokens"] = generation.prompt_tokens
-        facts["completion_tokens"] = generation.completion_tokens
+        _tell(generation, facts)
+
+
+def _tell(generation: Generation, facts: dict[str, Any]) -> None:
+    facts["prompt_tokens"] = generation.prompt_tokens
+    facts["completion_tokens"] = generation.completion_tokens
 
 
 async def _first(pieces: AsyncGenerator[Piece, None]) -> Piece:
     return await anext(pieces)
-
-
-async def _all(pieces: AsyncGenerator[Piece, None]) -> list[Piece]:
-    async with aclosing(pieces):
-        return [piece async for piece in pieces]
 
 
 async def _chunks(
@@ -269,7 +271,8 @@ async def load_adapter(body: LoadAdapterRequest, http: Request) -> Response:
     service = _service(http)
     service.check_open()
     path = allowed_path(service.adapter_directory, body.lora_path)
-    if body.lora_name in service.models():
+    taken = [service.name] if body.load_inplace else service.models()
+    if body.lora_name in taken:
         raise ApiError(409, f"`{body.lora_name}` is served already", "name_taken", "lora_name")
     await service.supervisor.load_adapter(body.lora_name, str(path))
     return JSONResponse({"loaded": body.lora_name, "models": service.models()})

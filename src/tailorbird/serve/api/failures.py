@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tailorbird.errors import EngineError, TailorbirdError, UserError
+from tailorbird.errors import EngineError, TailorbirdError, UnknownAdapter, UserError
 
 #: What the log calls the status of a client that left before its answer was complete.
 CLIENT_GONE = 499
@@ -58,6 +58,10 @@ class ApiError(Exception):
         }
 
 
+class EngineLost(ApiError):
+    """The engine died in the middle of an answer; the next one may be asked for it."""
+
+
 def _kind(status: int) -> str:
     """What OpenAI calls errors with this status."""
     named = {
@@ -80,7 +84,9 @@ def too_late(seconds: float) -> ApiError:
 
 
 def from_error(error: TailorbirdError) -> ApiError:
-    """A user's mistake is 400, an engine that isn't there 503, anything else 500."""
+    """400 for a user's mistake, 404 for an adapter that has gone, 503 for an engine that has, else 500."""
+    if isinstance(error, UnknownAdapter):
+        return ApiError(404, str(error), "model_not_found", "model")
     if isinstance(error, UserError):
         return ApiError(400, str(error), "invalid_value")
     if isinstance(error, EngineError):

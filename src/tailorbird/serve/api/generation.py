@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tailorbird.errors import SettingsError, TailorbirdError
-from tailorbird.serve.api.failures import ApiError, busy, too_late
+from tailorbird.serve.api.failures import ApiError, EngineLost, busy, too_late
 from tailorbird.serve.api.metrics import Metrics
 from tailorbird.serve.api.text import TextOut, Texts
 from tailorbird.serve.request import Output, Request, Sampling, TokenLogprob
-from tailorbird.serve.supervisor import Supervisor
+from tailorbird.serve.supervisor import MOST_ATTEMPTS, Supervisor
 
 T = TypeVar("T")
 
@@ -220,24 +220,56 @@ class Generation:
         ]
         service.check_room(len(prompts) * n)
 
+    async def whole(self) -> list[Piece]:
+        """All pieces; where an engine dies, the next one writes them anew. Raises as `pieces`."""
+        for attempt in range(1, MOST_ATTEMPTS + 1):
+            try:
+                async with contextlib.aclosing(self._attempt(again=attempt > 1)) as pieces:
+                    return [piece async for piece in pieces]
+            except EngineLost:
+                if attempt == MOST_ATTEMPTS:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Text as it comes; closing the iterator early cancels the rest.
 
+        Should the engine die before there was any, the next one is asked.
+
         Raises
         ------
+        EngineLost
+            The engine died.
         ApiError
-            500 or 503 where the engine failed, 504 where it took too long.
+            503 where the engine failed, 504 where it took too long.
         TailorbirdError
             What the engine refused the request with.
         """
+        for attempt in range(1, MOST_ATTEMPTS + 1):
+            sent = False
+            try:
+                async with contextlib.aclosing(self._attempt(again=attempt > 1)) as pieces:
+                    async for piece in pieces:
+                        sent = True
+                        yield piece
+                return
+            except EngineLost:
+                if sent or attempt == MOST_ATTEMPTS:
+                    raise
+
+    async def _attempt(self, again: bool) -> AsyncGenerator[Piece, None]:
+        """What one engine writes; raises as `pieces`."""
         service, metrics = self._service, self._service.metrics
-        for request in self._requests:
-            metrics.submitted(len(request.prompt), request.adapter)
+        self.completion_tokens = self.cached_tokens = 0
+        if not again:
+            for request in self._requests:
+                metrics.submitted(len(request.prompt), request.adapter)
         numbers = {request.id: number for number, request in enumerate(self._requests)}
         open = {choice: _Continuation(service.texts, self._stops) for choice in range(len(numbers) * self.n)}
         cached = dict.fromkeys(numbers, 0)
         observe = metrics.clock(self.arrived)
-        deadline = asyncio.get_running_loop().time() + service.timeout
+        waited = time.monotonic() - self.arrived
+        deadline = asyncio.get_running_loop().time() + service.timeout - waited
         outcome = "cancelled"
         try:
             async with contextlib.aclosing(service.supervisor.submit(*self._requests)) as outputs:
@@ -248,6 +280,9 @@ class Generation:
                     choice = numbers[output.id] * self.n + output.index
                     if choice not in open:
                         continue  # it met a stop string, and others of the same request go on
+                    if output.finish == "lost":
+                        outcome = "lost"
+                        raise EngineLost(503, output.error or "the engine died", "engine_error")
                     if output.finish == "error":
                         outcome = "error"
                         raise ApiError(503, output.error or "the engine failed", "engine_error")

@@ -317,6 +317,7 @@ class LoadAdapterRequest(Schema):
 
     lora_name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")
     lora_path: str = Field(min_length=1, max_length=4096)
+    load_inplace: bool = False
 
 
 class UnloadAdapterRequest(Schema):
