@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from compressed import save_compressed
 from tailorbird.formats.packed import IntegerCoding
 from tailorbird.kernels import native
-from tailorbird.kernels.adapters import Adapter, LinearAdapter, Segment
+from tailorbird.kernels.adapters import Adapter, LinearAdapter, Segment, TiledRows
 from tailorbird.model.layout import ModelLayout
 from tailorbird.model.load import load
 from tailorbird.run.fused import FusedModel
@@ -91,9 +91,19 @@ def change(kind: str, dense: Any, paths: dict[tuple[int, str], str], rank: int =
                 return LinearAdapter(inputs=inputs, outputs=None if inputs is not None else outputs)
             case "bias":
                 return LinearAdapter(bias=bias)
+            case "core":
+                return LinearAdapter(down, Shared(up.bfloat16()), 0.3, core=normal(own, own))
         return LinearAdapter(down.bfloat16(), up, -0.4, inputs, outputs, bias)
 
     return {place: linear(place[1], dense.get_submodule(path)) for place, path in paths.items()}
+
+
+class Shared(TiledRows):
+    """Remembers its matrix."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__(matrix)
+        self.matrix = matrix
 
 
 class Adapted(nn.Module):
@@ -113,7 +123,9 @@ class Adapted(nn.Module):
             adapter = self.adapters[owner] if owner >= 0 else LinearAdapter()
             weight, bias = self.weight, self.bias
             if adapter.down is not None and adapter.up is not None:
-                weight = weight + adapter.scale * (adapter.up.double() @ adapter.down.double())
+                up = adapter.up.matrix if isinstance(adapter.up, Shared) else adapter.up
+                up = up.double() if adapter.core is None else up.double() @ adapter.core.double()
+                weight = weight + adapter.scale * (up @ adapter.down.double())
             if adapter.outputs is not None:
                 weight = adapter.outputs.double()[:, None] * weight
             if adapter.inputs is not None:
@@ -200,7 +212,16 @@ def test_low_rank_adapters_on_all_linears_agree_with_the_modules(architecture: s
 def test_adapters_of_all_kinds_share_a_batch(architecture: str, seed: int, tmp_path: Path) -> None:
     config = {"bias": True} if architecture == "falcon" else {}
     fused, dense, paths = pair(tmp_path / "m", architecture, **config)
-    kinds = [("lora", 1), ("lora", 64), ("bfloat16", 17), ("dora", 5), ("ia3", 1), ("bias", 1), ("mixed", 40)]
+    kinds = [
+        ("lora", 1),
+        ("lora", 64),
+        ("bfloat16", 17),
+        ("dora", 5),
+        ("ia3", 1),
+        ("bias", 1),
+        ("mixed", 40),
+        ("core", 19),
+    ]
     changes = [change(kind, dense, paths, rank, seed=i) for i, (kind, rank) in enumerate(kinds)]
     some = list(changes[0])[seed::3]  # one adapter leaves linears alone
     changes[0] = {place: changes[0][place] for place in some}
@@ -257,7 +278,7 @@ def test_a_token_has_the_same_bits_whatever_adapters_run_beside_it(
     architecture: str, rounds: bool, tmp_path: Path, threads: None
 ) -> None:
     fused, dense, paths = pair(tmp_path / "m", architecture, rounds=rounds)
-    kinds = ["lora", "mixed", "dora", "ia3"]
+    kinds = ["core", "mixed", "dora", "ia3"]
     made = [fused.adapter(change(kind, dense, paths, 11, seed=i)) for i, kind in enumerate(kinds)]
     bounds = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
     together = [Segment(b, e, one) for (b, e), one in zip(pairwise(bounds), made, strict=True)]
@@ -294,7 +315,7 @@ def test_segments_reach_across_the_pieces_in_which_a_long_batch_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fused, dense, paths = pair(tmp_path / "m", "llama")
-    made = [fused.adapter(change(kind, dense, paths, 6)) for kind in ("lora", "mixed")]
+    made = [fused.adapter(change(kind, dense, paths, 6)) for kind in ("lora", "core")]
     segments = [Segment(3, 31, made[0]), Segment(31, 65, made[1])]
     whole = step(fused, segments)
     monkeypatch.setattr("tailorbird.run.fused.MOST_TOKENS", 16)
@@ -357,6 +378,9 @@ def test_an_adapter_of_another_model_is_refused(model: FusedModel, tmp_path: Pat
         ((0, "o"), lambda a, b: LinearAdapter(bias=torch.ones(64, 1)), r"`bias` is \[64, 1\]"),
         ((0, "o"), lambda a, b: LinearAdapter(outputs=torch.ones(128)[::2]), "not contiguous"),
         ((0, "o"), lambda a, b: LinearAdapter(a, [1.0]), "`up` is list"),
+        ((0, "o"), lambda a, b: LinearAdapter(a, TiledRows(b[:, :1])), r"tiled `up` is \[64, 1\]"),
+        ((0, "o"), lambda a, b: LinearAdapter(a, b, core=torch.ones(2, 3)), r"`core` is \[2, 3\]"),
+        ((0, "o"), lambda a, b: LinearAdapter(core=torch.ones(2, 2)), "`core` and without"),
         ((0, "v"), lambda a, b: LinearAdapter(inputs=torch.ones(64)), "other linears of the block read"),
     ],
 )

@@ -1,15 +1,17 @@
 """Adapters of compiled blocks: what tokens of a batch add to the linears that they share.
 
-    y = outputs ⊙ (W (inputs ⊙ x) + scale · B (A (inputs ⊙ x))) + bias
+    y = outputs ⊙ (W (inputs ⊙ x) + scale · B (C (A (inputs ⊙ x)))) + bias
 
 Any part may be absent: LoRA (https://arxiv.org/abs/2106.09685) is A, B and a scale, DoRA
-(https://arxiv.org/abs/2402.09353) has `outputs` besides, and IA3 (https://arxiv.org/abs/2205.05638) factors
-only. `x` are float32 activations, also where the product of W rounds them to bytes.
+(https://arxiv.org/abs/2402.09353) has `outputs` besides, IA3 (https://arxiv.org/abs/2205.05638) factors
+only, and of adapters in a shared basis (https://arxiv.org/abs/2407.00066) each has a core C of its own
+between an A and a B that are everybody's. `x` are float32 activations, also where the product of W rounds
+them to bytes.
 
 `A x` is summed as a dense linear is: each of 16 lanes sums every sixteenth input, then the lanes are added
-in pairs 8, 4, 2 and 1 apart. `B` is summed from the first rank to the last, and that sum is added to the
-product. So a token's result has the same bits whatever runs beside it, and a token without an adapter those
-that it has without any.
+in pairs 8, 4, 2 and 1 apart. `C` and `B` are summed from the first rank to the last, and the last sum is
+added to the product. So a token's result has the same bits whatever runs beside it, and a token without an
+adapter those that it has without any.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from tailorbird.kernels.native import rows_by_tile
 #: gate and up (or one).
 LINEARS = 7
 
+_DTYPES = (torch.float32, torch.bfloat16)
 _pointer, _float, _int, _size = ctypes.c_void_p, ctypes.c_float, ctypes.c_int32, ctypes.c_int64
 
 
@@ -35,12 +38,25 @@ class LinearAdapterStructure(ctypes.Structure):
     """`LinearAdapter` of `cpp/block.h`."""
 
     _fields_ = [
-        *((name, _pointer) for name in ("down", "up", "inputs", "outputs", "bias")), ("rank", _size),
+        *((name, _pointer) for name in ("down", "up", "core", "inputs", "outputs", "bias")), ("rank", _size),
         ("scale", _float), ("down_float32", _int), ("up_float32", _int),
     ]  # fmt: skip
 
 
 BlockAdapterStructure = LinearAdapterStructure * LINEARS
+
+
+class TiledRows:
+    """A matrix as `LinearAdapter` takes it for `up`, laid out once for all adapters that share it.
+
+    Parameters
+    ----------
+    matrix : Tensor[out_features, rank], float32 or bfloat16
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.shape, self.dtype = matrix.shape, matrix.dtype
+        self.tiles = rows_by_tile(matrix.detach())
 
 
 class SegmentStructure(ctypes.Structure):
@@ -56,7 +72,9 @@ class LinearAdapter:
     Parameters
     ----------
     down, up : Tensor[rank, in_features] and Tensor[out_features, rank], float32 or bfloat16, optional
-        A and B, both or neither. `up` is copied when it is laid out.
+        A and B, both or neither. `up` is copied when it is laid out, unless it is `TiledRows`.
+    core : Tensor[rank, rank], float32, optional
+        C, the identity if absent; copied when it is laid out.
     scale : float
         What their product is multiplied by.
     inputs, outputs : Tensor[in_features] and Tensor[out_features], float32, optional
@@ -66,22 +84,29 @@ class LinearAdapter:
     """
 
     down: Tensor | None = None
-    up: Tensor | None = None
+    up: Tensor | TiledRows | None = None
     scale: float = 1.0
     inputs: Tensor | None = None
     outputs: Tensor | None = None
     bias: Tensor | None = None
+    core: Tensor | None = None
 
     def check(self, out_features: int, in_features: int, where: str) -> None:
         """Raise ValueError unless this fits a linear of such a shape, which messages call `where`."""
         if (self.down is None) != (self.up is None):
             raise ValueError(f"{where}: an adapter with one of `down` and `up`; expected both or neither")
+        if self.core is not None and self.down is None:
+            raise ValueError(f"{where}: an adapter with `core` and without `down`; expected both")
         if self.down is not None and self.up is not None:
             rank = len(self.down) if self.down.dim() else 0
-            for name, tensor, shape in (
-                ("down", self.down, (rank, in_features)), ("up", self.up, (out_features, rank)),
-            ):  # fmt: skip
-                _check(tensor, shape, (torch.float32, torch.bfloat16), f"{where}: `{name}`")
+            _check(self.down, (rank, in_features), _DTYPES, f"{where}: `down`")
+            if not isinstance(self.up, TiledRows):
+                _check(self.up, (out_features, rank), _DTYPES, f"{where}: `up`")
+            elif self.up.shape != (out_features, rank):
+                given = list(self.up.shape)
+                raise ValueError(f"{where}: tiled `up` is {given}; expected {[out_features, rank]}")
+            if self.core is not None:
+                _check(self.core, (rank, rank), (torch.float32,), f"{where}: `core`")
         for name, factors, size in (
             ("inputs", self.inputs, in_features), ("outputs", self.outputs, out_features),
             ("bias", self.bias, out_features),
@@ -89,18 +114,20 @@ class LinearAdapter:
             if factors is not None:
                 _check(factors, (size,), (torch.float32,), f"{where}: `{name}`")
 
-    def described(self, kept: list[Tensor]) -> LinearAdapterStructure:
-        """The structure for this; tensors that it points to are added to `kept`."""
+    def described(self, kept: list[Tensor | TiledRows]) -> LinearAdapterStructure:
+        """The structure for this; what it points to is added to `kept`."""
 
-        def address(tensor: Tensor | None) -> int | None:
-            if tensor is None:
+        def address(one: Tensor | TiledRows | None) -> int | None:
+            if one is None:
                 return None
-            kept.append(tensor)
-            return tensor.data_ptr()
+            kept.append(one)
+            return (one.tiles if isinstance(one, TiledRows) else one).data_ptr()
 
-        down, up = (None if part is None else part.detach() for part in (self.down, self.up))
+        down = None if self.down is None else self.down.detach()
+        up = TiledRows(self.up) if isinstance(self.up, Tensor) else self.up
+        core = None if self.core is None else self.core.detach().t().contiguous()
         return LinearAdapterStructure(
-            address(down), address(None if up is None else rows_by_tile(up)), address(self.inputs),
+            address(down), address(up), address(core), address(self.inputs),
             address(self.outputs), address(self.bias), 0 if down is None else len(down), self.scale,
             int(down is not None and down.dtype == torch.float32),
             int(up is not None and up.dtype == torch.float32),
@@ -127,7 +154,7 @@ class Adapter:
     def __init__(self, blocks: Any, linears: Mapping[tuple[int, int], LinearAdapter]) -> None:
         self.blocks = blocks
         self.rank = 0
-        self._kept: list[Tensor] = []
+        self._kept: list[Tensor | TiledRows] = []
         self._table = (BlockAdapterStructure * len(blocks))()
         for (block, number), linear in linears.items():
             if not 0 <= block < len(blocks):
@@ -148,7 +175,8 @@ class Adapter:
     @property
     def nbytes(self) -> int:
         """Bytes that it takes; a tensor that several linears share counts once."""
-        tensors = {tensor.data_ptr(): tensor.nbytes for tensor in self._kept}
+        kept = [one.tiles if isinstance(one, TiledRows) else one for one in self._kept]
+        tensors = {tensor.data_ptr(): tensor.nbytes for tensor in kept}
         return ctypes.sizeof(self._table) + sum(tensors.values())
 
     @property

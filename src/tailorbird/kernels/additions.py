@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tailorbird.kernels.adapters import LinearAdapter
+from tailorbird.kernels.adapters import LinearAdapter, TiledRows
 from tailorbird.kernels.native import ONE_THREAD, best_version, library
 
 _ACTIVATIONS = (torch.float32, torch.bfloat16)
@@ -124,7 +124,7 @@ def add_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor, version: int | 
     total, inputs = _activations(y, x)
     linear = LinearAdapter(down, up)
     linear.check(y.shape[1], x.shape[1], "low-rank part")
-    kept: list[Tensor] = []
+    kept: list[Tensor | TiledRows] = []
     described = linear.described(kept)
     library().tailorbird_adapt(
         ctypes.byref(described), inputs.data_ptr(), x.shape[1], total.data_ptr(), y.shape[1], len(y),

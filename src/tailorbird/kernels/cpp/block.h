@@ -52,10 +52,11 @@ struct Block {
 // Steps of a block, by what they do; rounding inputs to bytes counts to what comes before it.
 enum Step { norms, attention_in, rotary, attention, attention_out, mlp_in, activation, mlp_out };
 
-// What an adapter makes of one linear W: outputs * (W (inputs * x) + scale * up (down (inputs * x))) + bias. All null:
-// nothing.
+// What an adapter makes of one linear W: outputs * (W (inputs * x) + scale * up (core (down (inputs * x)))) + bias. All
+// null: nothing.
 struct LinearAdapter {
   const void *down, *up;           // [rank][in_features] and [tiles of outputs][rank][LANES], both or neither
+  const float* core;               // [rank][rank], columns first, or null
   const float *inputs, *outputs;   // factors [in_features] and [out_features], or null
   const float* bias;               // in place of the linear's, or null
   std::int64_t rank;

@@ -1,4 +1,4 @@
-"""The kinds of adapters that can be served, by PEFT's names for them; a new one is a file and a line here."""
+"""The kinds of adapters that can be served, by the names in their configs: each a file, and a line here."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Protocol
 from tailorbird.errors import SettingsError
 from tailorbird.kernels.adapters import LinearAdapter
 from tailorbird.run.parts import PlacedLinear
+from tailorbird.serve.adapters.basis import PEFT_TYPE, SharedBasis
 from tailorbird.serve.adapters.ia3 import IA3
 from tailorbird.serve.adapters.lora import Lora
 from tailorbird.serve.adapters.source import CONFIG_FILE, Source
@@ -36,8 +37,9 @@ _CLASSES: dict[str, tuple[frozenset[str], Callable[[Source], Kind]]] = {
     "LORA": (Lora.settings, Lora),
     "VERA": (Vera.settings, Vera),
     "IA3": (IA3.settings, IA3),
+    PEFT_TYPE: (SharedBasis.settings, SharedBasis),
 }
-#: PEFT's names of the kinds that can be served
+#: Names of the kinds that can be served: PEFT's, and that of adapters in a shared basis.
 KINDS = tuple(_CLASSES)
 
 
