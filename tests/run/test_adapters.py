@@ -93,6 +93,10 @@ def change(kind: str, dense: Any, paths: dict[tuple[int, str], str], rank: int =
                 return LinearAdapter(bias=bias)
             case "core":
                 return LinearAdapter(down, Shared(up.bfloat16()), 0.3, core=normal(own, own))
+            case "int8":
+                down, up = ((40 * part).round().clamp(-128, 127).to(torch.int8) for part in (down, up))
+                core = normal(own, own) if role in ("o", "v") else None
+                return LinearAdapter(down, up, 1e-3, core=core, ranks=normal(own) / 3, outputs=outputs)
         return LinearAdapter(down.bfloat16(), up, -0.4, inputs, outputs, bias)
 
     return {place: linear(place[1], dense.get_submodule(path)) for place, path in paths.items()}
@@ -125,6 +129,7 @@ class Adapted(nn.Module):
             if adapter.down is not None and adapter.up is not None:
                 up = adapter.up.matrix if isinstance(adapter.up, Shared) else adapter.up
                 up = up.double() if adapter.core is None else up.double() @ adapter.core.double()
+                up = up if adapter.ranks is None else up * adapter.ranks.double()
                 weight = weight + adapter.scale * (up @ adapter.down.double())
             if adapter.outputs is not None:
                 weight = adapter.outputs.double()[:, None] * weight
@@ -221,6 +226,7 @@ def test_adapters_of_all_kinds_share_a_batch(architecture: str, seed: int, tmp_p
         ("bias", 1),
         ("mixed", 40),
         ("core", 19),
+        ("int8", 21),
     ]
     changes = [change(kind, dense, paths, rank, seed=i) for i, (kind, rank) in enumerate(kinds)]
     some = list(changes[0])[seed::3]  # one adapter leaves linears alone
@@ -278,7 +284,7 @@ def test_a_token_has_the_same_bits_whatever_adapters_run_beside_it(
     architecture: str, rounds: bool, tmp_path: Path, threads: None
 ) -> None:
     fused, dense, paths = pair(tmp_path / "m", architecture, rounds=rounds)
-    kinds = ["core", "mixed", "dora", "ia3"]
+    kinds = ["core", "int8", "dora", "ia3"]
     made = [fused.adapter(change(kind, dense, paths, 11, seed=i)) for i, kind in enumerate(kinds)]
     bounds = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
     together = [Segment(b, e, one) for (b, e), one in zip(pairwise(bounds), made, strict=True)]
@@ -380,7 +386,8 @@ def test_an_adapter_of_another_model_is_refused(model: FusedModel, tmp_path: Pat
         ((0, "o"), lambda a, b: LinearAdapter(a, [1.0]), "`up` is list"),
         ((0, "o"), lambda a, b: LinearAdapter(a, TiledRows(b[:, :1])), r"tiled `up` is \[64, 1\]"),
         ((0, "o"), lambda a, b: LinearAdapter(a, b, core=torch.ones(2, 3)), r"`core` is \[2, 3\]"),
-        ((0, "o"), lambda a, b: LinearAdapter(core=torch.ones(2, 2)), "`core` and without"),
+        ((0, "o"), lambda a, b: LinearAdapter(core=torch.ones(2, 2)), "`core` or `ranks` and without"),
+        ((0, "o"), lambda a, b: LinearAdapter(a, b, ranks=torch.ones(3)), r"`ranks` is \[3\]"),
         ((0, "v"), lambda a, b: LinearAdapter(inputs=torch.ones(64)), "other linears of the block read"),
     ],
 )

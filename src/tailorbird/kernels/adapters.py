@@ -1,6 +1,6 @@
 """Adapters of compiled blocks: what tokens of a batch add to the linears that they share.
 
-    y = outputs ⊙ (W (inputs ⊙ x) + scale · B (C (A (inputs ⊙ x)))) + bias
+    y = outputs ⊙ (W (inputs ⊙ x) + scale · B (C (ranks ⊙ A (inputs ⊙ x)))) + bias
 
 Any part may be absent: LoRA (https://arxiv.org/abs/2106.09685) is A, B and a scale, DoRA
 (https://arxiv.org/abs/2402.09353) has `outputs` besides, IA3 (https://arxiv.org/abs/2205.05638) factors
@@ -30,7 +30,8 @@ from tailorbird.kernels.native import rows_by_tile
 #: gate and up (or one).
 LINEARS = 7
 
-_DTYPES = (torch.float32, torch.bfloat16)
+#: of matrices, in the order of `Matrix` in `cpp/block.h`
+_DTYPES = (torch.bfloat16, torch.float32, torch.int8)
 _pointer, _float, _int, _size = ctypes.c_void_p, ctypes.c_float, ctypes.c_int32, ctypes.c_int64
 
 
@@ -38,8 +39,9 @@ class LinearAdapterStructure(ctypes.Structure):
     """`LinearAdapter` of `cpp/block.h`."""
 
     _fields_ = [
-        *((name, _pointer) for name in ("down", "up", "core", "inputs", "outputs", "bias")), ("rank", _size),
-        ("scale", _float), ("down_float32", _int), ("up_float32", _int),
+        *((name, _pointer) for name in ("down", "up", "core", "ranks", "inputs", "outputs", "bias")),
+        ("rank", _size),
+        ("scale", _float), ("down_kind", _int), ("up_kind", _int),
     ]  # fmt: skip
 
 
@@ -51,7 +53,7 @@ class TiledRows:
 
     Parameters
     ----------
-    matrix : Tensor[out_features, rank], float32 or bfloat16
+    matrix : Tensor[out_features, rank], float32, bfloat16 or int8
     """
 
     def __init__(self, matrix: Tensor) -> None:
@@ -71,10 +73,12 @@ class LinearAdapter:
 
     Parameters
     ----------
-    down, up : Tensor[rank, in_features] and Tensor[out_features, rank], float32 or bfloat16, optional
+    down, up : Tensor[rank, in_features] and Tensor[out_features, rank], float32, bfloat16 or int8, optional
         A and B, both or neither. `up` is copied when it is laid out, unless it is `TiledRows`.
     core : Tensor[rank, rank], float32, optional
         C, the identity if absent; copied when it is laid out.
+    ranks : Tensor[rank], float32, optional
+        Factors of what A gives.
     scale : float
         What their product is multiplied by.
     inputs, outputs : Tensor[in_features] and Tensor[out_features], float32, optional
@@ -90,13 +94,14 @@ class LinearAdapter:
     outputs: Tensor | None = None
     bias: Tensor | None = None
     core: Tensor | None = None
+    ranks: Tensor | None = None
 
     def check(self, out_features: int, in_features: int, where: str) -> None:
         """Raise ValueError unless this fits a linear of such a shape, which messages call `where`."""
         if (self.down is None) != (self.up is None):
             raise ValueError(f"{where}: an adapter with one of `down` and `up`; expected both or neither")
-        if self.core is not None and self.down is None:
-            raise ValueError(f"{where}: an adapter with `core` and without `down`; expected both")
+        if self.down is None and (self.core is not None or self.ranks is not None):
+            raise ValueError(f"{where}: an adapter with `core` or `ranks` and without `down`; expected both")
         if self.down is not None and self.up is not None:
             rank = len(self.down) if self.down.dim() else 0
             _check(self.down, (rank, in_features), _DTYPES, f"{where}: `down`")
@@ -107,6 +112,8 @@ class LinearAdapter:
                 raise ValueError(f"{where}: tiled `up` is {given}; expected {[out_features, rank]}")
             if self.core is not None:
                 _check(self.core, (rank, rank), (torch.float32,), f"{where}: `core`")
+            if self.ranks is not None:
+                _check(self.ranks, (rank,), (torch.float32,), f"{where}: `ranks`")
         for name, factors, size in (
             ("inputs", self.inputs, in_features), ("outputs", self.outputs, out_features),
             ("bias", self.bias, out_features),
@@ -127,10 +134,9 @@ class LinearAdapter:
         up = TiledRows(self.up) if isinstance(self.up, Tensor) else self.up
         core = None if self.core is None else self.core.detach().t().contiguous()
         return LinearAdapterStructure(
-            address(down), address(up), address(core), address(self.inputs),
+            address(down), address(up), address(core), address(self.ranks), address(self.inputs),
             address(self.outputs), address(self.bias), 0 if down is None else len(down), self.scale,
-            int(down is not None and down.dtype == torch.float32),
-            int(up is not None and up.dtype == torch.float32),
+            0 if down is None else _DTYPES.index(down.dtype), 0 if up is None else _DTYPES.index(up.dtype),
         )  # fmt: skip
 
 

@@ -52,16 +52,18 @@ struct Block {
 // Steps of a block, by what they do; rounding inputs to bytes counts to what comes before it.
 enum Step { norms, attention_in, rotary, attention, attention_out, mlp_in, activation, mlp_out };
 
-// What an adapter makes of one linear W: outputs * (W (inputs * x) + scale * up (core (down (inputs * x)))) + bias. All
-// null: nothing.
+// What an adapter makes of one linear W: outputs * (W (inputs * x) + scale * up (core (ranks * down (inputs * x)))) +
+// bias. All null: nothing.
+enum class Matrix : std::int32_t { bfloat16, float32, int8 };
 struct LinearAdapter {
   const void *down, *up;           // [rank][in_features] and [tiles of outputs][rank][LANES], both or neither
   const float* core;               // [rank][rank], columns first, or null
+  const float* ranks;              // what down x is multiplied by before all else, [rank], or null
   const float *inputs, *outputs;   // factors [in_features] and [out_features], or null
   const float* bias;               // in place of the linear's, or null
   std::int64_t rank;
   float scale;
-  std::int32_t down_float32, up_float32;  // or bfloat16
+  Matrix down_kind, up_kind;
 };
 
 // The linears of a block in their order: three for attention_in, attention_out, two for mlp_in, mlp_out. `inputs` may be
