@@ -86,6 +86,20 @@ ServingMemory = Annotated[
         "--memory", metavar="SIZE", help="For weights, keys and values together, such as 4GiB or 60%."
     ),
 ]
+SwapMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--swap-memory", metavar="SIZE", help="RAM for copies of keys and values that had to make room."
+    ),
+]
+SwapDisk = Annotated[
+    str | None,
+    typer.Option(
+        "--swap-disk",
+        metavar="SIZE",
+        help="The same on disk, in a file without a name in TMPDIR or /var/tmp.",
+    ),
+]
 MaxSequences = Annotated[
     int, typer.Option("--max-sequences", metavar="N", min=1, help="Sequences that run at a time.")
 ]

@@ -35,6 +35,7 @@ from tailorbird.serve.runner import FusedRunner, runner_for
 from tailorbird.serve.sampling import Choice, Sampler, choose
 from tailorbird.serve.scheduler import Piece, Scheduler
 from tailorbird.serve.sequence import FIRST_LUCK, Sequence
+from tailorbird.serve.swap import Swap
 
 logger = logging.getLogger("tailorbird")
 
@@ -107,11 +108,12 @@ class Engine:
             stated = context_length(self.model)
             self.context = min(options.context or stated or DEFAULT_CONTEXT, stated or 1 << 30)
             pages = self._page_count()
-            self.pool = PagePool(pages)
+            self.swap = self._swap(log)
+            self.pool = PagePool(pages, None if self.swap is None else self.swap.put)
             self.runner.reserve(pages)
             self.scheduler = Scheduler(
                 self.pool, self.runner.page_tokens, options.step_tokens, options.max_sequences,
-                self.runner.shares_prefixes,
+                self.runner.shares_prefixes, self.swap,
             )  # fmt: skip
         self.store: AdapterStore | None = None
         if isinstance(self.runner, FusedRunner):
@@ -155,6 +157,15 @@ class Engine:
             )
         return min(pages, of_sequence * self.options.max_sequences)
 
+    def _swap(self, log: Callable[[str], None]) -> Swap | None:
+        memory, disk = self.options.swap_memory_bytes, self.options.swap_disk_bytes
+        if not memory and not disk:
+            return None
+        if not self.runner.shares_prefixes:
+            log("no page is swapped: this model's keys and values aren't in pages")
+            return None
+        return Swap(self.runner, self.runner.page_tokens, self.runner.page_bytes, memory, disk)
+
     @property
     def info(self) -> dict[str, Any]:
         """See the class."""
@@ -172,11 +183,12 @@ class Engine:
 
     def stats(self) -> dict[str, float]:
         """Counts of now (``waiting running kv_pages kv_pages_used``) and since the start."""
+        swap = {} if self.swap is None else self.swap.stats()
         return {
             "waiting": len(self.scheduler.waiting), "running": len(self.scheduler.running),
             "kv_pages": self.pool.pages, "kv_pages_used": self.pool.used, "cached_tokens": self._found,
             "preemptions": self.scheduler.preemptions, "step_tokens": self._step_tokens, "steps": self._steps,
-            "drafted_tokens": self._drafted, "accepted_tokens": self._accepted,
+            "drafted_tokens": self._drafted, "accepted_tokens": self._accepted, **swap,
         }  # fmt: skip
 
     def add(self, request: Request) -> None:
@@ -260,6 +272,8 @@ class Engine:
             tokens = sum(piece.count + len(piece.drafts) for piece in pieces)
             if len(logits) == len(pieces):
                 self.pace.record(tokens, time.perf_counter() - began)
+            if self.swap is not None:
+                self.swap.costs.stepped(tokens, time.perf_counter() - began)
             self._steps += 1
             self._step_tokens = tokens
             self._take(pieces, logits)

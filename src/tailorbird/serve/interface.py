@@ -37,6 +37,8 @@ class EngineOptions:
         CPU threads; None is all cores.
     speculative : bool
         Whether tokens may be guessed from the text itself, several of which are then checked at once.
+    swap_memory_bytes, swap_disk_bytes : int
+        For copies of pages that others needed, in RAM and in a file, beside `memory_bytes`; 0 is none.
     """
 
     model: str
@@ -48,6 +50,8 @@ class EngineOptions:
     adapter_directory: str | None = None
     threads: int | None = None
     speculative: bool = True
+    swap_memory_bytes: int = 0
+    swap_disk_bytes: int = 0
 
     def to_wire(self) -> dict[str, Any]:
         """As plain values, for a message."""

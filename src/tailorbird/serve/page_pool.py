@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
 def prefix_key(before: bytes, tokens: Sequence[int]) -> bytes:
@@ -29,10 +29,13 @@ class PagePool:
     ----------
     pages : int
         How many there are; they are numbered from 0.
+    evicted : callable, optional
+        Gets the number and the key of a findable page that is about to be overwritten.
     """
 
-    def __init__(self, pages: int) -> None:
+    def __init__(self, pages: int, evicted: Callable[[int, bytes], None] | None = None) -> None:
         self.pages = pages
+        self._evicted = evicted
         self._users = [0] * pages
         self._blank = list(range(pages - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()  # findable, used by nobody; longest ago first
@@ -59,7 +62,10 @@ class PagePool:
                 page = self._blank.pop()
             else:
                 page, _ = self._idle.popitem(last=False)
-                del self._page_of[self._key_of.pop(page)]
+                key = self._key_of.pop(page)
+                del self._page_of[key]
+                if self._evicted is not None:
+                    self._evicted(page, key)
             self._users[page] = 1
             taken.append(page)
         return taken

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from tailorbird.serve.page_pool import PagePool
 from tailorbird.serve.sequence import Sequence
+from tailorbird.serve.swap import Swap
 
 #: What a token of output counts for in a tenant's share, beside a token of a prompt.
 OUTPUT_WEIGHT = 2
@@ -57,6 +58,8 @@ class Scheduler:
         Most that run at once; at most `step_tokens`.
     shares_prefixes : bool
         Whether pages of one sequence may serve another.
+    swap : Swap, optional
+        Where pages are looked for that the pool doesn't have any more.
     """
 
     def __init__(
@@ -66,10 +69,11 @@ class Scheduler:
         step_tokens: int,
         max_sequences: int,
         shares_prefixes: bool = True,
+        swap: Swap | None = None,
     ) -> None:
         self.pool, self.page_tokens = pool, page_tokens
         self.step_tokens, self.max_sequences = step_tokens, min(max_sequences, step_tokens)
-        self.shares_prefixes = shares_prefixes
+        self.shares_prefixes, self.swap = shares_prefixes, swap
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -164,14 +168,17 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Let a waiting sequence run if all its tokens, and one more, find pages without taking anybody's."""
-        found: list[int] = []
+        keys: list[bytes] = []
         if self.shares_prefixes:
             # at least the last token is read, for what follows it
-            found = self.pool.find(sequence.keys_of_full_pages(self.page_tokens, len(sequence.tokens) - 1))
+            keys = sequence.keys_of_full_pages(self.page_tokens, len(sequence.tokens) - 1)
+        found = self.pool.find(keys)
         needed = self._pages_of(len(sequence.tokens) + 1) - len(found)
         if needed > self.pool.available:
             self.pool.release(found)
             return False
+        if self.swap is not None:
+            self._bring_back(found, keys, self.swap)
         sequence.pages, sequence.computed = found, len(found) * self.page_tokens
         if sequence.cached is None:
             sequence.cached = sequence.computed
@@ -181,6 +188,18 @@ class Scheduler:
         self.waiting.remove(sequence)
         self.running.append(sequence)
         return True
+
+    def _bring_back(self, found: list[int], keys: list[bytes], swap: Swap) -> None:
+        """Add to `found` the pages with the next keys, from swap or pool, up to the first in neither."""
+        while len(found) < len(keys) and swap.wants(keys[len(found)]):
+            taken = self.pool.take(1)
+            assert taken is not None  # it was seen that all pages of the sequence are there
+            if not swap.bring(keys[len(found)], taken[0]):
+                self.pool.release(taken)
+                return
+            self.pool.publish(taken[0], keys[len(found)])
+            found += taken
+            found += self.pool.find(keys[len(found) :])
 
     def _pages_of(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)
