@@ -417,7 +417,7 @@ def serve(
     adapter_directory : str, optional
         Where clients may load adapters from.
     memory : str, optional
-        ``4GiB``, ``800MB`` or ``60%``; weights, keys and values together.
+        ``4GiB``, ``800MB`` or ``60%``; weights, keys, values and adapters together.
     swap_memory, swap_disk : str, optional
         For copies of keys and values that had to make room for others, in RAM and in a file; none unless
         given, and then they are computed again.

@@ -83,7 +83,9 @@ Adapters = Annotated[
 ServingMemory = Annotated[
     str | None,
     typer.Option(
-        "--memory", metavar="SIZE", help="For weights, keys and values together, such as 4GiB or 60%."
+        "--memory",
+        metavar="SIZE",
+        help="For weights, keys, values and adapters together, such as 4GiB or 60%.",
     ),
 ]
 SwapMemory = Annotated[

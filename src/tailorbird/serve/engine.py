@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from tailorbird.errors import BudgetError, SettingsError, TailorbirdError
-from tailorbird.hardware.memory import available_bytes
+from tailorbird.hardware.memory import available_bytes, trim_heap
 from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.load import load, load_tokenizer
 from tailorbird.run.generate import context_length, stop_tokens
+from tailorbird.serve.adapters.room import AdapterRoom
 from tailorbird.serve.adapters.store import AdapterStore
 from tailorbird.serve.draft import Pace, lookup
 from tailorbird.serve.grammar import Compiler
@@ -45,8 +46,9 @@ DEFAULT_CONTEXT = 4096
 SHARE_OF_MEMORY, USUAL_TOKENS = 0.25, 2048
 #: How fast what is thought of a sequence's guesses follows how many of them were right.
 LUCK_RATE = 0.2
-#: Most bytes of adapters that are laid out at once.
-WARM_BYTES = 2 << 30
+#: Bytes for adapters beyond what all texts could ever fill, at most; and the share of the pages that they may
+#: take even if that shortens the longest text.
+ADAPTER_BYTES, SHARE_OF_ADAPTERS = 2 << 30, 0.25
 #: How fast guesses that were wrong are forgotten, with each token.
 RECOVERY = 0.01
 
@@ -113,11 +115,17 @@ class Engine:
             self.runner.reserve(pages)
             self.scheduler = Scheduler(
                 self.pool, self.runner.page_tokens, options.step_tokens, options.max_sequences,
-                self.runner.shares_prefixes, self.swap,
+                self.runner.shares_prefixes, self.swap, self._reclaim,
             )  # fmt: skip
+            self._longest = self._longest_text()
+            room = AdapterRoom(
+                self.pool, self.runner.page_bytes, pages - -(-self._longest // self.runner.page_tokens),
+                self.runner.discard,
+            )  # fmt: skip
+            log(self._split(room))
         self.store: AdapterStore | None = None
         if isinstance(self.runner, FusedRunner):
-            self.store = AdapterStore(self.runner.model, WARM_BYTES)
+            self.store = AdapterStore(self.runner.model, room.most_bytes, room=room.hold)
         with self._part("adapters", log):
             for name, path in options.adapters.items():
                 self.adapters_of_model().register(name, Path(path))
@@ -142,11 +150,12 @@ class Engine:
         """How many pages the budget holds; raises where one sequence of the least use doesn't fit."""
         size, tokens = self.runner.page_bytes, self.runner.page_tokens
         of_sequence = -(-self.context // tokens)
+        of_adapters = ADAPTER_BYTES // size if isinstance(self.runner, FusedRunner) else 0
         if self.options.memory_bytes is None:
             usual = -(-min(self.context, USUAL_TOKENS) // tokens) * self.options.max_sequences
             affordable = int(available_bytes() * SHARE_OF_MEMORY) // size
-            return max(of_sequence, min(usual, affordable))
-        weights = sum(t.nbytes for t in {t.data_ptr(): t for t in _tensors(self.model)}.values())
+            return max(of_sequence, min(usual, affordable)) + min(of_adapters, affordable)
+        weights = self._weight_bytes()
         pages = (self.options.memory_bytes - weights) // size
         if pages < 2:
             raise BudgetError(
@@ -155,7 +164,30 @@ class Engine:
                 f"{2 * tokens} tokens",
                 "allow more memory, or compress the model (`tailorbird fit`)",
             )
-        return min(pages, of_sequence * self.options.max_sequences)
+        return min(pages, of_sequence * self.options.max_sequences + of_adapters)
+
+    def _weight_bytes(self) -> int:
+        return sum(t.nbytes for t in {t.data_ptr(): t for t in _tensors(self.model)}.values())
+
+    def _longest_text(self) -> int:
+        """Tokens that a text may have, for which there is room whatever adapters are in use."""
+        expected = bool(self.options.adapters) or self.options.adapter_directory is not None
+        pages = self.pool.pages - int(self.pool.pages * SHARE_OF_ADAPTERS if expected else 0)
+        return min(self.context, pages * self.runner.page_tokens)
+
+    def _split(self, room: AdapterRoom) -> str:
+        size = self.runner.page_bytes
+        return (
+            f"memory: {self._weight_bytes():,} bytes of weights, {self.pool.pages * size:,} of keys, values "
+            f"and adapters; adapters may take {room.most_bytes:,} of it, a text {self._longest:,} tokens"
+        )
+
+    def _reclaim(self) -> bool:
+        """Give the pages of an adapter that nobody uses back to the pool; False where there is none."""
+        if self.store is None or not self.store.drop_oldest():
+            return False
+        trim_heap()  # keys and values are about to be written where the adapter's pages were
+        return True
 
     def _swap(self, log: Callable[[str], None]) -> Swap | None:
         memory, disk = self.options.swap_memory_bytes, self.options.swap_disk_bytes
@@ -186,7 +218,8 @@ class Engine:
         swap = {} if self.swap is None else self.swap.stats()
         return {
             "waiting": len(self.scheduler.waiting), "running": len(self.scheduler.running),
-            "kv_pages": self.pool.pages, "kv_pages_used": self.pool.used, "cached_tokens": self._found,
+            "kv_pages": self.pool.pages, "kv_pages_used": self.pool.used, "adapter_pages": self.pool.lent,
+            "cached_tokens": self._found,
             "preemptions": self.scheduler.preemptions, "step_tokens": self._step_tokens, "steps": self._steps,
             "drafted_tokens": self._drafted, "accepted_tokens": self._accepted, **swap,
         }  # fmt: skip
@@ -204,10 +237,9 @@ class Engine:
             raise SettingsError(f"request {request.id!r}", "an id that isn't in use", "choose another id")
         self._check_tokens(request.prompt, self.context - 1)
         length = len(request.prompt)
-        room = self.pool.pages * self.runner.page_tokens
-        if length + 1 > room:
+        if length + 1 > self._longest:
             raise SettingsError(
-                f"a prompt of {length} tokens", f"at most {room - 1}, for which there is memory",
+                f"a prompt of {length} tokens", f"at most {self._longest - 1}, for which there is memory",
                 "shorten the prompt, or allow more memory",
             )  # fmt: skip
         adapter = self._acquire(request.adapter)
@@ -289,13 +321,10 @@ class Engine:
         worth = self.pace.worth(sequence.luck, len(self.scheduler.running))
         return lookup(sequence.tokens, min(most, self._left(sequence) - 1, worth))
 
-    def _limit(self) -> int:
-        return min(self.context, self.pool.pages * self.runner.page_tokens)
-
     def _left(self, sequence: Sequence) -> int:
         """Tokens that a sequence may still write."""
         written = sequence.request.max_tokens - sequence.written
-        return min(written, self._limit() - len(sequence.tokens))
+        return min(written, self._longest - len(sequence.tokens))
 
     def _ends(self, sequence: Sequence, token: int) -> bool:
         stop = self.stop if sequence.request.stop is None else sequence.request.stop

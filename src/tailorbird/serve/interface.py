@@ -23,8 +23,9 @@ class EngineOptions:
     adapters : mapping of str to str
         Name -> directory, loaded from the start.
     memory_bytes : int or None
-        For weights, keys and values together. None is the weights, and for keys and values a quarter of the
-        memory that is available, or what `max_sequences` texts of 2,048 tokens need, whichever is less.
+        For weights, keys, values and adapters together. None is the weights, and for keys and values a
+        quarter of the memory that is available, or what `max_sequences` texts of 2,048 tokens need, whichever
+        is less; and for adapters 2 GiB more, or another such quarter.
     max_sequences : int
         Most sequences that run at the same time.
     step_tokens : int

@@ -54,6 +54,9 @@ class Runner(Protocol):
     def copy(self, source: int, target: int) -> None:
         """Give page `target` what page `source` holds."""
 
+    def discard(self, pages: Sequence[int]) -> None:
+        """Give back the memory of pages, which hold anything until they are written again."""
+
     def save(self, page: int) -> Tensor:
         """What a page holds, uint8 ``[page_bytes]`` on the CPU, where prefixes are shared."""
 
@@ -132,6 +135,10 @@ class FusedRunner:
         """See `Runner`."""
         self.cache.copy(source, target)
 
+    def discard(self, pages: Sequence[int]) -> None:
+        """See `Runner`."""
+        self.cache.discard(pages)
+
     def save(self, page: int) -> Tensor:
         """See `Runner`."""
         return self.cache.save(page)
@@ -189,6 +196,9 @@ class ModuleRunner:
 
     def copy(self, source: int, target: int) -> None:
         """See `Runner`; caches aren't shared."""
+
+    def discard(self, pages: Sequence[int]) -> None:
+        """See `Runner`; pages are numbers only."""
 
     def save(self, page: int) -> Tensor:
         """See `Runner`; pages are numbers only."""

@@ -60,6 +60,9 @@ class Scheduler:
         Whether pages of one sequence may serve another.
     swap : Swap, optional
         Where pages are looked for that the pool doesn't have any more.
+    reclaim : callable, optional
+        Gives pages that serve for something else back to the pool, some at a time; False where there are
+        none.
     """
 
     def __init__(
@@ -70,10 +73,11 @@ class Scheduler:
         max_sequences: int,
         shares_prefixes: bool = True,
         swap: Swap | None = None,
+        reclaim: Callable[[], bool] = lambda: False,
     ) -> None:
         self.pool, self.page_tokens = pool, page_tokens
         self.step_tokens, self.max_sequences = step_tokens, min(max_sequences, step_tokens)
-        self.shares_prefixes, self.swap = shares_prefixes, swap
+        self.shares_prefixes, self.swap, self._reclaim = shares_prefixes, swap, reclaim
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -174,17 +178,21 @@ class Scheduler:
             keys = sequence.keys_of_full_pages(self.page_tokens, len(sequence.tokens) - 1)
         found = self.pool.find(keys)
         needed = self._pages_of(len(sequence.tokens) + 1) - len(found)
-        if needed > self.pool.available:
-            self.pool.release(found)
-            return False
+        while needed > self.pool.available:
+            if not self._reclaim():
+                self.pool.release(found)
+                return False
         if self.swap is not None:
             self._bring_back(found, keys, self.swap)
         sequence.pages, sequence.computed = found, len(found) * self.page_tokens
+        taken = self.pool.take(self._pages_of(len(sequence.tokens)) - len(found))
+        if taken is None:  # an adapter was given them meanwhile
+            self._release(sequence)
+            sequence.computed = 0
+            return False
+        sequence.pages += taken
         if sequence.cached is None:
             sequence.cached = sequence.computed
-        taken = self.pool.take(self._pages_of(len(sequence.tokens)) - len(found))
-        assert taken is not None
-        sequence.pages += taken
         self.waiting.remove(sequence)
         self.running.append(sequence)
         return True
@@ -193,7 +201,8 @@ class Scheduler:
         """Add to `found` the pages with the next keys, from swap or pool, up to the first in neither."""
         while len(found) < len(keys) and swap.wants(keys[len(found)]):
             taken = self.pool.take(1)
-            assert taken is not None  # it was seen that all pages of the sequence are there
+            if taken is None:  # an adapter was given them meanwhile
+                return
             if not swap.bring(keys[len(found)], taken[0]):
                 self.pool.release(taken)
                 return
@@ -216,6 +225,8 @@ class Scheduler:
     def _reach(self, sequence: Sequence, tokens: int) -> bool:
         """Pages for so many tokens, from those who are less urgent if need be; False: it gave up its own."""
         while not self._has_room(sequence, tokens):
+            if self._reclaim():
+                continue
             last = max(self.running, key=_urgency)
             self._preempt(last)
             if last is sequence:

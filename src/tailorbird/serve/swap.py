@@ -16,6 +16,7 @@ import io
 import logging
 import os
 import tempfile
+import threading
 import time
 import zlib
 from collections import OrderedDict
@@ -226,6 +227,7 @@ class Swap:
         self._memory = _Memory(memory_bytes // page_bytes)
         self._disk = _Disk(disk_bytes // page_bytes, page_bytes)
         self.costs = Costs(page_tokens)
+        self._lock = threading.Lock()  # pages may be evicted for an adapter that another thread reads
         self.out_pages = self.in_pages = self.damaged_pages = 0
 
     @property
@@ -244,39 +246,43 @@ class Swap:
 
     def put(self, page: int, key: bytes) -> None:
         """Copy what a page holds, which is about to be lost, unless a copy is there or isn't worth it."""
-        tier = self._tier_of(key)
-        if tier is not None:
-            tier.use(key)
-            return
-        into = next((t for t in (self._memory, self._disk) if t.pages and self.costs.worth(t.name)), None)
-        if into is None:
-            return
-        data = self._contents.save(page)
-        gone = into.put(key, data, zlib.crc32(data.numpy().data))
-        self.out_pages += 1
-        if gone is not None and self._disk.pages and self.costs.worth(self._disk.name):
-            self._disk.put(*gone)
+        with self._lock:
+            tier = self._tier_of(key)
+            if tier is not None:
+                tier.use(key)
+                return
+            tiers = (self._memory, self._disk)
+            into = next((tier for tier in tiers if tier.pages and self.costs.worth(tier.name)), None)
+            if into is None:
+                return
+            data = self._contents.save(page)
+            gone = into.put(key, data, zlib.crc32(data.numpy().data))
+            self.out_pages += 1
+            if gone is not None and self._disk.pages and self.costs.worth(self._disk.name):
+                self._disk.put(*gone)
 
     def wants(self, key: bytes) -> bool:
         """Whether a copy is there, and worth being brought back; it is the last to go then."""
-        tier = self._tier_of(key)
-        if tier is None or not self.costs.worth(tier.name):
-            return False
-        tier.use(key)
-        return True
+        with self._lock:
+            tier = self._tier_of(key)
+            if tier is None or not self.costs.worth(tier.name):
+                return False
+            tier.use(key)
+            return True
 
     def bring(self, key: bytes, page: int) -> bool:
         """Let a page hold what was put under a key; False where that is gone, or isn't what it was."""
-        tier = self._tier_of(key)
-        if tier is None:
-            return False
         began = time.perf_counter()
-        data, checksum = tier.get(key)
-        if zlib.crc32(data.numpy().data) != checksum:
-            tier.drop(key)
-            self.damaged_pages += 1
-            logger.warning("a page came back damaged from %s and is computed again", tier.name)
-            return False
+        with self._lock:
+            tier = self._tier_of(key)
+            if tier is None:
+                return False
+            data, checksum = tier.get(key)
+            if zlib.crc32(data.numpy().data) != checksum:
+                tier.drop(key)
+                self.damaged_pages += 1
+                logger.warning("a page came back damaged from %s and is computed again", tier.name)
+                return False
         self._contents.restore(page, data)
         self.costs.read(tier.name, time.perf_counter() - began)
         self.in_pages += 1

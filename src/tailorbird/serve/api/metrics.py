@@ -18,6 +18,7 @@ ENGINE_STATS = {
     "running": ("tailorbird_requests_running", "gauge", "Sequences in the engine's batch"),
     "kv_pages": ("tailorbird_kv_pages", "gauge", "Pages for keys and values"),
     "kv_pages_used": ("tailorbird_kv_pages_used", "gauge", "Pages for keys and values in use"),
+    "adapter_pages": ("tailorbird_adapter_pages", "gauge", "Pages whose memory adapters have"),
     "step_tokens": ("tailorbird_step_tokens", "gauge", "Tokens of the engine's last step"),
     "memory_bytes": ("tailorbird_engine_memory_bytes", "gauge", "Resident memory of the engine's process"),
     "cached_tokens": (
