@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tailorbird.errors import BudgetError, SettingsError, TailorbirdError
-from tailorbird.hardware.memory import available_bytes, trim_heap
+from tailorbird.hardware.memory import available_bytes
 from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.load import load, load_tokenizer
@@ -184,10 +184,7 @@ class Engine:
 
     def _reclaim(self) -> bool:
         """Give the pages of an adapter that nobody uses back to the pool; False where there is none."""
-        if self.store is None or not self.store.drop_oldest():
-            return False
-        trim_heap()  # keys and values are about to be written where the adapter's pages were
-        return True
+        return self.store is not None and self.store.drop_oldest()
 
     def _swap(self, log: Callable[[str], None]) -> Swap | None:
         memory, disk = self.options.swap_memory_bytes, self.options.swap_disk_bytes

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from tailorbird.hardware.memory import trim_heap
 from tailorbird.serve.page_pool import PagePool
 
 
@@ -42,10 +43,13 @@ class AdapterRoom:
     def hold(self, nbytes: int) -> bool:
         """Let all adapters together have so many bytes; False, and nothing changes, where pages are short."""
         more = -(-nbytes // self._page_bytes) - len(self._pages)
-        if more <= 0:
+        if more == 0:
+            return True
+        if more < 0:
             kept = len(self._pages) + more
             self._pool.take_back(self._pages[kept:])
             del self._pages[kept:]
+            trim_heap()  # what is written to these pages now was an adapter's
             return True
         if len(self._pages) + more > self._most:
             return False
@@ -53,5 +57,6 @@ class AdapterRoom:
         if lent is None:
             return False
         self._discard(lent)
+        trim_heap()  # reading an adapter takes several times its bytes
         self._pages += lent
         return True
