@@ -27,11 +27,13 @@ from tailorbird.model.load import load, load_tokenizer
 from tailorbird.run.generate import context_length, stop_tokens
 from tailorbird.serve.adapters.room import AdapterRoom
 from tailorbird.serve.adapters.store import AdapterStore
+from tailorbird.serve.beam import Search
+from tailorbird.serve.beam_sequences import BeamSequences
 from tailorbird.serve.draft import Pace, lookup
 from tailorbird.serve.grammar import Compiler
 from tailorbird.serve.interface import EngineOptions
 from tailorbird.serve.page_pool import PagePool
-from tailorbird.serve.request import Finish, Output, Request
+from tailorbird.serve.request import BeamSearch, Finish, Output, Request
 from tailorbird.serve.runner import FusedRunner, runner_for
 from tailorbird.serve.sampling import Choice, Sampler, choose
 from tailorbird.serve.scheduler import Piece, Scheduler
@@ -268,14 +270,30 @@ class Engine:
         seed = self._seeds.getrandbits(63) if request.sampling.seed is None else request.sampling.seed
         salt = f"{request.tenant}\0".encode() + (b"" if adapter is None else adapter.salt)
         made = []
-        for index in range(request.n):
+        for index in range(request.n if request.beams is None else 1):
             grammar = request.sampling.grammar
             matcher = None if grammar is None else self._grammars().matcher(grammar, stop)
             sampler = Sampler(request.sampling, request.prompt, stop, self.vocab_size, seed + index, matcher)
             made.append(
                 Sequence(request, index, self._arrivals, sampler, adapter, salt, list(request.prompt))
             )
+        if request.beams is not None:
+            return self._searched(request.beams, made[0])
         return made
+
+    def _searched(self, settings: BeamSearch, first: Sequence) -> list[Sequence]:
+        """The list of a search's sequences, which it changes as it goes on."""
+        request = first.request
+        stop = self.stop if request.stop is None else request.stop
+        stop = frozenset() if request.sampling.ignore_end else stop & frozenset(range(self.vocab_size))
+        if settings.num_beams > self.vocab_size - len(stop):
+            raise SettingsError(
+                f"num_beams {settings.num_beams}",
+                f"at most the {self.vocab_size - len(stop)} tokens that don't end a text",
+                "search with fewer beams",
+            )
+        search = Search(settings, stop, self._left(first))
+        return BeamSequences(first, search, stop, self.scheduler, self.runner).sequences
 
     def _grammars(self) -> Compiler:
         if self._compiler is None:
@@ -314,6 +332,8 @@ class Engine:
         return self.options.speculative and isinstance(self.runner, FusedRunner)
 
     def _draft(self, sequence: Sequence, most: int) -> list[int]:
+        if sequence.beams is not None:
+            return []
         sequence.luck += RECOVERY * (FIRST_LUCK - sequence.luck)
         worth = self.pace.worth(sequence.luck, len(self.scheduler.running))
         return lookup(sequence.tokens, min(most, self._left(sequence) - 1, worth))
@@ -336,6 +356,9 @@ class Engine:
                 self.scheduler.done(piece)
                 continue
             rows = next(rows_of)
+            if piece.sequence.beams is not None:
+                self._search(piece, rows[0])
+                continue
             heads.append(_Head(piece.sequence, rows, piece))
             if piece.sequence.index == 0 and piece.sequence.written == 0:
                 siblings = self._sequences[piece.sequence.request.id][1:]
@@ -364,6 +387,15 @@ class Engine:
             choosing, depth = going_on, depth + 1
         for head in reversed(heads):  # a first continuation may end, and its pages are needed until then
             self._extend(head)
+
+    def _search(self, piece: Piece, row: Tensor) -> None:
+        """Let a beam choose with the others; at the end, say what was found."""
+        self.scheduler.done(piece)
+        outputs: list[Output] = piece.sequence.beams.take(piece.sequence, row)
+        if outputs:
+            self._found += outputs[0].cached_tokens
+            self._outputs += outputs
+            self.cancel(outputs[0].id)
 
     def _extend(self, head: _Head) -> None:
         """Give a sequence the tokens that were chosen for it, and say so."""

@@ -96,6 +96,11 @@ class Scheduler:
         if not present:
             self._served = {tenant: self._served[tenant]}
 
+    @property
+    def has_place(self) -> bool:
+        """Whether one more sequence may run."""
+        return len(self.running) < self.max_sequences
+
     def fork(self, sequence: Sequence) -> None:
         """Let a sequence run at once; it has its pages already."""
         self.running.append(sequence)
@@ -141,13 +146,17 @@ class Scheduler:
                 pieces.append(Piece(sequence, sequence.computed, count))
                 room -= count
         pieces = [piece for piece in pieces if piece.sequence in self.running]
-        while room > 0 and self.waiting and len(self.running) < self.max_sequences:
+        while room > 0 and self.waiting and self.has_place:
             sequence = min(self.waiting, key=self._turn)
             if not self._admit(sequence):
                 break
             count = min(room, sequence.pending)
             pieces.append(Piece(sequence, sequence.computed, count))
             room -= count
+        resting = [sequence for sequence in self.running if not sequence.pending]
+        if not pieces and self.waiting and resting:
+            self._preempt(max(resting, key=_urgency))
+            return self.next_step(draft)
         for piece in pieces:
             self._serve(piece.sequence.request.tenant, piece.count, piece.chooses)
         return pieces
@@ -234,11 +243,12 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
+        if sequence.pending:  # one that rests is added again when it knows what follows
+            self.waiting.append(sequence)
         self._release(sequence)
         sequence.computed = 0
         self.preemptions += 1
         self.running.remove(sequence)
-        self.waiting.append(sequence)
 
 
 def _urgency(sequence: Sequence) -> tuple[int, int, int]:
