@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engines import Watched, alone, engine, greedy, served
+from peft_adapters import save, wrapped
 from tailorbird.errors import SettingsError
 from tailorbird.kernels import native
 from tailorbird.model.load import load, load_tokenizer
@@ -110,6 +111,24 @@ def test_the_demo_writes_what_transformers_writes(tmp_path: Path) -> None:
     check(finished(run, "a"), of_transformers(model, prompt, 24, beams, sorted(made.stop)), 1.0)
 
 
+@compiled
+def test_texts_with_an_adapter_are_those_of_peft(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    path = str(save_model(tmp_path / "m", "llama", dtype=torch.float32))
+    changed = wrapped(
+        make_model("llama", dtype=torch.float32), peft.LoraConfig(r=4, target_modules=["q_proj"])
+    )
+    made = engine(path, max_sequences=8, adapters={"tuned": str(save(changed, tmp_path / "a"))})
+    prompt, beams, run = tuple(range(50)), BeamSearch(3), Watched(made)
+    made.add(search("plain", prompt, 12, beams, n=3))
+    made.add(search("tuned", prompt, 12, beams, n=3, adapter="tuned"))
+    run.run()
+    stop = sorted(made.stop)
+    check(finished(run, "tuned"), of_transformers(changed, prompt, 12, beams, stop), 1.0)
+    check(finished(run, "plain"), of_transformers(make_model("llama"), prompt, 12, beams, stop), 1.0)
+    assert finished(run, "tuned")[0].tokens != finished(run, "plain")[0].tokens
+
+
 def random_searches(seed: int) -> list[Request]:
     rng = random.Random(seed)
     opening = tuple(rng.randrange(256) for _ in range(40))
@@ -136,7 +155,10 @@ def test_company_few_pages_and_few_places_change_nothing(seed: int, tmp_path: Pa
             (output.tokens, output.cumulative_logprob) for output in finished(run, request.id)
         ]
     rng = random.Random(seed)
-    tight = engine(path, max_sequences=rng.choice([1, 3, 6]), step_tokens=rng.choice([7, 33]))
+    tight = engine(
+        path, max_sequences=rng.choice([1, 3, 6]), step_tokens=rng.choice([7, 33]),
+        swap_disk_bytes=rng.choice([0, 1 << 30]),
+    )  # fmt: skip
     tight.pool.take(tight.pool.pages - rng.choice([8, 11]))
     held, run = tight.pool.used, Watched(tight)
     for number, request in enumerate(requests):

@@ -1,8 +1,8 @@
 """Beam search: texts of large probability, found by going on with the likeliest few of each length.
 
 At each length the `num_beams` best of all continuations of all beams go on. One that ends is kept if it is
-among the `num_beams` best of its length; its score is its log-probability over its tokens' number to the power
-`length_penalty`. What ends the search and which candidates are looked at is what transformers does
+among the `num_beams` best of its length; its score is its log-probability, divided by its number of tokens to
+the power `length_penalty`. What ends the search and which candidates are looked at is as in transformers
 (https://huggingface.co/docs/transformers/main_classes/text_generation), so that both find the same texts.
 This file knows probabilities only; sequences and pages are `beam_sequences`' business.
 """
