@@ -392,6 +392,8 @@ def serve(
     adapters: Mapping[str, str] | None = None,
     adapter_directory: str | None = None,
     memory: str | None = None,
+    swap_memory: str | None = None,
+    swap_disk: str | None = None,
     max_sequences: int = 64,
     context: int | None = None,
     threads: int | None = None,
@@ -415,7 +417,10 @@ def serve(
     adapter_directory : str, optional
         Where clients may load adapters from.
     memory : str, optional
-        ``4GiB``, ``800MB`` or ``60%``; weights, keys and values together.
+        ``4GiB``, ``800MB`` or ``60%``; weights, keys, values and adapters together.
+    swap_memory, swap_disk : str, optional
+        For copies of keys and values that had to make room for others, in RAM and in a file; none unless
+        given, and then they are computed again.
     max_sequences : int
         Sequences that run at a time.
     context : int, optional
@@ -433,7 +438,9 @@ def serve(
     _check_serving()
     from tailorbird.serve import server
 
-    options = _engine_options(model, memory, adapters, max_sequences, context, threads)
+    options = _engine_options(
+        model, memory, swap_memory, swap_disk, adapters, max_sequences, context, threads
+    )
     return server.serve(
         replace(options, adapter_directory=adapter_directory), host, port, keys=keys, queue=queue,
         timeout=timeout, requests_per_minute=requests_per_minute,
@@ -447,6 +454,8 @@ def batch(
     *,
     adapters: Mapping[str, str] | None = None,
     memory: str | None = None,
+    swap_memory: str | None = None,
+    swap_disk: str | None = None,
     max_sequences: int = 64,
     context: int | None = None,
     threads: int | None = None,
@@ -462,7 +471,7 @@ def batch(
         Directory, Hugging Face id or ``demo``; requests name it, or an adapter, in their field `model`.
     source, output : str or Path
         Lines of JSON; `output` must not exist.
-    adapters, memory, max_sequences, context, threads
+    adapters, memory, swap_memory, swap_disk, max_sequences, context, threads
         As in `serve`.
     timeout : float
         Seconds that one answer may take.
@@ -471,13 +480,17 @@ def batch(
     _check_serving()
     from tailorbird.serve.batch import run_batch
 
-    options = _engine_options(model, memory, adapters, max_sequences, context, threads)
+    options = _engine_options(
+        model, memory, swap_memory, swap_disk, adapters, max_sequences, context, threads
+    )
     return run_batch(options, Path(source), Path(output), progress or Silent(), timeout=timeout)
 
 
 def _engine_options(
     model: str,
     memory: str | None,
+    swap_memory: str | None,
+    swap_disk: str | None,
     adapters: Mapping[str, str] | None,
     max_sequences: int,
     context: int | None,
@@ -488,10 +501,16 @@ def _engine_options(
     from tailorbird.serve.interface import EngineOptions
 
     parameters = open_checkpoint(model).parameters
+
+    def size(text: str) -> int:
+        return parse_size(text, 2 * parameters, parameters)
+
     return EngineOptions(
         model=model,
         adapters=dict(adapters or {}),
-        memory_bytes=None if memory is None else parse_size(memory, 2 * parameters, parameters),
+        memory_bytes=None if memory is None else size(memory),
+        swap_memory_bytes=0 if swap_memory is None else size(swap_memory),
+        swap_disk_bytes=0 if swap_disk is None else size(swap_disk),
         max_sequences=max_sequences,
         context=context,
         threads=threads,

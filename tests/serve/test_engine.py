@@ -5,23 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from compressed import save_compressed
+from engines import Watched, alone, engine, greedy, served
 from tailorbird.errors import BudgetError, SettingsError
 from tailorbird.formats.packed import CodebookCoding, Coding, IntegerCoding
 from tailorbird.kernels import native
-from tailorbird.run.fused import FusedModel
-from tailorbird.run.generate import FusedDecoding, ModuleDecoding
+from tailorbird.run.generate import ModuleDecoding
 from tailorbird.run.parts import ARCHITECTURES
 from tailorbird.serve.engine import Engine
-from tailorbird.serve.interface import EngineOptions
-from tailorbird.serve.request import Output, Request, Sampling
-from tiny import byte_tokenizer, make_model, save_model
+from tailorbird.serve.request import Request, Sampling
+from tiny import save_model
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
 
@@ -29,71 +25,6 @@ CODINGS: list[Coding] = [
     *(IntegerCoding(bits, 32, symmetric=bits % 2 == 0) for bits in (2, 3, 4, 5, 6, 8)),
     CodebookCoding("nf4", 32),
 ]
-
-
-def served(directory: Path, architecture: str = "llama", coding: Coding = CODINGS[2], **config: Any) -> str:
-    """A compressed model with a tokenizer."""
-    save_compressed(directory, make_model(architecture, **config), coding)
-    byte_tokenizer().save_pretrained(directory)
-    return str(directory)
-
-
-def engine(path: str, **options: Any) -> Engine:
-    return Engine(EngineOptions(path, **options), log=lambda _: None)
-
-
-class Watched:
-    """An engine, all that it said, and the logits after each token of each text."""
-
-    def __init__(self, made: Engine) -> None:
-        self.engine = made
-        self.tokens: dict[tuple[str, int], list[int]] = {}
-        self.finish: dict[tuple[str, int], str] = {}
-        self.logits: dict[tuple[str, int, int], Tensor] = {}
-        self.outputs: list[Output] = []
-        step = made.runner.step
-
-        def watched(pieces: Any) -> list[Tensor]:
-            found = step(pieces)
-            for piece, rows in zip((p for p in pieces if p.chooses), found, strict=True):
-                for depth, row in enumerate(rows):
-                    at = len(piece.sequence.tokens) + depth
-                    right = piece.sequence.tokens + list(piece.drafts[:depth])
-                    self.logits[piece.sequence.request.id, at, hash(tuple(right))] = row.clone()
-            return found
-
-        made.runner.step = watched  # type: ignore[method-assign]
-
-    def step(self) -> None:
-        for output in self.engine.step():
-            self.outputs.append(output)
-            self.tokens.setdefault((output.id, output.index), []).extend(output.tokens)
-            if output.finish is not None:
-                assert (output.id, output.index) not in self.finish
-                self.finish[output.id, output.index] = output.finish
-
-    def run(self) -> None:
-        for _ in range(20_000):
-            if not self.engine.busy:
-                return
-            self.step()
-        raise AssertionError("it doesn't end")
-
-
-def alone(made: Engine, prompt: tuple[int, ...], count: int) -> tuple[list[int], list[Tensor]]:
-    """Greedy tokens of one text, and the logits from which each was taken."""
-    model = made.model
-    decoding = FusedDecoding(FusedModel(model)) if made.runner.path == "fused" else ModuleDecoding(model)
-    fed, tokens, rows = torch.tensor([prompt]), [], []
-    for _ in range(count):
-        rows.append(decoding.read(fed)[0])
-        tokens.append(int(rows[-1].argmax()))
-        fed = torch.tensor([tokens[-1:]])
-    return tokens, rows
-
-
-def greedy(id: str, prompt: tuple[int, ...], count: int, **more: Any) -> Request:
-    return Request(id, prompt, count, Sampling(temperature=0, ignore_end=True), **more)
 
 
 def check_random_schedule(made: Engine, seed: int, requests: int) -> None:

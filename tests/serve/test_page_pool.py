@@ -43,6 +43,20 @@ def test_pages_that_nobody_uses_are_found_until_their_room_is_needed() -> None:
     assert pool.find([b"a", b"b", b"c"]) == pages[:2]
 
 
+def test_pages_that_were_never_taken_are_lent_first() -> None:
+    pool = PagePool(4)
+    taken = pool.take(2)
+    assert taken is not None
+    pool.publish(taken[0], b"a")
+    pool.release(taken)
+    lent = pool.lend(2)
+    assert lent is not None
+    assert not set(lent) & set(taken)
+    assert pool.lend(3) is None
+    assert pool.lend(2) is not None
+    assert pool.find([b"a"]) == []
+
+
 def test_a_user_too_few_is_an_error() -> None:
     pool = PagePool(1)
     for wrong in (pool.release, pool.share):
@@ -55,8 +69,9 @@ def test_random_use_never_loses_or_doubles_a_page(seed: int) -> None:
     rng, pool = random.Random(seed), PagePool(12)
     holders: list[list[int]] = []
     content: dict[int, bytes] = {}  # what was last published for a page, which `find` must return only if so
+    lent: list[int] = []
     for _ in range(600):
-        kind = rng.randrange(5)
+        kind = rng.randrange(7)
         if kind == 0:
             count = rng.randrange(5)
             before = pool.available
@@ -78,6 +93,17 @@ def test_random_use_never_loses_or_doubles_a_page(seed: int) -> None:
             if page not in content and key not in content.values():
                 content[page] = key
             pool.publish(page, key)
+        elif kind == 4:
+            count = rng.randrange(4)
+            borrowed = pool.lend(count) if count <= pool.available else []
+            assert borrowed is not None
+            for page in borrowed:
+                content.pop(page, None)
+            lent += borrowed
+        elif kind == 5:
+            kept = rng.randrange(len(lent) + 1)
+            pool.take_back(lent[kept:])
+            del lent[kept:]
         else:
             keys = [bytes([rng.randrange(20)]) for _ in range(3)]
             found = pool.find(keys)
@@ -87,6 +113,10 @@ def test_random_use_never_loses_or_doubles_a_page(seed: int) -> None:
                 holders.append(found)
         in_use = {page for held in holders for page in held}
         assert pool.used == len(in_use)
+        assert pool.lent == len(set(lent)) == len(lent)
+        assert not in_use & set(lent)
+        assert pool.available == 12 - len(in_use) - len(lent)
+    pool.take_back(lent)
     for held in holders:
         pool.release(held)
     assert pool.available == 12

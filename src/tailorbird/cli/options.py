@@ -83,7 +83,23 @@ Adapters = Annotated[
 ServingMemory = Annotated[
     str | None,
     typer.Option(
-        "--memory", metavar="SIZE", help="For weights, keys and values together, such as 4GiB or 60%."
+        "--memory",
+        metavar="SIZE",
+        help="For weights, keys, values and adapters together, such as 4GiB or 60%.",
+    ),
+]
+SwapMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--swap-memory", metavar="SIZE", help="RAM for copies of keys and values that had to make room."
+    ),
+]
+SwapDisk = Annotated[
+    str | None,
+    typer.Option(
+        "--swap-disk",
+        metavar="SIZE",
+        help="The same on disk, in a file without a name in TMPDIR or /var/tmp.",
     ),
 ]
 MaxSequences = Annotated[

@@ -107,6 +107,34 @@ class SharedPages:
         for pool in (*self.keys, *self.values):
             pool[target] = pool[source]
 
+    def discard(self, pages: Sequence[int]) -> None:
+        """Give the memory of some pages back to the system, as far as it is whole pages of the system's.
+
+        They hold zeros, or what they held, until they are written again.
+        """
+        ordered = sorted(pages)
+        runs = [[page, page + 1] for page in ordered[:1]]
+        for page in ordered[1:]:
+            if page == runs[-1][1]:
+                runs[-1][1] += 1
+            else:
+                runs.append([page, page + 1])
+        for pool in (*self.keys, *self.values):
+            for begin, end in runs:
+                native.forget(pool[begin:end])
+
+    def save(self, page: int) -> Tensor:
+        """What a page holds, over all blocks: uint8 ``[page_bytes]`` on the CPU, a copy."""
+        parts = [pool[page].reshape(-1) for pool in (*self.keys, *self.values)]
+        return torch.cat(parts).view(torch.uint8).cpu()
+
+    def restore(self, page: int, data: Tensor) -> None:
+        """Let a page hold what `save` gave."""
+        pools = [*self.keys, *self.values]
+        parts = data.view(pools[0].dtype).split([pool[page].numel() for pool in pools])
+        for pool, part in zip(pools, parts, strict=True):
+            pool[page].copy_(part.view_as(pool[page]))
+
     def use(self, blocks: Any) -> None:
         """Let `blocks` read and write these pages."""
         fill_pages(blocks, self.keys, self.values)

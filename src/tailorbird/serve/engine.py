@@ -25,16 +25,20 @@ from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.load import load, load_tokenizer
 from tailorbird.run.generate import context_length, stop_tokens
+from tailorbird.serve.adapters.room import AdapterRoom
 from tailorbird.serve.adapters.store import AdapterStore
+from tailorbird.serve.beam import Search
+from tailorbird.serve.beam_sequences import BeamSequences
 from tailorbird.serve.draft import Pace, lookup
 from tailorbird.serve.grammar import Compiler
 from tailorbird.serve.interface import EngineOptions
 from tailorbird.serve.page_pool import PagePool
-from tailorbird.serve.request import Finish, Output, Request
+from tailorbird.serve.request import BeamSearch, Finish, Output, Request
 from tailorbird.serve.runner import FusedRunner, runner_for
 from tailorbird.serve.sampling import Choice, Sampler, choose
 from tailorbird.serve.scheduler import Piece, Scheduler
 from tailorbird.serve.sequence import FIRST_LUCK, Sequence
+from tailorbird.serve.swap import Swap
 
 logger = logging.getLogger("tailorbird")
 
@@ -44,8 +48,9 @@ DEFAULT_CONTEXT = 4096
 SHARE_OF_MEMORY, USUAL_TOKENS = 0.25, 2048
 #: How fast what is thought of a sequence's guesses follows how many of them were right.
 LUCK_RATE = 0.2
-#: Most bytes of adapters that are laid out at once.
-WARM_BYTES = 2 << 30
+#: Bytes for adapters beyond what all texts could ever fill, at most; and the share of the pages that they may
+#: take even if that shortens the longest text.
+ADAPTER_BYTES, SHARE_OF_ADAPTERS = 2 << 30, 0.25
 #: How fast guesses that were wrong are forgotten, with each token.
 RECOVERY = 0.01
 
@@ -107,15 +112,22 @@ class Engine:
             stated = context_length(self.model)
             self.context = min(options.context or stated or DEFAULT_CONTEXT, stated or 1 << 30)
             pages = self._page_count()
-            self.pool = PagePool(pages)
+            self.swap = self._swap(log)
+            self.pool = PagePool(pages, None if self.swap is None else self.swap.put)
             self.runner.reserve(pages)
             self.scheduler = Scheduler(
                 self.pool, self.runner.page_tokens, options.step_tokens, options.max_sequences,
-                self.runner.shares_prefixes,
+                self.runner.shares_prefixes, self.swap, self._reclaim,
             )  # fmt: skip
+            self._longest = self._longest_text()
+            room = AdapterRoom(
+                self.pool, self.runner.page_bytes, pages - -(-self._longest // self.runner.page_tokens),
+                self.runner.discard,
+            )  # fmt: skip
+            log(self._split(room))
         self.store: AdapterStore | None = None
         if isinstance(self.runner, FusedRunner):
-            self.store = AdapterStore(self.runner.model, WARM_BYTES)
+            self.store = AdapterStore(self.runner.model, room.most_bytes, room=room.hold)
         with self._part("adapters", log):
             for name, path in options.adapters.items():
                 self.adapters_of_model().register(name, Path(path))
@@ -140,11 +152,12 @@ class Engine:
         """How many pages the budget holds; raises where one sequence of the least use doesn't fit."""
         size, tokens = self.runner.page_bytes, self.runner.page_tokens
         of_sequence = -(-self.context // tokens)
+        of_adapters = ADAPTER_BYTES // size if isinstance(self.runner, FusedRunner) else 0
         if self.options.memory_bytes is None:
             usual = -(-min(self.context, USUAL_TOKENS) // tokens) * self.options.max_sequences
             affordable = int(available_bytes() * SHARE_OF_MEMORY) // size
-            return max(of_sequence, min(usual, affordable))
-        weights = sum(t.nbytes for t in {t.data_ptr(): t for t in _tensors(self.model)}.values())
+            return max(of_sequence, min(usual, affordable)) + min(of_adapters, affordable)
+        weights = self._weight_bytes()
         pages = (self.options.memory_bytes - weights) // size
         if pages < 2:
             raise BudgetError(
@@ -153,7 +166,36 @@ class Engine:
                 f"{2 * tokens} tokens",
                 "allow more memory, or compress the model (`tailorbird fit`)",
             )
-        return min(pages, of_sequence * self.options.max_sequences)
+        return min(pages, of_sequence * self.options.max_sequences + of_adapters)
+
+    def _weight_bytes(self) -> int:
+        return sum(t.nbytes for t in {t.data_ptr(): t for t in _tensors(self.model)}.values())
+
+    def _longest_text(self) -> int:
+        """Tokens that a text may have, for which there is room whatever adapters are in use."""
+        expected = bool(self.options.adapters) or self.options.adapter_directory is not None
+        pages = self.pool.pages - int(self.pool.pages * SHARE_OF_ADAPTERS if expected else 0)
+        return min(self.context, pages * self.runner.page_tokens)
+
+    def _split(self, room: AdapterRoom) -> str:
+        size = self.runner.page_bytes
+        return (
+            f"memory: {self._weight_bytes():,} bytes of weights, {self.pool.pages * size:,} of keys, values "
+            f"and adapters; adapters may take {room.most_bytes:,} of it, a text {self._longest:,} tokens"
+        )
+
+    def _reclaim(self) -> bool:
+        """Give the pages of an adapter that nobody uses back to the pool; False where there is none."""
+        return self.store is not None and self.store.drop_oldest()
+
+    def _swap(self, log: Callable[[str], None]) -> Swap | None:
+        memory, disk = self.options.swap_memory_bytes, self.options.swap_disk_bytes
+        if not memory and not disk:
+            return None
+        if not self.runner.shares_prefixes:
+            log("no page is swapped: this model's keys and values aren't in pages")
+            return None
+        return Swap(self.runner, self.runner.page_tokens, self.runner.page_bytes, memory, disk)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -172,11 +214,13 @@ class Engine:
 
     def stats(self) -> dict[str, float]:
         """Counts of now (``waiting running kv_pages kv_pages_used``) and since the start."""
+        swap = {} if self.swap is None else self.swap.stats()
         return {
             "waiting": len(self.scheduler.waiting), "running": len(self.scheduler.running),
-            "kv_pages": self.pool.pages, "kv_pages_used": self.pool.used, "cached_tokens": self._found,
+            "kv_pages": self.pool.pages, "kv_pages_used": self.pool.used, "adapter_pages": self.pool.lent,
+            "cached_tokens": self._found,
             "preemptions": self.scheduler.preemptions, "step_tokens": self._step_tokens, "steps": self._steps,
-            "drafted_tokens": self._drafted, "accepted_tokens": self._accepted,
+            "drafted_tokens": self._drafted, "accepted_tokens": self._accepted, **swap,
         }  # fmt: skip
 
     def add(self, request: Request) -> None:
@@ -192,10 +236,9 @@ class Engine:
             raise SettingsError(f"request {request.id!r}", "an id that isn't in use", "choose another id")
         self._check_tokens(request.prompt, self.context - 1)
         length = len(request.prompt)
-        room = self.pool.pages * self.runner.page_tokens
-        if length + 1 > room:
+        if length + 1 > self._longest:
             raise SettingsError(
-                f"a prompt of {length} tokens", f"at most {room - 1}, for which there is memory",
+                f"a prompt of {length} tokens", f"at most {self._longest - 1}, for which there is memory",
                 "shorten the prompt, or allow more memory",
             )  # fmt: skip
         adapter = self._acquire(request.adapter)
@@ -227,14 +270,30 @@ class Engine:
         seed = self._seeds.getrandbits(63) if request.sampling.seed is None else request.sampling.seed
         salt = f"{request.tenant}\0".encode() + (b"" if adapter is None else adapter.salt)
         made = []
-        for index in range(request.n):
+        for index in range(request.n if request.beams is None else 1):
             grammar = request.sampling.grammar
             matcher = None if grammar is None else self._grammars().matcher(grammar, stop)
             sampler = Sampler(request.sampling, request.prompt, stop, self.vocab_size, seed + index, matcher)
             made.append(
                 Sequence(request, index, self._arrivals, sampler, adapter, salt, list(request.prompt))
             )
+        if request.beams is not None:
+            return self._searched(request.beams, made[0])
         return made
+
+    def _searched(self, settings: BeamSearch, first: Sequence) -> list[Sequence]:
+        """The list of a search's sequences, which it changes as it goes on."""
+        request = first.request
+        stop = self.stop if request.stop is None else request.stop
+        stop = frozenset() if request.sampling.ignore_end else stop & frozenset(range(self.vocab_size))
+        if settings.num_beams > self.vocab_size - len(stop):
+            raise SettingsError(
+                f"num_beams {settings.num_beams}",
+                f"at most the {self.vocab_size - len(stop)} tokens that don't end a text",
+                "search with fewer beams",
+            )
+        search = Search(settings, stop, self._left(first))
+        return BeamSequences(first, search, stop, self.scheduler, self.runner).sequences
 
     def _grammars(self) -> Compiler:
         if self._compiler is None:
@@ -260,6 +319,8 @@ class Engine:
             tokens = sum(piece.count + len(piece.drafts) for piece in pieces)
             if len(logits) == len(pieces):
                 self.pace.record(tokens, time.perf_counter() - began)
+            if self.swap is not None:
+                self.swap.costs.stepped(tokens, time.perf_counter() - began)
             self._steps += 1
             self._step_tokens = tokens
             self._take(pieces, logits)
@@ -271,17 +332,16 @@ class Engine:
         return self.options.speculative and isinstance(self.runner, FusedRunner)
 
     def _draft(self, sequence: Sequence, most: int) -> list[int]:
+        if sequence.beams is not None:
+            return []
         sequence.luck += RECOVERY * (FIRST_LUCK - sequence.luck)
         worth = self.pace.worth(sequence.luck, len(self.scheduler.running))
         return lookup(sequence.tokens, min(most, self._left(sequence) - 1, worth))
 
-    def _limit(self) -> int:
-        return min(self.context, self.pool.pages * self.runner.page_tokens)
-
     def _left(self, sequence: Sequence) -> int:
         """Tokens that a sequence may still write."""
         written = sequence.request.max_tokens - sequence.written
-        return min(written, self._limit() - len(sequence.tokens))
+        return min(written, self._longest - len(sequence.tokens))
 
     def _ends(self, sequence: Sequence, token: int) -> bool:
         stop = self.stop if sequence.request.stop is None else sequence.request.stop
@@ -296,6 +356,9 @@ class Engine:
                 self.scheduler.done(piece)
                 continue
             rows = next(rows_of)
+            if piece.sequence.beams is not None:
+                self._search(piece, rows[0])
+                continue
             heads.append(_Head(piece.sequence, rows, piece))
             if piece.sequence.index == 0 and piece.sequence.written == 0:
                 siblings = self._sequences[piece.sequence.request.id][1:]
@@ -324,6 +387,15 @@ class Engine:
             choosing, depth = going_on, depth + 1
         for head in reversed(heads):  # a first continuation may end, and its pages are needed until then
             self._extend(head)
+
+    def _search(self, piece: Piece, row: Tensor) -> None:
+        """Let a beam choose with the others; at the end, say what was found."""
+        self.scheduler.done(piece)
+        outputs: list[Output] = piece.sequence.beams.take(piece.sequence, row)
+        if outputs:
+            self._found += outputs[0].cached_tokens
+            self._outputs += outputs
+            self.cancel(outputs[0].id)
 
     def _extend(self, head: _Head) -> None:
         """Give a sequence the tokens that were chosen for it, and say so."""

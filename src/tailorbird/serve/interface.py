@@ -23,8 +23,9 @@ class EngineOptions:
     adapters : mapping of str to str
         Name -> directory, loaded from the start.
     memory_bytes : int or None
-        For weights, keys and values together. None is the weights, and for keys and values a quarter of the
-        memory that is available, or what `max_sequences` texts of 2,048 tokens need, whichever is less.
+        For weights, keys, values and adapters together. None is the weights, and for keys and values a
+        quarter of the memory that is available, or what `max_sequences` texts of 2,048 tokens need, whichever
+        is less; and for adapters 2 GiB more, or another such quarter.
     max_sequences : int
         Most sequences that run at the same time.
     step_tokens : int
@@ -37,6 +38,8 @@ class EngineOptions:
         CPU threads; None is all cores.
     speculative : bool
         Whether tokens may be guessed from the text itself, several of which are then checked at once.
+    swap_memory_bytes, swap_disk_bytes : int
+        For copies of pages that others needed, in RAM and in a file, beside `memory_bytes`; 0 is none.
     """
 
     model: str
@@ -48,6 +51,8 @@ class EngineOptions:
     adapter_directory: str | None = None
     threads: int | None = None
     speculative: bool = True
+    swap_memory_bytes: int = 0
+    swap_disk_bytes: int = 0
 
     def to_wire(self) -> dict[str, Any]:
         """As plain values, for a message."""

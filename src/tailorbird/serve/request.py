@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from tailorbird.errors import SettingsError
@@ -138,6 +138,44 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class BeamSearch:
+    """How the likeliest texts are searched (`serve.beam`); names and defaults are those of transformers.
+
+    Parameters
+    ----------
+    num_beams : int
+        Texts that are followed at a time.
+    length_penalty : float
+        Above 0 prefers longer texts.
+    early_stopping : bool or "never"
+        True ends the search when `num_beams` texts have ended; False when none that is still written is
+        better for its length now; "never" when none could become better.
+    """
+
+    num_beams: int
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+    def __post_init__(self) -> None:
+        if not _is_whole(self.num_beams) or not 1 <= self.num_beams <= 128:
+            raise SettingsError(
+                f"num_beams {self.num_beams!r}",
+                "a whole number from 1 to 128",
+                "set num_beams within that range",
+            )
+        if not _is_number(self.length_penalty) or not -10 <= self.length_penalty <= 10:
+            raise SettingsError(
+                f"length_penalty {self.length_penalty!r}",
+                "a number from -10 to 10",
+                "set length_penalty within that range",
+            )
+        if self.early_stopping not in (True, False, "never"):
+            raise SettingsError(
+                f"early_stopping {self.early_stopping!r}", "true, false or `never`", "choose one of them"
+            )
+
+
+@dataclass(frozen=True)
 class Request:
     """A prompt to be continued.
 
@@ -160,6 +198,9 @@ class Request:
         Whose request this is; tenants get equal shares of a busy engine, and share no cached prefixes.
     priority : int
         Lower goes first, and is preempted last.
+    beams : BeamSearch or None
+        Search for the `n` likeliest texts, instead of drawing tokens: temperature and what filters tokens
+        don't count, and what changes their probabilities can't be asked for.
     """
 
     id: str
@@ -171,6 +212,7 @@ class Request:
     adapter: str | None = None
     tenant: str = ""
     priority: int = 0
+    beams: BeamSearch | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -180,6 +222,20 @@ class Request:
                 raise SettingsError(
                     f"{name} {value!r}", f"a whole number from 1 to {high}", f"set {name} within that range"
                 )
+        if self.beams is None:
+            return
+        if self.n > self.beams.num_beams:
+            raise SettingsError(
+                f"n {self.n} with num_beams {self.beams.num_beams}",
+                "at most num_beams",
+                "ask for fewer texts",
+            )
+        if not replace(self.sampling, min_tokens=0).is_plain:
+            raise SettingsError(
+                "beam search with penalties, logit_bias or a grammar",
+                "beam search without them",
+                "leave them out",
+            )
 
     def to_wire(self) -> dict[str, Any]:
         """As plain values, for a message."""
@@ -189,7 +245,11 @@ class Request:
         sampling["grammar"] = None if grammar is None else [grammar.kind, grammar.text]
         sampling["logit_bias"] = [[token, bias] for token, bias in self.sampling.logit_bias.items()]
         stop = None if self.stop is None else sorted(self.stop)
-        return found | {"prompt": list(self.prompt), "sampling": sampling, "stop": stop}
+        beams = self.beams
+        searched = None if beams is None else [beams.num_beams, beams.length_penalty, beams.early_stopping]
+        return found | {
+            "prompt": list(self.prompt), "sampling": sampling, "stop": stop, "beams": searched
+        }  # fmt: skip
 
     @classmethod
     def from_wire(cls, message: Mapping[str, Any]) -> Request:
@@ -199,7 +259,9 @@ class Request:
         if sampling["grammar"] is not None:
             sampling["grammar"] = Grammar(*sampling["grammar"])
         fields = dict(message) | {"prompt": tuple(message["prompt"]), "sampling": Sampling(**sampling)}
-        return cls(**fields | {"stop": None if message["stop"] is None else frozenset(message["stop"])})
+        fields["stop"] = None if message["stop"] is None else frozenset(message["stop"])
+        fields["beams"] = None if message["beams"] is None else BeamSearch(*message["beams"])
+        return cls(**fields)
 
 
 @dataclass(frozen=True)
@@ -231,6 +293,8 @@ class Output:
         What went wrong, where `finish` is ``error``.
     cached_tokens : int
         Tokens of the prompt whose keys and values were at hand.
+    cumulative_logprob : float or None
+        Of a text that was searched: of all its tokens, and the stop token, together.
     """
 
     id: str
@@ -240,23 +304,25 @@ class Output:
     finish: Finish | None = None
     error: str | None = None
     cached_tokens: int = 0
+    cumulative_logprob: float | None = None
 
     def to_wire(self) -> list[Any]:
         """As plain values, for a message."""
         logprobs = [[item.token, item.logprob, [list(pair) for pair in item.top]] for item in self.logprobs]
         return [
-            self.id, self.index, list(self.tokens), logprobs, self.finish, self.error, self.cached_tokens
+            self.id, self.index, list(self.tokens), logprobs, self.finish, self.error, self.cached_tokens,
+            self.cumulative_logprob,
         ]  # fmt: skip
 
     @classmethod
     def from_wire(cls, message: list[Any]) -> Output:
         """The output that `to_wire` made plain."""
-        id, index, tokens, logprobs, finish, error, cached = message
+        id, index, tokens, logprobs, finish, error, cached, cumulative = message
         items = tuple(
             TokenLogprob(token, value, tuple((other, least) for other, least in top))
             for token, value, top in logprobs
         )
-        return cls(id, index, tuple(tokens), items, finish, error, cached)
+        return cls(id, index, tuple(tokens), items, finish, error, cached, cumulative)
 
 
 def _is_number(value: Any) -> bool:

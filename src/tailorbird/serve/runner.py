@@ -54,6 +54,15 @@ class Runner(Protocol):
     def copy(self, source: int, target: int) -> None:
         """Give page `target` what page `source` holds."""
 
+    def discard(self, pages: Sequence[int]) -> None:
+        """Give back the memory of pages, which hold anything until they are written again."""
+
+    def save(self, page: int) -> Tensor:
+        """What a page holds, uint8 ``[page_bytes]`` on the CPU, where prefixes are shared."""
+
+    def restore(self, page: int, data: Tensor) -> None:
+        """Let a page hold what `save` gave."""
+
     def forget(self, sequence: Any) -> None:
         """A sequence ended."""
 
@@ -126,6 +135,18 @@ class FusedRunner:
         """See `Runner`."""
         self.cache.copy(source, target)
 
+    def discard(self, pages: Sequence[int]) -> None:
+        """See `Runner`."""
+        self.cache.discard(pages)
+
+    def save(self, page: int) -> Tensor:
+        """See `Runner`."""
+        return self.cache.save(page)
+
+    def restore(self, page: int, data: Tensor) -> None:
+        """See `Runner`."""
+        self.cache.restore(page, data)
+
     def forget(self, sequence: Any) -> None:
         """See `Runner`; pages are all there is."""
 
@@ -175,6 +196,16 @@ class ModuleRunner:
 
     def copy(self, source: int, target: int) -> None:
         """See `Runner`; caches aren't shared."""
+
+    def discard(self, pages: Sequence[int]) -> None:
+        """See `Runner`; pages are numbers only."""
+
+    def save(self, page: int) -> Tensor:
+        """See `Runner`; pages are numbers only."""
+        return torch.empty(0, dtype=torch.uint8)
+
+    def restore(self, page: int, data: Tensor) -> None:
+        """See `Runner`; pages are numbers only."""
 
     def forget(self, sequence: Any) -> None:
         """See `Runner`."""

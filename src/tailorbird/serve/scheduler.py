@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from tailorbird.serve.page_pool import PagePool
 from tailorbird.serve.sequence import Sequence
+from tailorbird.serve.swap import Swap
 
 #: What a token of output counts for in a tenant's share, beside a token of a prompt.
 OUTPUT_WEIGHT = 2
@@ -57,6 +58,11 @@ class Scheduler:
         Most that run at once; at most `step_tokens`.
     shares_prefixes : bool
         Whether pages of one sequence may serve another.
+    swap : Swap, optional
+        Where pages are looked for that the pool doesn't have any more.
+    reclaim : callable, optional
+        Gives pages that serve for something else back to the pool, some at a time; False where there are
+        none.
     """
 
     def __init__(
@@ -66,10 +72,12 @@ class Scheduler:
         step_tokens: int,
         max_sequences: int,
         shares_prefixes: bool = True,
+        swap: Swap | None = None,
+        reclaim: Callable[[], bool] = lambda: False,
     ) -> None:
         self.pool, self.page_tokens = pool, page_tokens
         self.step_tokens, self.max_sequences = step_tokens, min(max_sequences, step_tokens)
-        self.shares_prefixes = shares_prefixes
+        self.shares_prefixes, self.swap, self._reclaim = shares_prefixes, swap, reclaim
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -87,6 +95,11 @@ class Scheduler:
             self._served[tenant] = max(self._served.get(tenant, 0.0), least)
         if not present:
             self._served = {tenant: self._served[tenant]}
+
+    @property
+    def has_place(self) -> bool:
+        """Whether one more sequence may run."""
+        return len(self.running) < self.max_sequences
 
     def fork(self, sequence: Sequence) -> None:
         """Let a sequence run at once; it has its pages already."""
@@ -133,13 +146,17 @@ class Scheduler:
                 pieces.append(Piece(sequence, sequence.computed, count))
                 room -= count
         pieces = [piece for piece in pieces if piece.sequence in self.running]
-        while room > 0 and self.waiting and len(self.running) < self.max_sequences:
+        while room > 0 and self.waiting and self.has_place:
             sequence = min(self.waiting, key=self._turn)
             if not self._admit(sequence):
                 break
             count = min(room, sequence.pending)
             pieces.append(Piece(sequence, sequence.computed, count))
             room -= count
+        resting = [sequence for sequence in self.running if not sequence.pending]
+        if not pieces and self.waiting and resting:
+            self._preempt(max(resting, key=_urgency))
+            return self.next_step(draft)
         for piece in pieces:
             self._serve(piece.sequence.request.tenant, piece.count, piece.chooses)
         return pieces
@@ -164,23 +181,43 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Let a waiting sequence run if all its tokens, and one more, find pages without taking anybody's."""
-        found: list[int] = []
+        keys: list[bytes] = []
         if self.shares_prefixes:
             # at least the last token is read, for what follows it
-            found = self.pool.find(sequence.keys_of_full_pages(self.page_tokens, len(sequence.tokens) - 1))
+            keys = sequence.keys_of_full_pages(self.page_tokens, len(sequence.tokens) - 1)
+        found = self.pool.find(keys)
         needed = self._pages_of(len(sequence.tokens) + 1) - len(found)
-        if needed > self.pool.available:
-            self.pool.release(found)
-            return False
+        while needed > self.pool.available:
+            if not self._reclaim():
+                self.pool.release(found)
+                return False
+        if self.swap is not None:
+            self._bring_back(found, keys, self.swap)
         sequence.pages, sequence.computed = found, len(found) * self.page_tokens
+        taken = self.pool.take(self._pages_of(len(sequence.tokens)) - len(found))
+        if taken is None:  # an adapter was given them meanwhile
+            self._release(sequence)
+            sequence.computed = 0
+            return False
+        sequence.pages += taken
         if sequence.cached is None:
             sequence.cached = sequence.computed
-        taken = self.pool.take(self._pages_of(len(sequence.tokens)) - len(found))
-        assert taken is not None
-        sequence.pages += taken
         self.waiting.remove(sequence)
         self.running.append(sequence)
         return True
+
+    def _bring_back(self, found: list[int], keys: list[bytes], swap: Swap) -> None:
+        """Add to `found` the pages with the next keys, from swap or pool, up to the first in neither."""
+        while len(found) < len(keys) and swap.wants(keys[len(found)]):
+            taken = self.pool.take(1)
+            if taken is None:  # an adapter was given them meanwhile
+                return
+            if not swap.bring(keys[len(found)], taken[0]):
+                self.pool.release(taken)
+                return
+            self.pool.publish(taken[0], keys[len(found)])
+            found += taken
+            found += self.pool.find(keys[len(found) :])
 
     def _pages_of(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)
@@ -197,6 +234,8 @@ class Scheduler:
     def _reach(self, sequence: Sequence, tokens: int) -> bool:
         """Pages for so many tokens, from those who are less urgent if need be; False: it gave up its own."""
         while not self._has_room(sequence, tokens):
+            if self._reclaim():
+                continue
             last = max(self.running, key=_urgency)
             self._preempt(last)
             if last is sequence:
@@ -204,11 +243,12 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
+        if sequence.pending:  # one that rests is added again when it knows what follows
+            self.waiting.append(sequence)
         self._release(sequence)
         sequence.computed = 0
         self.preemptions += 1
         self.running.remove(sequence)
-        self.waiting.append(sequence)
 
 
 def _urgency(sequence: Sequence) -> tuple[int, int, int]:

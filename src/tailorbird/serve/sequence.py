@@ -41,6 +41,8 @@ class Sequence:
     luck : float
         Which share of the guesses of its tokens turned out right lately.
     ended : bool
+    beams : object or None
+        The search that it is a beam of (`beam_sequences.BeamSequences`).
     """
 
     request: Request
@@ -56,10 +58,11 @@ class Sequence:
     cached: int | None = None
     luck: float = FIRST_LUCK
     ended: bool = False
+    beams: Any = None
 
     @property
     def pending(self) -> int:
-        """Tokens that must be read before the next one can be chosen; 1 while it is writing."""
+        """Tokens to be read before the next one can be chosen: 1 while it is writing, 0 while it rests."""
         return len(self.tokens) - self.computed
 
     @property

@@ -16,6 +16,7 @@ import pytest
 from fake_engine import FAILING, REFUSED, SILENT
 from tailorbird.serve.api.app import router
 from tailorbird.serve.api.failures import CLIENT_GONE
+from tailorbird.serve.request import BeamSearch
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = {"model": "demo", "messages": [{"role": "user", "content": "hello"}]}
@@ -118,6 +119,39 @@ def test_every_sampling_field_reaches_the_engine(server: Any) -> None:
     assert {name: getattr(request.sampling, name) for name in stated} == stated
     assert (request.sampling.ignore_end, dict(request.sampling.logit_bias)) == (True, {7: 2.5})
     assert (request.max_tokens, request.n, request.adapter, request.tenant) == (3, 2, None, "")
+
+
+@pytest.mark.parametrize(
+    ("stated", "wanted"),
+    [
+        ({"num_beams": 4}, BeamSearch(4)),
+        (
+            {"num_beams": 4, "n": 2, "length_penalty": 0, "early_stopping": "never"},
+            BeamSearch(4, 0.0, "never"),
+        ),
+        ({"use_beam_search": True, "n": 3, "early_stopping": True}, BeamSearch(3, 1.0, True)),
+        ({"use_beam_search": True}, BeamSearch(1)),
+        ({"num_beams": 1}, None),
+        ({"use_beam_search": False, "length_penalty": 2.0}, None),
+    ],
+)
+def test_searches_reach_the_engine(server: Any, stated: Any, wanted: Any) -> None:
+    assert server.post(COMPLETIONS, PLAIN | stated).status_code == 200
+    (request,) = server.supervisor.submitted
+    assert request.beams == wanted
+    assert request.n == stated.get("n", 1)
+
+
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_more_can_be_written_than_are_answered(server: Any, logprobs: int | None) -> None:
+    count = len(server.service.texts.encode(PLAIN["prompt"]))
+    body = PLAIN | {"prompt": [PLAIN["prompt"]] * 2, "n": 2, "best_of": 5, "logprobs": logprobs}
+    answer = server.post(COMPLETIONS, body).json()
+    assert [request.n for request in server.supervisor.submitted] == [5, 5]
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert [choice["text"] for choice in answer["choices"]] == [PLAIN["prompt"]] * 4
+    assert all((choice["logprobs"] is None) == (logprobs is None) for choice in answer["choices"])
+    assert answer["usage"]["completion_tokens"] == 10 * count  # as they are paid for
 
 
 def test_null_means_the_default(server: Any) -> None:

@@ -64,6 +64,8 @@ WRONG = [
     ("logit_bias", {"a": 1}), ("logit_bias", {"1": 200}), ("logit_bias", {"1": "x"}), ("logit_bias", []),
     ("logit_bias", {"999999": 1}), ("logit_bias", {"-1": 1}), ("top_k", -5), ("min_p", 2), ("typical_p", 0),
     ("repetition_penalty", 0), ("min_tokens", -1), ("ignore_eos", 1), ("guided_regex", 5),
+    ("num_beams", 0), ("num_beams", 10**6), ("num_beams", 2.5), ("use_beam_search", "yes"),
+
     ("response_format", "json"), ("response_format", {"type": "xml"}),
     ("response_format", {"type": "json_schema"}),
 ]  # fmt: skip
@@ -99,6 +101,19 @@ def test_wrong_chats(server: Any, wrong: dict[str, Any]) -> None:
     check(server.post(CHAT, HELLO | wrong | {"stream": True}))
 
 
+SEARCHES = [
+    {"length_penalty": 1e9}, {"early_stopping": "soon"}, {"n": 4}, {"presence_penalty": 1},
+    {"guided_regex": "a"},
+    {"logit_bias": {"1": 1}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "body"), [(CHAT, HELLO), (COMPLETIONS, PLAIN)], ids=["chat", "plain"])
+@pytest.mark.parametrize("wrong", SEARCHES, ids=lambda value: repr(value)[:40])
+def test_wrong_searches(server: Any, path: str, body: dict[str, Any], wrong: dict[str, Any]) -> None:
+    check(server.post(path, body | {"num_beams": 3} | wrong))
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -107,7 +122,8 @@ def test_wrong_chats(server: Any, wrong: dict[str, Any]) -> None:
         {"prompt": [-1]}, {"prompt": [1 << 80]}, {"prompt": None}, {"prompt": ["a"] * 10_000},
         {"prompt": [1] * 512},
         {"prompt": [1] * 500, "max_tokens": 13}, {"logprobs": 21}, {"logprobs": True}, {"echo": True},
-        {"suffix": "x"}, {"best_of": 3},
+        {"suffix": "x"}, {"n": 3, "best_of": 2}, {"best_of": 0},
+        {"best_of": 3, "stream": True}, {"best_of": 3, "num_beams": 3},
     ],
     ids=lambda value: repr(value)[:40],
 )  # fmt: skip

@@ -12,7 +12,7 @@ import re
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +91,9 @@ class AdapterStore:
         Or what has its `linears` and `adapter`.
     warm_bytes : int
         Most bytes of adapters that are laid out. While one is read it is there besides.
+    room : callable, optional
+        Told how many bytes of adapters are laid out, before there are more and after there are fewer; False
+        says that more isn't possible now.
     allowed : Path, optional
         Adapters must lie below this directory, links followed.
     state : Path, optional
@@ -104,9 +107,15 @@ class AdapterStore:
     """
 
     def __init__(
-        self, model: Model, warm_bytes: int, allowed: Path | None = None, state: Path | None = None
+        self,
+        model: Model,
+        warm_bytes: int,
+        allowed: Path | None = None,
+        state: Path | None = None,
+        room: Callable[[int], bool] = lambda nbytes: True,
     ) -> None:
         self._model, self._warm_bytes, self._allowed, self._state = model, warm_bytes, allowed, state
+        self._room = room
         self._lock = threading.Lock()
         self._saving = threading.Lock()  # held while the state file is written, so that the last change wins
         self._names: dict[str, list[_Version]] = {}  # the one that is served, then the one before
@@ -244,7 +253,12 @@ class AdapterStore:
     def bytes(self) -> int:
         """Bytes of all adapters that are laid out."""
         with self._lock:
-            return sum(version.nbytes for version in self._warm)
+            return self._warm_now
+
+    def drop_oldest(self) -> bool:
+        """Give back the memory of what nobody uses, and nobody has for longest; False where there is none."""
+        with self._lock:
+            return self._drop_oldest()
 
     def stage(self, name: str, path: str | Path) -> Handle:
         """Check, lay out and pin an adapter that isn't served yet; errors as of `register` and `acquire`.
@@ -303,7 +317,7 @@ class AdapterStore:
             raise ResourceError(
                 f"the adapter in {source.directory} has {size} bytes",
                 f"at most the {self._warm_bytes} bytes that all adapters together may take",
-                "give adapters more memory, or train one of lower rank",
+                "allow more memory, or train one of lower rank",
             )
         with self._lock:
             self._last += 1
@@ -346,7 +360,20 @@ class AdapterStore:
     def _drop(self, version: _Version) -> None:
         """Give its memory back, with the lock held."""
         version.adapter = None
-        self._warm.pop(version, None)
+        if version in self._warm:
+            del self._warm[version]
+            self._room(self._warm_now)
+
+    def _drop_oldest(self) -> bool:
+        """With the lock held."""
+        version = next((version for version in self._warm if not version.pins), None)
+        if version is not None:
+            self._drop(version)
+        return version is not None
+
+    @property
+    def _warm_now(self) -> int:
+        return sum(version.nbytes for version in self._warm)
 
     def _pinned(self, version: _Version) -> Handle:
         """A handle of a version that was pinned for it."""
@@ -402,12 +429,11 @@ class AdapterStore:
         if not version.pins and not version.kept:
             return
         self._refuse_without_room(version)
-        free = self._warm_bytes - sum(other.nbytes for other in self._warm)
-        for other in [other for other in self._warm if not other.pins]:
-            if free >= version.nbytes:
-                break
-            free += other.nbytes
-            self._drop(other)
+        while self._warm_now + version.nbytes > self._warm_bytes or not self._room(
+            self._warm_now + version.nbytes
+        ):
+            if not self._drop_oldest():
+                raise self._no_room(version)
         version.adapter = adapter
         self._warm[version] = None
 
@@ -415,12 +441,17 @@ class AdapterStore:
         """With the lock held."""
         used = sum(other.nbytes for other in self._warm if other.pins)
         if used + version.nbytes > self._warm_bytes:
-            raise NoRoom(
-                f"adapters in use take {used} of {self._warm_bytes} bytes, and `{version.name}` needs "
-                f"{version.nbytes}",
-                "room for every adapter that is in use at the same time",
-                "try again when other requests have ended, or give adapters more memory",
-            )
+            raise self._no_room(version)
+
+    def _no_room(self, version: _Version) -> NoRoom:
+        """With the lock held."""
+        used = sum(other.nbytes for other in self._warm if other.pins)
+        return NoRoom(
+            f"adapters in use take {used} of {self._warm_bytes} bytes, and `{version.name}` needs "
+            f"{version.nbytes}",
+            "room for every adapter that is in use at the same time, beside the texts that are written",
+            "try again when other requests have ended, or allow more memory",
+        )
 
     def _save(self) -> None:
         if self._state is None:

@@ -142,6 +142,8 @@ def _generation(
         stops,
         adapter,
         http.state.tenant,
+        body.beams(),
+        body.written,
     )
 
 

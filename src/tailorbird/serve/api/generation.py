@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from tailorbird.errors import SettingsError, TailorbirdError
 from tailorbird.serve.api.failures import ApiError, EngineLost, busy, too_late
 from tailorbird.serve.api.metrics import Metrics
 from tailorbird.serve.api.text import TextOut, Texts
-from tailorbird.serve.request import Output, Request, Sampling, TokenLogprob
+from tailorbird.serve.request import BeamSearch, Output, Request, Sampling, TokenLogprob
 from tailorbird.serve.supervisor import MOST_ATTEMPTS, Supervisor
 
 T = TypeVar("T")
@@ -170,10 +171,14 @@ class Generation:
     max_tokens : int or None
         Of each continuation; None is up to the end of the context.
     n : int
-        Continuations of each prompt.
+        Continuations of each prompt that are answered.
     stops : sequence of str
     adapter : str or None
     tenant : str
+    beams : BeamSearch, optional
+    best_of : int, optional
+        Continuations of each prompt, of which the `n` with the largest mean log-probability of a token are
+        answered; `n` unless given.
 
     Raises
     ------
@@ -191,6 +196,8 @@ class Generation:
         stops: Sequence[str],
         adapter: str | None,
         tenant: str,
+        beams: BeamSearch | None = None,
+        best_of: int | None = None,
     ) -> None:
         service.check_open()
         self._service = service
@@ -199,7 +206,10 @@ class Generation:
         self.id = uuid.uuid4().hex
         self.prompt_tokens = sum(map(len, prompts))
         self.completion_tokens = self.cached_tokens = 0
-        self.n = n
+        self.n, self._written = n, n if best_of is None else best_of
+        self._shows_logprobs = sampling.logprobs is not None
+        if self._written > n and not self._shows_logprobs:
+            sampling = replace(sampling, logprobs=0)  # to compare by
         if any(token >= service.vocab_size for token in sampling.logit_bias):
             raise SettingsError(
                 "a logit_bias of a token that the model doesn't have",
@@ -212,27 +222,35 @@ class Generation:
                 prompt=tuple(prompt),
                 max_tokens=_room(len(prompt), max_tokens, service.context),
                 sampling=sampling,
-                n=n,
+                n=self._written,
                 adapter=adapter,
                 tenant=tenant,
+                beams=beams,
             )
             for number, prompt in enumerate(prompts)
         ]
-        service.check_room(len(prompts) * n)
+        service.check_room(len(prompts) * (self._written if beams is None else beams.num_beams))
 
     async def whole(self) -> list[Piece]:
-        """All pieces; where an engine dies, the next one writes them anew. Raises as `pieces`."""
+        """All that is answered: the next engine writes them anew if one dies. Raises as `pieces`."""
         for attempt in range(1, MOST_ATTEMPTS + 1):
             try:
                 async with contextlib.aclosing(self._attempt(again=attempt > 1)) as pieces:
-                    return [piece async for piece in pieces]
+                    return self._best([piece async for piece in pieces])
             except EngineLost:
                 if attempt == MOST_ATTEMPTS:
                     raise
         raise AssertionError("the last attempt returns or raises")
 
+    def _best(self, pieces: list[Piece]) -> list[Piece]:
+        """Those of the continuations that are answered."""
+        if self._written == self.n:
+            return pieces
+        best = best_pieces(pieces, self.n, self._written)
+        return best if self._shows_logprobs else [replace(piece, logprobs=()) for piece in best]
+
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """Text as it comes; closing the iterator early cancels the rest.
+        """Text as it comes, of all that is written; closing the iterator early cancels the rest.
 
         Should the engine die before there was any, the next one is asked.
 
@@ -265,7 +283,10 @@ class Generation:
             for request in self._requests:
                 metrics.submitted(len(request.prompt), request.adapter)
         numbers = {request.id: number for number, request in enumerate(self._requests)}
-        open = {choice: _Continuation(service.texts, self._stops) for choice in range(len(numbers) * self.n)}
+        open = {
+            choice: _Continuation(service.texts, self._stops)
+            for choice in range(len(numbers) * self._written)
+        }
         cached = dict.fromkeys(numbers, 0)
         observe = metrics.clock(self.arrived)
         waited = time.monotonic() - self.arrived
@@ -277,7 +298,7 @@ class Generation:
                     async with asyncio.timeout_at(deadline):
                         output = await anext(outputs)
                     observe(output)
-                    choice = numbers[output.id] * self.n + output.index
+                    choice = numbers[output.id] * self._written + output.index
                     if choice not in open:
                         continue  # it met a stop string, and others of the same request go on
                     if output.finish == "lost":
@@ -313,6 +334,31 @@ class Generation:
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+
+
+def best_pieces(pieces: Sequence[Piece], n: int, written: int) -> list[Piece]:
+    """The pieces of the `n` best of each prompt's `written` continuations, the best first, numbered anew.
+
+    Parameters
+    ----------
+    pieces : sequence of Piece
+        With log-probabilities.
+    n, written : int
+    """
+    of_choice: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        of_choice.setdefault(piece.choice, []).append(piece)
+
+    def mean(choice: int) -> float:
+        values = [item.logprob for piece in of_choice[choice] for _, item in piece.logprobs]
+        return sum(values) / len(values) if values else -math.inf
+
+    found = []
+    for prompt in range(len(of_choice) // written):
+        ranked = sorted(range(prompt * written, (prompt + 1) * written), key=mean, reverse=True)
+        for place, choice in enumerate(ranked[:n]):
+            found += [replace(piece, choice=prompt * n + place) for piece in of_choice[choice]]
+    return found
 
 
 class _Continuation:

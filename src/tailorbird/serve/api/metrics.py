@@ -18,6 +18,7 @@ ENGINE_STATS = {
     "running": ("tailorbird_requests_running", "gauge", "Sequences in the engine's batch"),
     "kv_pages": ("tailorbird_kv_pages", "gauge", "Pages for keys and values"),
     "kv_pages_used": ("tailorbird_kv_pages_used", "gauge", "Pages for keys and values in use"),
+    "adapter_pages": ("tailorbird_adapter_pages", "gauge", "Pages whose memory adapters have"),
     "step_tokens": ("tailorbird_step_tokens", "gauge", "Tokens of the engine's last step"),
     "memory_bytes": ("tailorbird_engine_memory_bytes", "gauge", "Resident memory of the engine's process"),
     "cached_tokens": (
@@ -26,6 +27,16 @@ ENGINE_STATS = {
         "Tokens of prompts that needn't be read",
     ),
     "preemptions": ("tailorbird_preemptions", "counter", "Sequences that lost their pages to others"),
+    "swap_pages": ("tailorbird_swap_pages", "gauge", "Copies of pages in the swap"),
+    "swapped_out_pages": ("tailorbird_swapped_out_pages", "counter", "Pages copied to the swap"),
+    "swapped_out_bytes": ("tailorbird_swapped_out_bytes", "counter", "Bytes copied to the swap"),
+    "swapped_in_pages": ("tailorbird_swapped_in_pages", "counter", "Pages read back from the swap"),
+    "swapped_in_bytes": ("tailorbird_swapped_in_bytes", "counter", "Bytes read back from the swap"),
+    "swap_damaged_pages": (
+        "tailorbird_swap_damaged_pages",
+        "counter",
+        "Pages that came back damaged from the swap, and were computed again",
+    ),
     "steps": ("tailorbird_steps", "counter", "Steps of the engine since it was started"),
 }
 _FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from tailorbird.errors import SettingsError
-from tailorbird.serve.request import Grammar, Sampling
+from tailorbird.serve.request import BeamSearch, Grammar, Sampling
 
 MOST_STOPS, LONGEST_STOP = 16, 1000
 
@@ -31,7 +31,10 @@ class StreamOptions(Schema):
 
 
 class Generating(Schema):
-    """What chat and plain completions share; beyond OpenAI: the fields from `top_k` on, as in vLLM."""
+    """What chat and plain completions share.
+
+    Beyond OpenAI: the fields from `top_k` on, as in vLLM, and from `num_beams` on, as in transformers.
+    """
 
     model: str
     max_tokens: int | None = None
@@ -54,6 +57,10 @@ class Generating(Schema):
     ignore_eos: bool | None = None
     guided_regex: str | None = None
     guided_grammar: str | None = None
+    use_beam_search: bool | None = None
+    num_beams: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
 
     @property
     def stops(self) -> list[str]:
@@ -83,6 +90,28 @@ class Generating(Schema):
         if self.guided_grammar is not None:
             found.append(Grammar("ebnf", self.guided_grammar))
         return found
+
+    def beams(self) -> BeamSearch | None:
+        """How the likeliest texts are searched, where that is asked for.
+
+        By `num_beams` above 1, or by `use_beam_search`, whose number of beams is `n` unless `num_beams` is
+        given.
+
+        Raises
+        ------
+        SettingsError
+            A number out of range.
+        """
+        if not self.use_beam_search and self.num_beams in (None, 1):
+            return None
+        stated = {"length_penalty": self.length_penalty, "early_stopping": self.early_stopping}
+        width = self.num_beams if self.num_beams is not None else self.n or 1
+        return BeamSearch(width, **{name: value for name, value in stated.items() if value is not None})  # type: ignore[arg-type]
+
+    @property
+    def written(self) -> int:
+        """Continuations of each prompt, of which `n` are answered."""
+        return 1 if self.n is None else self.n
 
     def sampling(self, logprobs: int | None) -> Sampling:
         """How tokens are chosen; what is null or absent is the default.
@@ -287,8 +316,13 @@ class CompletionRequest(Generating):
     suffix: str | None = None
     best_of: int | None = None
 
+    @property
+    def written(self) -> int:
+        """See `Generating`."""
+        return super().written if self.best_of is None else self.best_of
+
     def check(self) -> None:
-        """Refuse the fields that would change the answer and aren't offered.
+        """Refuse the fields that would change the answer and aren't offered, and a `best_of` without sense.
 
         Raises
         ------
@@ -297,10 +331,18 @@ class CompletionRequest(Generating):
         for name, idle in (
             ("echo", not self.echo),
             ("suffix", not self.suffix),
-            ("best_of", self.best_of in (None, self.n or 1)),
         ):
             if not idle:
                 raise SettingsError(f"{name} {getattr(self, name)!r}", f"no {name}", f"leave out {name}")
+        n = super().written
+        if self.written < n:
+            raise SettingsError(f"best_of {self.best_of} for n {n}", "at least n", "raise best_of")
+        if self.written > n and (self.stream or self.beams() is not None):
+            raise SettingsError(
+                f"best_of {self.best_of} for n {n} with `stream` or beam search",
+                "neither, since the best are known at the end, and a search finds the best anyway",
+                "leave out best_of",
+            )
 
 
 class EmbeddingRequest(Schema):

@@ -1,0 +1,85 @@
+"""Engines of small models that are watched, and what a text is without an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressed import save_compressed
+from tailorbird.formats.packed import Coding, IntegerCoding
+from tailorbird.run.fused import FusedModel
+from tailorbird.run.generate import FusedDecoding, ModuleDecoding
+from tailorbird.serve.engine import Engine
+from tailorbird.serve.interface import EngineOptions
+from tailorbird.serve.request import Output, Request, Sampling
+from tiny import byte_tokenizer, make_model
+
+FOUR_BITS = IntegerCoding(4, 32, symmetric=True)
+
+
+def served(directory: Path, architecture: str = "llama", coding: Coding = FOUR_BITS, **config: Any) -> str:
+    """A compressed model with a tokenizer."""
+    save_compressed(directory, make_model(architecture, **config), coding)
+    byte_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+def engine(path: str, **options: Any) -> Engine:
+    return Engine(EngineOptions(path, **options), log=lambda _: None)
+
+
+class Watched:
+    """An engine, all that it said, and the logits after each token of each text."""
+
+    def __init__(self, made: Engine) -> None:
+        self.engine = made
+        self.tokens: dict[tuple[str, int], list[int]] = {}
+        self.finish: dict[tuple[str, int], str] = {}
+        self.logits: dict[tuple[str, int, int], Tensor] = {}
+        self.outputs: list[Output] = []
+        step = made.runner.step
+
+        def watched(pieces: Any) -> list[Tensor]:
+            found = step(pieces)
+            for piece, rows in zip((p for p in pieces if p.chooses), found, strict=True):
+                for depth, row in enumerate(rows):
+                    at = len(piece.sequence.tokens) + depth
+                    right = piece.sequence.tokens + list(piece.drafts[:depth])
+                    self.logits[piece.sequence.request.id, at, hash(tuple(right))] = row.clone()
+            return found
+
+        made.runner.step = watched  # type: ignore[method-assign]
+
+    def step(self) -> None:
+        for output in self.engine.step():
+            self.outputs.append(output)
+            self.tokens.setdefault((output.id, output.index), []).extend(output.tokens)
+            if output.finish is not None:
+                assert (output.id, output.index) not in self.finish
+                self.finish[output.id, output.index] = output.finish
+
+    def run(self) -> None:
+        for _ in range(20_000):
+            if not self.engine.busy:
+                return
+            self.step()
+        raise AssertionError("it doesn't end")
+
+
+def alone(made: Engine, prompt: tuple[int, ...], count: int) -> tuple[list[int], list[Tensor]]:
+    """Greedy tokens of one text, and the logits from which each was taken."""
+    model = made.model
+    decoding = FusedDecoding(FusedModel(model)) if made.runner.path == "fused" else ModuleDecoding(model)
+    fed, tokens, rows = torch.tensor([prompt]), [], []
+    for _ in range(count):
+        rows.append(decoding.read(fed)[0])
+        tokens.append(int(rows[-1].argmax()))
+        fed = torch.tensor([tokens[-1:]])
+    return tokens, rows
+
+
+def greedy(id: str, prompt: tuple[int, ...], count: int, **more: Any) -> Request:
+    return Request(id, prompt, count, Sampling(temperature=0, ignore_end=True), **more)
