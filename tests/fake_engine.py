@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from typing import Any
 
-from tailorbird.errors import CheckpointError, SettingsError
+from tailorbird.errors import CheckpointError, GateRefused, SettingsError
 from tailorbird.serve.interface import EngineOptions
 from tailorbird.serve.request import Output, Request, TokenLogprob
 
@@ -32,6 +32,8 @@ class FakeEngine:
         self.pause = 0.0
         self.names = dict(options.adapters)
         self.steps = 0
+        self.held_out: list[tuple[Sequence[int], int]] = []
+        self.dropped: list[str] = []
         log("loaded")
         self.info: dict[str, Any] = {
             "model": options.model, "context": CONTEXT, "vocab_size": VOCAB_SIZE,
@@ -95,6 +97,28 @@ class FakeEngine:
     def unload_adapter(self, name: str) -> None:
         del self.names[name]
 
+    def publish_adapter(
+        self, name: str, path: str, held_out: Sequence[tuple[Sequence[int], int]]
+    ) -> Generator[None, None, dict[str, Any]]:
+        """The loss is the length of the directory's name; a text that begins with `SILENT` has no end."""
+        self.held_out = list(held_out)
+        try:
+            yield
+            while held_out[0][0][0] == SILENT:
+                yield
+        except GeneratorExit:
+            self.dropped.append(name)
+            raise
+        loss, before = len(os.path.basename(path)), len(os.path.basename(self.names.get(name, "")))
+        if name in self.names and loss > before:
+            raise GateRefused(f"a loss of {loss}", f"at most {before}", "train it further")
+        self.names[name] = path
+        return {"name": name, "version": 2, "loss": float(loss), "loss_before": float(before) or None}
+
+    def rollback_adapter(self, name: str) -> int:
+        """Nothing is rolled back; how many jobs nobody waited for any more."""
+        return len(self.dropped)
+
     def adapters(self) -> list[str]:
         return list(self.names)
 
@@ -153,6 +177,22 @@ class InProcess:
 
     async def unload_adapter(self, name: str) -> None:
         self.engine.unload_adapter(name)
+
+    async def publish_adapter(
+        self, name: str, path: str, held_out: Sequence[tuple[Sequence[int], int]]
+    ) -> dict[str, Any]:
+        job = self.engine.publish_adapter(name, path, held_out)
+        try:
+            while True:
+                next(job)
+                await asyncio.sleep(0)
+        except StopIteration as end:
+            return dict(end.value)
+        finally:
+            job.close()
+
+    async def rollback_adapter(self, name: str) -> int:
+        return self.engine.rollback_adapter(name)
 
     async def embed(self, ids: Sequence[int], adapter: str | None) -> list[float]:
         return self.engine.embed(ids, adapter)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Many
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.load import load, load_tokenizer
 from tailorbird.run.generate import context_length, stop_tokens
+from tailorbird.serve.adapters.held_out import Example, mean_loss
+from tailorbird.serve.adapters.publish import publish
 from tailorbird.serve.adapters.store import AdapterStore
 from tailorbird.serve.draft import Pace, lookup
 from tailorbird.serve.grammar import Compiler
@@ -402,7 +404,64 @@ class Engine:
         CheckpointError
             Files are missing, damaged or pickled, or don't fit the model.
         """
-        store, allowed = self.adapters_of_model(), self.options.adapter_directory
+        self._check_allowed(path)
+        self.adapters_of_model().register(name, path)
+
+    def publish_adapter(
+        self, name: str, path: str, held_out: Many[tuple[Many[int], int]]
+    ) -> Generator[None, None, dict[str, Any]]:
+        """Serve a new version of an adapter if held-out text says it is no worse than the one served now.
+
+        Parameters
+        ----------
+        name, path : str
+        held_out : sequence of (tokens, first)
+            Texts, and how many of their tokens are read without being counted: at least 1 of at least
+            ``first + 1``.
+
+        Yields
+        ------
+        None
+            Between windows of text (`adapters.held_out`).
+
+        Returns
+        -------
+        dict
+            Fields of `adapters.publish.Published`; losses in nats per token.
+
+        Raises
+        ------
+        GateRefused
+            It is worse; nothing has changed.
+        SettingsError, CheckpointError, ResourceError
+            As `load_adapter`, or no text, or one that doesn't fit the context.
+        """
+        self._check_allowed(path)
+        store = self.adapters_of_model()
+        examples = [Example(tuple(tokens), first) for tokens, first in held_out]
+        for example in examples:
+            self._check_tokens(example.tokens, self._limit())
+        if not examples or not all(0 < one.first < len(one.tokens) for one in examples):
+            raise SettingsError(
+                "held-out text with nothing to foretell", "texts of at least two tokens", "give longer texts"
+            )
+        published = yield from publish(
+            store, name, path, lambda handle: mean_loss(examples, self.runner, self.pool, handle)
+        )
+        return asdict(published)
+
+    def rollback_adapter(self, name: str) -> int:
+        """Serve the version of an adapter before the one that is served; its number.
+
+        Raises
+        ------
+        SettingsError
+            The name is unknown, or has no version before this one.
+        """
+        return self.adapters_of_model().rollback(name)
+
+    def _check_allowed(self, path: str) -> None:
+        allowed = self.options.adapter_directory
         if allowed is None or not Path(path).resolve().is_relative_to(Path(allowed).resolve()):
             raise SettingsError(
                 f"an adapter in {path}",
@@ -411,7 +470,6 @@ class Engine:
                 else "a server with a directory for adapters",
                 "put it there" if allowed else "start it with --adapter-directory",
             )
-        store.register(name, path)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; requests that run keep it until they end."""

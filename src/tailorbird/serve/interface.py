@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -81,6 +81,18 @@ class EngineLike(Protocol):
 
     def unload_adapter(self, name: str) -> None:
         """Serve it no longer."""
+
+    def publish_adapter(
+        self, name: str, path: str, held_out: Sequence[tuple[Sequence[int], int]]
+    ) -> Generator[None, None, dict[str, Any]]:
+        """Serve an adapter under this name unless held-out text says it is worse than what is served.
+
+        Each text is its tokens, and the number of those that aren't counted. Gives the fields of
+        `adapters.publish.Published`, a piece of the work each time it is asked to go on.
+        """
+
+    def rollback_adapter(self, name: str) -> int:
+        """Serve the version before the one that is served; its number."""
 
     def adapters(self) -> list[str]:
         """Names of the adapters that are loaded."""

@@ -205,15 +205,37 @@ class Supervisor:
 
     async def load_adapter(self, name: str, path: str) -> None:
         """Serve an adapter under a name, in later engines too; raises what the engine refuses it with."""
-        await self._call("load_adapter", name, path)
+        await self._change_adapters("load_adapter", name, path)
         self._adapters[name] = path
-        self.info["adapters"] = await self._call("adapters")
 
     async def unload_adapter(self, name: str) -> None:
         """Serve an adapter no longer."""
-        await self._call("unload_adapter", name)
+        await self._change_adapters("unload_adapter", name)
         self._adapters.pop(name, None)
-        self.info["adapters"] = await self._call("adapters")
+
+    async def publish_adapter(
+        self, name: str, path: str, held_out: Sequence[tuple[Sequence[int], int]]
+    ) -> dict[str, Any]:
+        """Serve a new version of an adapter if it is no worse on held-out text than the one served now.
+
+        Arguments, value and errors as of `Engine.publish_adapter`; that the engine died is an error, too.
+        A caller that is cancelled leaves nothing behind.
+        """
+        value: dict[str, Any] = await self._change_adapters("publish_adapter", name, path, held_out)
+        return value
+
+    async def rollback_adapter(self, name: str) -> int:
+        """Serve the version of an adapter before the one that is served; its number."""
+        value: int = await self._change_adapters("rollback_adapter", name)
+        return value
+
+    async def _change_adapters(self, call: str, *arguments: Any) -> Any:
+        """What a call gives that changes the adapters; whatever became of it, their names are asked for."""
+        try:
+            return await self._call(call, *arguments)
+        finally:
+            with contextlib.suppress(EngineError):
+                self.info["adapters"] = await self._call("adapters")
 
     async def embed(self, ids: Sequence[int], adapter: str | None) -> list[float]:
         """One vector for these tokens; raises what the engine refuses them with, or that it died."""
@@ -228,6 +250,9 @@ class Supervisor:
         try:
             self._send({"do": "call", "number": number, "name": name, "arguments": list(arguments)})
             return await answer
+        except asyncio.CancelledError:
+            self._send({"do": "drop", "number": number})
+            raise
         finally:
             self._calls.pop(number, None)
 
