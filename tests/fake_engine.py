@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from pathlib import Path
 from typing import Any
 
 from tailorbird.errors import CheckpointError, GateRefused, SettingsError
@@ -30,7 +32,10 @@ class FakeEngine:
         self.cancelled: list[str] = []
         self.script: Sequence[int] | None = None
         self.pause = 0.0
-        self.names = dict(options.adapters)
+        state = options.adapter_state
+        self.state = None if state is None else Path(state)
+        goes_on = self.state is not None and self.state.exists()
+        self.names = json.loads(self.state.read_text()) if goes_on else dict(options.adapters)
         self.steps = 0
         self.held_out: list[tuple[Sequence[int], int]] = []
         self.dropped: list[str] = []
@@ -93,9 +98,15 @@ class FakeEngine:
 
     def load_adapter(self, name: str, path: str) -> None:
         self.names[name] = path
+        self.save()
 
     def unload_adapter(self, name: str) -> None:
         del self.names[name]
+        self.save()
+
+    def save(self) -> None:
+        if self.state is not None:
+            self.state.write_text(json.dumps(self.names))
 
     def publish_adapter(
         self, name: str, path: str, held_out: Sequence[tuple[Sequence[int], int]]
@@ -112,7 +123,7 @@ class FakeEngine:
         loss, before = len(os.path.basename(path)), len(os.path.basename(self.names.get(name, "")))
         if name in self.names and loss > before:
             raise GateRefused(f"a loss of {loss}", f"at most {before}", "train it further")
-        self.names[name] = path
+        self.load_adapter(name, path)
         return {"name": name, "version": 2, "loss": float(loss), "loss_before": float(before) or None}
 
     def rollback_adapter(self, name: str) -> int:

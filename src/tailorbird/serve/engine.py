@@ -116,11 +116,16 @@ class Engine:
                 self.runner.shares_prefixes,
             )  # fmt: skip
         self.store: AdapterStore | None = None
-        if isinstance(self.runner, FusedRunner):
-            self.store = AdapterStore(self.runner.model, WARM_BYTES)
         with self._part("adapters", log):
-            for name, path in options.adapters.items():
-                self.adapters_of_model().register(name, Path(path))
+            allowed, state = (
+                None if path is None else Path(path)
+                for path in (options.adapter_directory, options.adapter_state)
+            )
+            goes_on = state is not None and state.exists()
+            if isinstance(self.runner, FusedRunner):
+                self.store = AdapterStore(self.runner.model, WARM_BYTES, allowed, state)
+            for name, path in () if goes_on else options.adapters.items():
+                self.adapters_of_model().register(name, path, trusted=True)
         self._sequences: dict[str, list[Sequence]] = {}
         self._arrivals = 0
         self._outputs: list[Output] = []
@@ -404,8 +409,7 @@ class Engine:
         CheckpointError
             Files are missing, damaged or pickled, or don't fit the model.
         """
-        self._check_allowed(path)
-        self.adapters_of_model().register(name, path)
+        self._open_store().register(name, path)
 
     def publish_adapter(
         self, name: str, path: str, held_out: Many[tuple[Many[int], int]]
@@ -436,8 +440,7 @@ class Engine:
         SettingsError, CheckpointError, ResourceError
             As `load_adapter`, or no text, or one that doesn't fit the context.
         """
-        self._check_allowed(path)
-        store = self.adapters_of_model()
+        store = self._open_store()
         examples = [Example(tuple(tokens), first) for tokens, first in held_out]
         for example in examples:
             self._check_tokens(example.tokens, self._limit())
@@ -460,16 +463,16 @@ class Engine:
         """
         return self.adapters_of_model().rollback(name)
 
-    def _check_allowed(self, path: str) -> None:
-        allowed = self.options.adapter_directory
-        if allowed is None or not Path(path).resolve().is_relative_to(Path(allowed).resolve()):
+    def _open_store(self) -> AdapterStore:
+        """The adapters, where some may be added; SettingsError where there is no directory for them."""
+        store = self.adapters_of_model()
+        if self.options.adapter_directory is None:
             raise SettingsError(
-                f"an adapter in {path}",
-                "one below the directory for adapters"
-                if allowed
-                else "a server with a directory for adapters",
-                "put it there" if allowed else "start it with --adapter-directory",
+                "an adapter for a server that takes none while it runs",
+                "a server with a directory for adapters",
+                "start it with --adapter-directory",
             )
+        return store
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; requests that run keep it until they end."""

@@ -21,7 +21,7 @@ class EngineOptions:
     model : str
         Directory, Hugging Face id or ``demo``.
     adapters : mapping of str to str
-        Name -> directory, loaded from the start.
+        Name -> directory, which may lie anywhere; served from the start, unless there is a state.
     memory_bytes : int or None
         For weights, keys and values together. None is the weights, and for keys and values a quarter of the
         memory that is available, or what `max_sequences` texts of 2,048 tokens need, whichever is less.
@@ -33,6 +33,8 @@ class EngineOptions:
         Most tokens of a sequence; None is the model's own limit.
     adapter_directory : str or None
         Where adapters may be loaded from while the server runs.
+    adapter_state : str or None
+        A file in which the adapters that are served, and their versions, outlive an engine.
     threads : int or None
         CPU threads; None is all cores.
     speculative : bool
@@ -46,6 +48,7 @@ class EngineOptions:
     step_tokens: int = 512
     context: int | None = None
     adapter_directory: str | None = None
+    adapter_state: str | None = None
     threads: int | None = None
     speculative: bool = True
 

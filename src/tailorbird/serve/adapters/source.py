@@ -21,6 +21,7 @@ from tailorbird.errors import CheckpointError, SettingsError
 from tailorbird.model.json_file import read_json
 from tailorbird.model.weights import Weights
 from tailorbird.run.parts import PlacedLinear
+from tailorbird.serve.adapters.allowed import within
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 #: begins the names of tensors that belong to a module of the model
@@ -276,21 +277,6 @@ def is_finite(value: Any) -> TypeGuard[int | float]:
         return type(value) in (int, float) and math.isfinite(value)
     except OverflowError:
         return False
-
-
-def within(path: Path, allowed: Path | None) -> Path:
-    """Where `path` leads, links followed; SettingsError unless it is below `allowed`, if that is given."""
-    try:
-        found = path.expanduser().resolve()
-        inside = allowed is None or found.is_relative_to(allowed.expanduser().resolve())
-    except (OSError, RuntimeError, ValueError):  # a loop of links, no home, a NUL
-        inside = False
-    if not inside:
-        where = "a path that can be followed" if allowed is None else f"a path below {allowed}"
-        raise SettingsError(
-            f"an adapter at {str(path)[:300]!r}", where, "put the adapter there, links included"
-        )
-    return found
 
 
 def _stamp(directory: Path) -> str:

@@ -92,7 +92,7 @@ class AdapterStore:
     warm_bytes : int
         Most bytes of adapters that are laid out. While one is read it is there besides.
     allowed : Path, optional
-        Adapters must lie below this directory, links followed.
+        Adapters that aren't trusted must lie below this directory, links followed.
     state : Path, optional
         A file in which names and versions outlive the process; what it holds is registered at once, and
         read when it is needed.
@@ -118,7 +118,7 @@ class AdapterStore:
             self._last, records = read_records(state)
             self._names = {name: [_Version(name, r, 0) for r in found] for name, found in records.items()}
 
-    def register(self, name: str, path: str | Path) -> int:
+    def register(self, name: str, path: str | Path, trusted: bool = False) -> int:
         """Serve the adapter in a directory under a name, from now on, in place of any that has it.
 
         Config and headers are read and checked; tensors are read when they are needed.
@@ -128,6 +128,8 @@ class AdapterStore:
         name : str
             Up to 200 letters, digits and ``._:/@+-``, a letter or digit first.
         path : str or Path
+        trusted : bool
+            It may lie anywhere, now and when it is read again.
 
         Returns
         -------
@@ -145,7 +147,7 @@ class AdapterStore:
             It is larger than all adapters together may be; or it is served, but the state file can't be
             written.
         """
-        version = self._checked(name, path)
+        version = self._checked(name, path, trusted)
         with self._lock:
             self._install(version)
         self._save()
@@ -251,7 +253,7 @@ class AdapterStore:
 
         Unless `serve` is given it, it is gone when it is released.
         """
-        version = self._checked(name, path)
+        version = self._checked(name, path, trusted=False)
         version.kept, version.pins = False, 1
         return self._pinned(version)
 
@@ -289,7 +291,7 @@ class AdapterStore:
         """Wait for what is read in the background, and begin no more."""
         self._background.shutdown(cancel_futures=True)
 
-    def _checked(self, name: str, path: str | Path) -> _Version:
+    def _checked(self, name: str, path: str | Path, trusted: bool) -> _Version:
         """A new version, once its files and the model are known to fit."""
         if not _NAME.fullmatch(name):
             raise SettingsError(
@@ -297,7 +299,8 @@ class AdapterStore:
                 "up to 200 letters, digits and ._:/@+- of which the first is a letter or digit",
                 "choose another name",
             )
-        source = open_adapter(path, self._model.linears, self._allowed).source
+        allowed = None if trusted else self._allowed
+        source = open_adapter(path, self._model.linears, allowed).source
         size = source.weights.total_bytes
         if size > self._warm_bytes:
             raise ResourceError(
@@ -307,7 +310,8 @@ class AdapterStore:
             )
         with self._lock:
             self._last += 1
-            return _Version(name, Record(self._last, str(source.directory), source.fingerprint), size)
+            record = Record(self._last, str(source.directory), source.fingerprint, trusted)
+            return _Version(name, record, size)
 
     def _served(self, name: str) -> _Version:
         """With the lock held."""
@@ -391,8 +395,9 @@ class AdapterStore:
         return adapter
 
     def _read(self, version: _Version) -> Adapter:
-        opened = open_adapter(version.record.path, self._model.linears, self._allowed)
-        if opened.source.fingerprint != version.record.fingerprint:
+        record = version.record
+        opened = open_adapter(record.path, self._model.linears, None if record.trusted else self._allowed)
+        if opened.source.fingerprint != record.fingerprint:
             raise changed(opened.source.directory)
         return self._model.adapter(read_linears(opened))
 

@@ -26,11 +26,14 @@ class Record:
         The adapter's directory, absolute.
     fingerprint : str
         Of the directory when it was registered (`Source.fingerprint`).
+    trusted : bool
+        It may lie anywhere: whoever runs the store named it.
     """
 
     number: int
     path: str
     fingerprint: str
+    trusted: bool = False
 
 
 def write_records(file: Path, last: int, records: Mapping[str, Sequence[Record]]) -> None:
@@ -75,7 +78,7 @@ def read_records(file: Path) -> tuple[int, dict[str, list[Record]]]:
 
 
 def _records(file: Path, name: str, value: Any) -> list[Record]:
-    types = {"number": int, "path": str, "fingerprint": str}
+    types = {"number": int, "path": str, "fingerprint": str, "trusted": bool}
     if not isinstance(value, list) or not 1 <= len(value) <= 2:
         raise _damaged(file, f"`{name}`")
     for entry in value:

@@ -11,6 +11,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
+from tailorbird.errors import SettingsError
+from tailorbird.serve.adapters.allowed import within
 from tailorbird.serve.api.failures import ApiError, too_late
 from tailorbird.serve.api.generation import Service
 from tailorbird.serve.api.held_out import Scored, scored
@@ -127,12 +129,11 @@ def allowed_path(directory: Path | None, given: str, param: str, is_file: bool =
         raise _closed()
     root = directory.resolve()
     try:
-        path = (root / given).resolve()
-        inside = path.is_relative_to(root) and path != root
+        path = within(root / given, root)
         there = path.is_file() if is_file else path.is_dir()
-    except (OSError, ValueError, RuntimeError):  # a name that is too long, a NUL byte, a loop of links
-        inside = there = False
-    if not inside:
+    except (SettingsError, OSError):  # a name may be too long
+        path = root
+    if path == root:
         raise ApiError(403, f"{param} leads out of the server's adapter directory", "forbidden", param)
     if not there:
         kind = "file" if is_file else "directory"
