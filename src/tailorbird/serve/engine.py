@@ -25,6 +25,7 @@ from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.load import load, load_tokenizer
 from tailorbird.run.generate import context_length, stop_tokens
+from tailorbird.serve.adapters.boarding import Boarding, Ticket
 from tailorbird.serve.adapters.held_out import Example, mean_loss
 from tailorbird.serve.adapters.publish import publish
 from tailorbird.serve.adapters.store import AdapterStore
@@ -113,9 +114,10 @@ class Engine:
             self.runner.reserve(pages)
             self.scheduler = Scheduler(
                 self.pool, self.runner.page_tokens, options.step_tokens, options.max_sequences,
-                self.runner.shares_prefixes,
+                self.runner.shares_prefixes, self._ready,
             )  # fmt: skip
         self.store: AdapterStore | None = None
+        self.boarding: Boarding | None = None
         with self._part("adapters", log):
             allowed, state = (
                 None if path is None else Path(path)
@@ -124,9 +126,11 @@ class Engine:
             goes_on = state is not None and state.exists()
             if isinstance(self.runner, FusedRunner):
                 self.store = AdapterStore(self.runner.model, WARM_BYTES, allowed, state)
+                self.boarding = Boarding(self.store)
             for name, path in () if goes_on else options.adapters.items():
                 self.adapters_of_model().register(name, path, trusted=True)
         self._sequences: dict[str, list[Sequence]] = {}
+        self._hopeless: list[tuple[Request, TailorbirdError]] = []
         self._arrivals = 0
         self._outputs: list[Output] = []
         self._seeds = random.Random()
@@ -205,11 +209,11 @@ class Engine:
                 f"a prompt of {length} tokens", f"at most {room - 1}, for which there is memory",
                 "shorten the prompt, or allow more memory",
             )  # fmt: skip
-        adapter = self._acquire(request.adapter)
+        ticket = None if request.adapter is None else self._boarding_of_model().take(request.adapter)
         try:
-            made = self._sequences_of(request, adapter)
+            made = self._sequences_of(request, ticket)
         except TailorbirdError:
-            self._let_go(adapter)
+            self._let_go(ticket)
             raise
         self._sequences[request.id] = made
         self.scheduler.add(made[0])
@@ -228,19 +232,17 @@ class Engine:
                 f"token {wrong} in a prompt", f"0 to {self.vocab_size - 1}", "use this model's tokenizer"
             )
 
-    def _sequences_of(self, request: Request, adapter: Any) -> list[Sequence]:
+    def _sequences_of(self, request: Request, ticket: Ticket | None) -> list[Sequence]:
         """The continuations of a request; all but the first begin when its prompt was read."""
         stop = self.stop if request.stop is None else request.stop
         seed = self._seeds.getrandbits(63) if request.sampling.seed is None else request.sampling.seed
-        salt = f"{request.tenant}\0".encode() + (b"" if adapter is None else adapter.salt)
+        salt = f"{request.tenant}\0".encode() + (b"" if ticket is None else ticket.salt)
         made = []
         for index in range(request.n):
             grammar = request.sampling.grammar
             matcher = None if grammar is None else self._grammars().matcher(grammar, stop)
             sampler = Sampler(request.sampling, request.prompt, stop, self.vocab_size, seed + index, matcher)
-            made.append(
-                Sequence(request, index, self._arrivals, sampler, adapter, salt, list(request.prompt))
-            )
+            made.append(Sequence(request, index, self._arrivals, sampler, ticket, salt, list(request.prompt)))
         return made
 
     def _grammars(self) -> Compiler:
@@ -261,6 +263,11 @@ class Engine:
     def step(self) -> list[Output]:
         """Read what comes next, choose tokens; what happened to whom."""
         pieces = self.scheduler.next_step(self._draft if self._may_draft else None)
+        self._end_hopeless()
+        if self.boarding is not None:
+            self.boarding.look_ahead()
+            if not pieces and not self._outputs:
+                self.boarding.settle()
         if pieces:
             began = time.perf_counter()
             logits = self.runner.step(pieces)
@@ -272,6 +279,25 @@ class Engine:
             self._take(pieces, logits)
         outputs, self._outputs = self._outputs, []
         return outputs
+
+    def _ready(self, sequence: Sequence) -> bool:
+        """Whether a waiting sequence has its adapter; one that can't ever get it is noted for its end."""
+        if sequence.adapter is None or self.boarding is None:
+            return True
+        try:
+            return self.boarding.ready(sequence.adapter)
+        except TailorbirdError as error:
+            self._hopeless.append((sequence.request, error))
+            return False
+
+    def _end_hopeless(self) -> None:
+        """End the requests whose adapters turned out to be no good."""
+        for request, error in self._hopeless:
+            self.cancel(request.id)
+            self._outputs += [
+                Output(request.id, index, finish="error", error=str(error)) for index in range(request.n)
+            ]
+        self._hopeless.clear()
 
     @property
     def _may_draft(self) -> bool:
@@ -492,12 +518,15 @@ class Engine:
             )
         return self.store
 
-    def _acquire(self, name: str | None) -> Any:
-        return None if name is None else self.adapters_of_model().acquire(name)
+    def _boarding_of_model(self) -> Boarding:
+        """Tickets for a model that can have adapters; SettingsError where it can't."""
+        self.adapters_of_model()
+        assert self.boarding is not None
+        return self.boarding
 
-    def _let_go(self, adapter: Any) -> None:
-        if adapter is not None:
-            self.adapters_of_model().release(adapter)
+    def _let_go(self, ticket: Ticket | None) -> None:
+        if ticket is not None:
+            self._boarding_of_model().give_back(ticket)
 
     def embed(self, ids: Many[int], adapter: str | None = None) -> list[float]:
         """The mean of what leaves the last norm for each token of a text, with length 1.
@@ -508,11 +537,12 @@ class Engine:
             No token, more than the context holds, a token that the model hasn't, or an unknown adapter.
         """
         self._check_tokens(ids, self.context)
-        handle = self._acquire(adapter)
+        handle = None if adapter is None else self.adapters_of_model().acquire(adapter)
         try:
             mean = self.runner.hidden(ids, handle).mean(0)
         finally:
-            self._let_go(handle)
+            if handle is not None:
+                self.adapters_of_model().release(handle)
         return (mean / mean.norm().clamp(min=1e-12)).tolist()
 
 

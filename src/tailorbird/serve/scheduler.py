@@ -57,6 +57,9 @@ class Scheduler:
         Most that run at once; at most `step_tokens`.
     shares_prefixes : bool
         Whether pages of one sequence may serve another.
+    ready : callable, optional
+        Whether a waiting sequence has all but pages to run; asked in the order of turns. Those behind one
+        that hasn't may run before it.
     """
 
     def __init__(
@@ -66,10 +69,11 @@ class Scheduler:
         step_tokens: int,
         max_sequences: int,
         shares_prefixes: bool = True,
+        ready: Callable[[Sequence], bool] = lambda sequence: True,
     ) -> None:
         self.pool, self.page_tokens = pool, page_tokens
         self.step_tokens, self.max_sequences = step_tokens, min(max_sequences, step_tokens)
-        self.shares_prefixes = shares_prefixes
+        self.shares_prefixes, self._ready = shares_prefixes, ready
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -133,8 +137,11 @@ class Scheduler:
                 pieces.append(Piece(sequence, sequence.computed, count))
                 room -= count
         pieces = [piece for piece in pieces if piece.sequence in self.running]
-        while room > 0 and self.waiting and len(self.running) < self.max_sequences:
-            sequence = min(self.waiting, key=self._turn)
+        for sequence in sorted(self.waiting, key=self._turn):
+            if room == 0 or len(self.running) == self.max_sequences:
+                break
+            if not self._ready(sequence):
+                continue
             if not self._admit(sequence):
                 break
             count = min(room, sequence.pending)

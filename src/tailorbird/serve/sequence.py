@@ -26,7 +26,7 @@ class Sequence:
     sampler : object
         The state from which its tokens are chosen (`sampling.Sampler`).
     adapter : object or None
-        What its request pinned (`adapters.store.Handle`).
+        What its request has of its adapter (`adapters.boarding.Ticket`); its `adapter` is for the runner.
     salt : bytes
         What its pages' keys begin with: tokens alone don't make keys and values equal.
     tokens : list of int

@@ -2,8 +2,8 @@
 
 A name has a version that is served and, once that replaced another, the one before it. A version is cold (a
 directory whose config and headers fit the model), warm (laid out, and dropped again when others need the
-room) or pinned (held by requests that run, and never dropped). Requests keep the version that they began
-with until they end, whatever becomes of its name.
+room) or pinned (held by requests that run, and never dropped). Requests that wait reserve the version that is
+served when they come, and pin it when they run: they get that one, whatever becomes of its name.
 """
 
 from __future__ import annotations
@@ -56,8 +56,25 @@ class _Version:
     adapter: Adapter | None = None
     loading: Future[Adapter] | None = None
     pins: int = 0
+    reserved: int = 0
     #: it is served, or the one before that
     kept: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Reservation:
+    """A version of an adapter that will be needed, laid out or not.
+
+    Attributes
+    ----------
+    name, version, salt
+        As of `Handle`.
+    """
+
+    name: str
+    version: int
+    salt: bytes
+    _version: _Version = field(repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +129,7 @@ class AdapterStore:
         self._names: dict[str, list[_Version]] = {}  # the one that is served, then the one before
         self._warm: OrderedDict[_Version, None] = OrderedDict()  # the least recently used first
         self._handles: set[Handle] = set()
+        self._reservations: set[Reservation] = set()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="adapters")
         self._last = 0
         if state is not None:
@@ -213,24 +231,55 @@ class AdapterStore:
             self._handles.remove(handle)
             self._unpin(handle._version)
 
-    def prefetch(self, name: str) -> Future[None]:
-        """Lay an adapter out in a background thread, so that `acquire` finds it, unless others need the room.
+    def reserve(self, name: str) -> Reservation:
+        """Keep the version of an adapter that is served now for later; UnknownAdapter if there is none."""
+        with self._lock:
+            version = self._served(name)
+            version.reserved += 1
+            reservation = Reservation(name, version.record.number, version.salt, version)
+            self._reservations.add(reservation)
+            return reservation
 
-        What fails is tried again, and told, by `acquire`.
+    def cancel(self, reservation: Reservation) -> None:
+        """Need a version no longer; ValueError if it was cancelled or pinned, or is another store's."""
+        with self._lock:
+            self._give_up(reservation)
+
+    def pin(self, reservation: Reservation) -> Handle | None:
+        """Pin what was reserved if it is laid out, which ends the reservation; ValueError as of `cancel`."""
+        with self._lock:
+            version = reservation._version
+            if version.adapter is None:
+                return None
+            version.pins += 1
+            self._give_up(reservation)
+        return self._pinned(version)
+
+    def has_room(self, reservation: Reservation, spare: bool) -> bool:
+        """Whether what was reserved is cold, nobody reads it, and it would find room (see `fetch`)."""
+        with self._lock:
+            version = reservation._version
+            if version.adapter is not None or version.loading is not None:
+                return False
+            used = self._used(spare)
+            # What is larger than all the room is let through: reading it tells so.
+            return used + version.nbytes <= self._warm_bytes or version.nbytes > self._warm_bytes
+
+    def fetch(self, reservation: Reservation, spare: bool) -> Future[None]:
+        """Lay out in a background thread what was reserved, for `pin`.
+
+        Parameters
+        ----------
+        reservation : Reservation
+        spare : bool
+            Others that are reserved keep their room; else they give it up where that is needed.
 
         Returns
         -------
         Future
-            Done when the adapter is laid out, or can't be.
-
-        Raises
-        ------
-        SettingsError
-            The name is unknown.
+            Done when the adapter is laid out; or fails, as `acquire` does.
         """
-        with self._lock:
-            version = self._served(name)
-        return self._background.submit(self._fetch, version)
+        return self._background.submit(self._fetch, reservation._version, spare)
 
     def names(self) -> list[str]:
         """All names, sorted."""
@@ -303,11 +352,7 @@ class AdapterStore:
         source = open_adapter(path, self._model.linears, allowed).source
         size = source.weights.total_bytes
         if size > self._warm_bytes:
-            raise ResourceError(
-                f"the adapter in {source.directory} has {size} bytes",
-                f"at most the {self._warm_bytes} bytes that all adapters together may take",
-                "give adapters more memory, or train one of lower rank",
-            )
+            raise self._too_large(source.directory, size)
         with self._lock:
             self._last += 1
             record = Record(self._last, str(source.directory), source.fingerprint, trusted)
@@ -331,21 +376,30 @@ class AdapterStore:
         self._let_go(before[1:])
 
     def _let_go(self, versions: list[_Version]) -> None:
-        """Forget versions, with the lock held; those in use when they are released."""
+        """Forget versions, with the lock held; those in use or reserved when they are released."""
         for version in versions:
             version.kept = False
-            if not version.pins:
-                self._drop(version)
+            self._drop_unless_needed(version)
+
+    def _give_up(self, reservation: Reservation) -> None:
+        """With the lock held."""
+        if reservation not in self._reservations:
+            raise ValueError(f"a reservation of `{reservation.name}` that is over, or another store's")
+        self._reservations.remove(reservation)
+        reservation._version.reserved -= 1
+        self._drop_unless_needed(reservation._version)
 
     def _unpin(self, version: _Version) -> None:
         """With the lock held."""
         version.pins -= 1
-        if version.pins:
-            return
-        if not version.kept:
-            self._drop(version)
-        elif version in self._warm:
+        if version in self._warm and not version.pins:
             self._warm.move_to_end(version)  # in use until now
+        self._drop_unless_needed(version)
+
+    def _drop_unless_needed(self, version: _Version) -> None:
+        """With the lock held."""
+        if not (version.kept or version.pins or version.reserved):
+            self._drop(version)
 
     def _drop(self, version: _Version) -> None:
         """Give its memory back, with the lock held."""
@@ -365,26 +419,32 @@ class AdapterStore:
             self._handles.add(handle)
         return handle
 
-    def _fetch(self, version: _Version) -> None:
-        self._laid_out(version)
+    def _fetch(self, version: _Version, spare: bool) -> None:
+        self._laid_out(version, spare)
 
-    def _laid_out(self, version: _Version) -> Adapter:
-        """The adapter of a version, read by one thread for all that ask."""
-        with self._lock:
-            if version.adapter is not None:
-                self._warm.move_to_end(version)
-                return version.adapter
-            reading = version.loading
-            if reading is None:
-                self._refuse_without_room(version)
-                mine: Future[Adapter] = Future()
-                version.loading = mine
-        if reading is not None:
-            return reading.result()
+    def _laid_out(self, version: _Version, spare: bool = False) -> Adapter:
+        """The adapter of a version, read by one thread for all that ask; `spare` as in `fetch`."""
+        while True:
+            with self._lock:
+                if version.adapter is not None:
+                    self._warm.move_to_end(version)
+                    return version.adapter
+                reading = version.loading
+                if reading is None:
+                    self._refuse_without_room(version, spare)
+                    mine: Future[Adapter] = Future()
+                    version.loading = mine
+                    break
+            try:
+                return reading.result()
+            except NoRoom:
+                if spare:
+                    raise
+                # Perhaps whoever read it took spare room only.
         try:
             adapter = self._read(version)
             with self._lock:
-                self._admit(version, adapter)
+                self._admit(version, adapter, spare)
                 version.loading = None
         except BaseException as error:
             with self._lock:
@@ -401,14 +461,15 @@ class AdapterStore:
             raise changed(opened.source.directory)
         return self._model.adapter(read_linears(opened))
 
-    def _admit(self, version: _Version, adapter: Adapter) -> None:
+    def _admit(self, version: _Version, adapter: Adapter, spare: bool) -> None:
         """Keep what was read, in the place of the least recently used, with the lock held."""
         version.nbytes = adapter.nbytes
-        if not version.pins and not version.kept:
+        if not (version.pins or version.kept or version.reserved):
             return
-        self._refuse_without_room(version)
+        self._refuse_without_room(version, spare)
         free = self._warm_bytes - sum(other.nbytes for other in self._warm)
-        for other in [other for other in self._warm if not other.pins]:
+        idle = [other for other in self._warm if not other.pins]
+        for other in sorted(idle, key=lambda other: other.reserved > 0):  # those that are needed soon go last
             if free >= version.nbytes:
                 break
             free += other.nbytes
@@ -416,9 +477,15 @@ class AdapterStore:
         version.adapter = adapter
         self._warm[version] = None
 
-    def _refuse_without_room(self, version: _Version) -> None:
+    def _used(self, spare: bool) -> int:
+        """Bytes that can't be had, with the lock held; `spare` as in `fetch`."""
+        return sum(other.nbytes for other in self._warm if other.pins or (spare and other.reserved))
+
+    def _refuse_without_room(self, version: _Version, spare: bool) -> None:
         """With the lock held."""
-        used = sum(other.nbytes for other in self._warm if other.pins)
+        if version.nbytes > self._warm_bytes:
+            raise self._too_large(version.record.path, version.nbytes)
+        used = self._used(spare)
         if used + version.nbytes > self._warm_bytes:
             raise NoRoom(
                 f"adapters in use take {used} of {self._warm_bytes} bytes, and `{version.name}` needs "
@@ -426,6 +493,13 @@ class AdapterStore:
                 "room for every adapter that is in use at the same time",
                 "try again when other requests have ended, or give adapters more memory",
             )
+
+    def _too_large(self, directory: str | Path, size: int) -> ResourceError:
+        return ResourceError(
+            f"the adapter in {directory} has {size} bytes",
+            f"at most the {self._warm_bytes} bytes that all adapters together may take",
+            "give adapters more memory, or train one of lower rank",
+        )
 
     def _save(self) -> None:
         if self._state is None:
