@@ -25,6 +25,7 @@ from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.load import load, load_tokenizer
 from tailorbird.run.generate import context_length, stop_tokens
+from tailorbird.serve.adapters.activation import first_adapted
 from tailorbird.serve.adapters.boarding import Boarding, Ticket
 from tailorbird.serve.adapters.held_out import Example, mean_loss
 from tailorbird.serve.adapters.publish import publish
@@ -210,8 +211,12 @@ class Engine:
                 "shorten the prompt, or allow more memory",
             )  # fmt: skip
         ticket = None if request.adapter is None else self._boarding_of_model().take(request.adapter)
+        start = None if ticket is None else first_adapted(request.prompt, ticket.reservation.invocation)
+        if start is None:
+            self._let_go(ticket)
+            ticket = None
         try:
-            made = self._sequences_of(request, ticket)
+            made = self._sequences_of(request, ticket, start or 0)
         except TailorbirdError:
             self._let_go(ticket)
             raise
@@ -232,17 +237,26 @@ class Engine:
                 f"token {wrong} in a prompt", f"0 to {self.vocab_size - 1}", "use this model's tokenizer"
             )
 
-    def _sequences_of(self, request: Request, ticket: Ticket | None) -> list[Sequence]:
-        """The continuations of a request; all but the first begin when its prompt was read."""
+    def _sequences_of(self, request: Request, ticket: Ticket | None, start: int) -> list[Sequence]:
+        """The continuations of a request, whose adapter acts from `start` on.
+
+        All but the first begin when its prompt was read.
+        """
         stop = self.stop if request.stop is None else request.stop
         seed = self._seeds.getrandbits(63) if request.sampling.seed is None else request.sampling.seed
-        salt = f"{request.tenant}\0".encode() + (b"" if ticket is None else ticket.salt)
+        salt = f"{request.tenant}\0".encode()
+        adapter_salt = b"" if ticket is None else ticket.reservation.salt
         made = []
         for index in range(request.n):
             grammar = request.sampling.grammar
             matcher = None if grammar is None else self._grammars().matcher(grammar, stop)
             sampler = Sampler(request.sampling, request.prompt, stop, self.vocab_size, seed + index, matcher)
-            made.append(Sequence(request, index, self._arrivals, sampler, ticket, salt, list(request.prompt)))
+            made.append(
+                Sequence(
+                    request, index, self._arrivals, sampler, ticket, salt, list(request.prompt),
+                    adapted_from=start, adapter_salt=adapter_salt,
+                )
+            )  # fmt: skip
         return made
 
     def _grammars(self) -> Compiler:
@@ -539,7 +553,8 @@ class Engine:
         self._check_tokens(ids, self.context)
         handle = None if adapter is None else self.adapters_of_model().acquire(adapter)
         try:
-            mean = self.runner.hidden(ids, handle).mean(0)
+            start = 0 if handle is None else first_adapted(ids, handle.invocation)
+            mean = self.runner.hidden(ids, None if start is None else handle, start or 0).mean(0)
         finally:
             if handle is not None:
                 self.adapters_of_model().release(handle)

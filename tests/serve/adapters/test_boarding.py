@@ -102,7 +102,7 @@ def test_a_request_gets_the_version_of_when_it_came(store: AdapterStore, folder:
     store.register("0", folder / "adapters" / "1")
     store.register("0", folder / "adapters" / "2")  # now that version is neither served nor the one before
     new = boarding.take("0")
-    assert old.salt != new.salt
+    assert old.reservation.salt != new.reservation.salt
     run(boarding, old)
     run(boarding, new)
     assert old.handle is not None

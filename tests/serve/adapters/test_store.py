@@ -29,6 +29,8 @@ pytestmark = pytest.mark.skipif(not native.available(), reason="installed withou
 
 IDS = prompt(6)
 MANY, WARM = 200, 10
+#: A version in a state file, with nothing wrong.
+RECORD = {"number": 1, "path": "a", "fingerprint": "", "trusted": False, "invocation": None}
 
 
 @pytest.fixture(scope="module")
@@ -344,6 +346,10 @@ def test_the_last_of_many_changes_is_the_one_that_is_kept(
         {"adapters": {"a": []}},
         {"adapters": {"a": [{"number": 1, "path": 3, "fingerprint": ""}]}},
         {"adapters": {"a": [{"number": 1}]}},
+        {"adapters": {"a": [RECORD | {"trusted": 1}]}},
+        {"adapters": {"a": [RECORD | {"invocation": 5}]}},
+        {"adapters": {"a": [RECORD | {"invocation": ["5"]}]}},
+        {"adapters": {"a": [RECORD | {"more": 5}]}},
     ],
 )
 def test_a_damaged_state_is_refused(

@@ -36,11 +36,6 @@ class Ticket:
     ahead: bool = False
 
     @property
-    def salt(self) -> bytes:
-        """As of `Handle`."""
-        return self.reservation.salt
-
-    @property
     def adapter(self) -> Adapter:
         """For segments of a batch, of a request that may run."""
         assert self.handle is not None

@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from tailorbird.serve.adapters.activation import first_adapted
 from tailorbird.serve.adapters.store import Handle
 from tailorbird.serve.page_pool import PagePool
 from tailorbird.serve.request import Request
@@ -98,14 +99,25 @@ def negative_log_likelihood(rows: Tensor, tokens: Sequence[int]) -> float:
     tokens : sequence of int
         Those that came.
     """
-    chosen = rows.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    chosen = rows.gather(1, torch.tensor(tokens, device=rows.device)[:, None])[:, 0]
     return float((rows.logsumexp(1) - chosen).double().sum())
 
 
 def _text(example: Example, handle: Handle, pages: list[int]) -> Text:
     """An example as a sequence that a runner reads; no tokens are chosen for it."""
-    request = Request("held-out", example.tokens)
-    return Text(request, 0, 0, sampler=None, adapter=handle, salt=b"", tokens=[], pages=pages)
+    request, start = Request("held-out", example.tokens), first_adapted(example.tokens, handle.invocation)
+    adapter = None if start is None else handle
+    return Text(
+        request,
+        0,
+        0,
+        sampler=None,
+        adapter=adapter,
+        salt=b"",
+        tokens=[],
+        pages=pages,
+        adapted_from=start or 0,
+    )
 
 
 def _read(

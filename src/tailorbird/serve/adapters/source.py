@@ -149,6 +149,20 @@ class Source:
             raise self.refuse_setting(name, "true or false")
         return bool(value)
 
+    @property
+    def invocation(self) -> tuple[int, ...] | None:
+        """The tokens that invoke an adapter (`activation`), or None; SettingsError for what can't be."""
+        value = self.config.get("alora_invocation_tokens")
+        if value is None:
+            return None
+        if (
+            not isinstance(value, list)
+            or not value
+            or not all(type(one) is int and one >= 0 for one in value)
+        ):
+            raise self.refuse_setting("alora_invocation_tokens", "at least one token, or none at all")
+        return tuple(value)
+
     def check(
         self, expected: Callable[[str, PlacedLinear], Shapes], shared: Collection[str] = ()
     ) -> dict[str, PlacedLinear]:

@@ -67,13 +67,14 @@ class Reservation:
 
     Attributes
     ----------
-    name, version, salt
+    name, version, salt, invocation
         As of `Handle`.
     """
 
     name: str
     version: int
     salt: bytes
+    invocation: tuple[int, ...] | None
     _version: _Version = field(repr=False)
 
 
@@ -90,11 +91,14 @@ class Handle:
         16 bytes that no other version has, for hashes of prefixes in a cache.
     adapter : Adapter
         For segments of a batch.
+    invocation : tuple of int or None
+        Tokens that invoke it (`activation`).
     """
 
     name: str
     version: int
     salt: bytes
+    invocation: tuple[int, ...] | None
     adapter: Adapter
     _version: _Version = field(repr=False)
 
@@ -236,7 +240,9 @@ class AdapterStore:
         with self._lock:
             version = self._served(name)
             version.reserved += 1
-            reservation = Reservation(name, version.record.number, version.salt, version)
+            reservation = Reservation(
+                name, version.record.number, version.salt, version.record.invocation, version
+            )
             self._reservations.add(reservation)
             return reservation
 
@@ -355,7 +361,7 @@ class AdapterStore:
             raise self._too_large(source.directory, size)
         with self._lock:
             self._last += 1
-            record = Record(self._last, str(source.directory), source.fingerprint, trusted)
+            record = Record(self._last, str(source.directory), source.fingerprint, trusted, source.invocation)
             return _Version(name, record, size)
 
     def _served(self, name: str) -> _Version:
@@ -414,7 +420,8 @@ class AdapterStore:
             with self._lock:
                 self._unpin(version)
             raise
-        handle = Handle(version.name, version.record.number, version.salt, adapter, version)
+        record = version.record
+        handle = Handle(version.name, record.number, version.salt, record.invocation, adapter, version)
         with self._lock:
             self._handles.add(handle)
         return handle
