@@ -1,7 +1,8 @@
 """The engine: requests in, tokens out, one step at a time.
 
 A step reads the pieces that the scheduler picked, in one packed row, and chooses a token for each sequence
-that has read all it has. It knows tokens only; text, sockets and clients are elsewhere. Nothing here waits.
+that has read all it has. It knows tokens only; text, sockets and clients are elsewhere. Nothing here waits,
+but for an adapter where there is nothing else to do.
 """
 
 from __future__ import annotations

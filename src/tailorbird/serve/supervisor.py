@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tailorbird.errors import EngineError, TailorbirdError
+from tailorbird.errors import CheckpointError, EngineError, TailorbirdError
 from tailorbird.serve.interface import ENGINE, EngineOptions
 from tailorbird.serve.request import Finish, Output, Request
 from tailorbird.serve.wire import WireError, error_from_wire, pack, read_messages
@@ -222,8 +222,9 @@ class Supervisor:
     ) -> dict[str, Any]:
         """Serve a new version of an adapter if it is no worse on held-out text than the one served now.
 
-        Arguments, value and errors as of `Engine.publish_adapter`; that the engine died is an error, too.
-        A caller that is cancelled leaves nothing behind.
+        Arguments, value and errors as of `Engine.publish_adapter`. That the engine died is an error, too;
+        the version is then served only if it died in the moment of its answer. A caller that is cancelled
+        leaves nothing behind.
         """
         value: dict[str, Any] = await self._change_adapters("publish_adapter", name, path, held_out)
         return value
@@ -329,8 +330,9 @@ class Supervisor:
                     break
                 except (TailorbirdError, ConnectionError) as error:
                     self._log(f"the engine couldn't be started: {error}")
-                    # Perhaps it is what is known of adapters: the next engine begins with the first ones.
-                    self._state.unlink(missing_ok=True)
+                    if isinstance(error, CheckpointError):
+                        # Perhaps what is known of adapters is damaged: the next engine begins anew.
+                        self._state.unlink(missing_ok=True)
                     child.kill()
                     await child.end()
             self._log("the engine is ready again")

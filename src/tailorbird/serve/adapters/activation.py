@@ -33,5 +33,7 @@ def first_adapted(tokens: Sequence[int], invocation: Sequence[int] | None) -> in
     if invocation is None:
         return 0
     wanted, count = list(invocation), len(invocation)
-    starts = range(len(tokens) - count, -1, -1)
-    return next((start for start in starts if list(tokens[start : start + count]) == wanted), None)
+    for start in range(len(tokens) - count, -1, -1):
+        if tokens[start] == wanted[0] and list(tokens[start : start + count]) == wanted:
+            return start
+    return None
