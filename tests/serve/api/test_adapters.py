@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tailorbird.errors import TextError
+from tailorbird.serve.api import adapters
 from tailorbird.serve.api.held_out import scored
 from tailorbird.serve.api.text import Texts
 
@@ -114,6 +115,14 @@ def test_text_that_cannot_be_measured_is_named_by_its_number(open_server: Any, w
     answer = open_server.post(PUBLISH, body("v", ["some text", wrong]))
     assert answer.status_code == 400
     assert "2" in answer.json()["error"]["message"]
+    assert "x" not in open_server.engine.names
+
+
+def test_too_much_text_is_refused(open_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "MOST_TOKENS", 20)
+    answer = open_server.post(PUBLISH, body("v", ["def one(): return 1"] * 20))
+    assert answer.status_code == 400
+    assert "more than 20 tokens" in answer.json()["error"]["message"]
     assert "x" not in open_server.engine.names
 
 

@@ -11,11 +11,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from tailorbird.errors import SettingsError
+from tailorbird.errors import SettingsError, TextError
 from tailorbird.serve.adapters.allowed import within
 from tailorbird.serve.api.failures import ApiError, too_late
 from tailorbird.serve.api.generation import Service
-from tailorbird.serve.api.held_out import Scored, scored
+from tailorbird.serve.api.held_out import MOST_TOKENS, Scored, scored
 from tailorbird.serve.api.schemas import (
     LoadAdapterRequest,
     PublishAdapterRequest,
@@ -79,15 +79,24 @@ async def rollback_adapter(body: RollbackAdapterRequest, http: Request) -> JSONR
 
 
 async def _held_out(service: Service, given: str | list[Any]) -> list[Scored]:
-    """Tokens of held-out text that came with a request, or lies in a file."""
+    """Tokens of held-out text that came with a request, or lies in a file; raises `TextError`."""
     if isinstance(given, str):
         file = allowed_path(service.adapter_directory, given, "held_out", is_file=True)
         given = await asyncio.to_thread(read_file, file)
     most = min(service.context, int(service.supervisor.info["kv_tokens"]))
     found: list[Scored] = []
+    total = 0
     for number, one in enumerate(given, 1):
         # One at a time, so that others' prompts needn't wait for all of them.
-        found += await service.in_thread(partial(scored, service.texts, one, number, most))
+        parts = await service.in_thread(partial(scored, service.texts, one, number, most))
+        total += sum(len(tokens) for tokens, _ in parts)
+        if total > MOST_TOKENS:
+            raise TextError(
+                f"held-out text of more than {MOST_TOKENS} tokens",
+                "less, as all of it is measured twice",
+                "give a part of it",
+            )
+        found += parts
     return found
 
 

@@ -13,6 +13,8 @@ from tailorbird.errors import TextError
 from tailorbird.serve.api.schemas import HeldOutText
 from tailorbird.serve.api.text import Texts
 
+#: Most tokens of all texts together: they go to the engine in one message, and are measured twice.
+MOST_TOKENS = 1 << 20
 #: Tokens of a text, and how many of them, at least 1, are read without being counted.
 Scored = tuple[list[int], int]
 
