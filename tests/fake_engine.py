@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from pathlib import Path
 from typing import Any
 
-from tailorbird.errors import CheckpointError, SettingsError
+from tailorbird.errors import CheckpointError, GateRefused, SettingsError
 from tailorbird.serve.interface import EngineOptions
 from tailorbird.serve.request import Output, Request, TokenLogprob
 
@@ -30,8 +32,13 @@ class FakeEngine:
         self.cancelled: list[str] = []
         self.script: Sequence[int] | None = None
         self.pause = 0.0
-        self.names = dict(options.adapters)
+        state = options.adapter_state
+        self.state = None if state is None else Path(state)
+        goes_on = self.state is not None and self.state.exists()
+        self.names = json.loads(self.state.read_text()) if goes_on else dict(options.adapters)
         self.steps = 0
+        self.held_out: list[tuple[Sequence[int], int]] = []
+        self.dropped: list[str] = []
         log("loaded")
         self.info: dict[str, Any] = {
             "model": options.model, "context": CONTEXT, "vocab_size": VOCAB_SIZE,
@@ -91,9 +98,37 @@ class FakeEngine:
 
     def load_adapter(self, name: str, path: str) -> None:
         self.names[name] = path
+        self.save()
 
     def unload_adapter(self, name: str) -> None:
         del self.names[name]
+        self.save()
+
+    def save(self) -> None:
+        if self.state is not None:
+            self.state.write_text(json.dumps(self.names))
+
+    def publish_adapter(
+        self, name: str, path: str, held_out: Sequence[tuple[Sequence[int], int]]
+    ) -> Generator[None, None, dict[str, Any]]:
+        """The loss is the length of the directory's name; a text that begins with `SILENT` has no end."""
+        self.held_out = list(held_out)
+        try:
+            yield
+            while held_out[0][0][0] == SILENT:
+                yield
+        except GeneratorExit:
+            self.dropped.append(name)
+            raise
+        loss, before = len(os.path.basename(path)), len(os.path.basename(self.names.get(name, "")))
+        if name in self.names and loss > before:
+            raise GateRefused(f"a loss of {loss}", f"at most {before}", "train it further")
+        self.load_adapter(name, path)
+        return {"name": name, "version": 2, "loss": float(loss), "loss_before": float(before) or None}
+
+    def rollback_adapter(self, name: str) -> int:
+        """Nothing is rolled back; how many jobs nobody waited for any more."""
+        return len(self.dropped)
 
     def adapters(self) -> list[str]:
         return list(self.names)
@@ -153,6 +188,22 @@ class InProcess:
 
     async def unload_adapter(self, name: str) -> None:
         self.engine.unload_adapter(name)
+
+    async def publish_adapter(
+        self, name: str, path: str, held_out: Sequence[tuple[Sequence[int], int]]
+    ) -> dict[str, Any]:
+        job = self.engine.publish_adapter(name, path, held_out)
+        try:
+            while True:
+                next(job)
+                await asyncio.sleep(0)
+        except StopIteration as end:
+            return dict(end.value)
+        finally:
+            job.close()
+
+    async def rollback_adapter(self, name: str) -> int:
+        return self.engine.rollback_adapter(name)
 
     async def embed(self, ids: Sequence[int], adapter: str | None) -> list[float]:
         return self.engine.embed(ids, adapter)

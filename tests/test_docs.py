@@ -15,7 +15,7 @@ DOCUMENTS = [
     *(ROOT / "docs").glob("*.md"),
     *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "README.md")),
 ]
-COMMANDS = {info.name or info.callback.__name__: info for info in app.registered_commands if info.callback}
+COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -45,7 +45,8 @@ def test_every_flag_of_every_command_is_documented_and_no_other(name: str) -> No
     documented = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", own))
     in_common = set(re.findall(r"^\| `(--[a-z]+)", shared, flags=re.MULTILINE)) | {"--help"}
     known = set(in_common)
-    for parameter in get_command(app).commands[name].params:  # type: ignore[attr-defined]
+    below = getattr(COMMANDS[name], "commands", {}).values()
+    for parameter in [parameter for one in (COMMANDS[name], *below) for parameter in one.params]:
         spellings = {option for option in parameter.opts if option.startswith("-")}
         known |= spellings
         assert not spellings or spellings & (documented | in_common), spellings

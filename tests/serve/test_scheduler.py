@@ -167,3 +167,21 @@ def test_a_tenant_with_one_request_is_not_behind_all_of_anothers() -> None:
     while run.step():
         pass
     assert list(run.finished).index("single") == 1
+
+
+def test_those_behind_one_that_is_not_ready_run_and_it_is_the_first_once_it_is() -> None:
+    asked: list[str] = []
+    lacking = {"1", "2"}
+
+    def ready(sequence: Sequence) -> bool:
+        asked.append(sequence.request.id)
+        return sequence.request.id not in lacking
+
+    run = TableEngine(Scheduler(PagePool(40), PAGE, 12, 2, ready=ready))
+    for number in range(5):
+        run.scheduler.add(sequence_of(Request(str(number), (number, 1), 2), number))
+    assert [piece.sequence.request.id for piece in run.step()] == ["0", "3"]
+    assert asked == ["0", "1", "2", "3"]  # in the order of turns, and none for which there is no place
+    lacking.clear()
+    run.step()
+    assert [piece.sequence.request.id for piece in run.step()] == ["1", "2"]

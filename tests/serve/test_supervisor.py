@@ -12,7 +12,7 @@ from contextlib import aclosing
 import pytest
 
 from fake_engine import DEADLY, FAILING, REFUSED, SILENT
-from tailorbird.errors import CheckpointError, EngineError, SettingsError
+from tailorbird.errors import CheckpointError, EngineError, GateRefused, SettingsError
 from tailorbird.serve.interface import EngineOptions
 from tailorbird.serve.request import Output, Request, Sampling
 from tailorbird.serve.supervisor import MOST_ATTEMPTS, Supervisor
@@ -127,6 +127,40 @@ def test_a_killed_engine_ends_what_had_begun_and_repeats_the_rest() -> None:
         assert await supervisor.embed([1, 2], "later") == [2.0, 0.5, 1.0]
 
     assert any("signal 9" in line for line in run(work, max_sequences=1))
+
+
+def test_an_adapter_is_published_while_others_write_and_a_caller_that_leaves_ends_it() -> None:
+    async def work(supervisor: Supervisor) -> None:
+        async with aclosing(supervisor.submit(endless("a"))) as outputs:
+            published = await supervisor.publish_adapter("b", "dir/xx", [((1, 2), 1)])
+            assert (published["loss"], published["loss_before"]) == (2.0, None)
+            with pytest.raises(GateRefused, match="loss of 3"):
+                await supervisor.publish_adapter("b", "dir/xxx", [((1, 2), 1)])
+            assert supervisor.adapters == ["first", "b"]
+            endless_one = asyncio.create_task(supervisor.publish_adapter("c", "x", [((SILENT, 2), 1)]))
+            for _ in range(3):
+                await anext(outputs)
+            endless_one.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await endless_one
+            assert await supervisor.rollback_adapter("b") == 1  # jobs that were dropped
+            await anext(outputs)
+            assert supervisor.adapters == ["first", "b"]
+
+    run(work)
+
+
+def test_an_engine_that_dies_while_it_publishes_changes_nothing() -> None:
+    async def work(supervisor: Supervisor) -> None:
+        publishing = asyncio.create_task(supervisor.publish_adapter("b", "x", [((SILENT, 2), 1)]))
+        await supervisor.rollback_adapter("first")  # answered after what was asked before
+        os.kill(supervisor.info["process"], signal.SIGKILL)
+        with pytest.raises(EngineError, match="signal 9"):
+            await publishing
+        await until(lambda: supervisor.ready)
+        assert supervisor.adapters == ["first"]
+
+    run(work)
 
 
 def test_a_request_that_kills_every_engine_is_given_up_and_others_go_on() -> None:

@@ -16,7 +16,19 @@ import typer
 from rich.text import Text
 
 import tailorbird
-from tailorbird.cli import batch, compress, evaluate, export, fit, generate, methods, probe, serve, speed
+from tailorbird.cli import (
+    adapters,
+    batch,
+    compress,
+    evaluate,
+    export,
+    fit,
+    generate,
+    methods,
+    probe,
+    serve,
+    speed,
+)
 from tailorbird.cli.output import err
 from tailorbird.errors import TailorbirdError
 
@@ -40,6 +52,7 @@ app.command(epilog=evaluate.EXAMPLE)(evaluate.evaluate)
 app.command(epilog=speed.EXAMPLE)(speed.speed)
 app.command(epilog=generate.EXAMPLE)(generate.generate)
 app.command(epilog=serve.EXAMPLE)(serve.serve)
+app.add_typer(adapters.app)
 app.command(epilog=batch.EXAMPLE)(batch.batch)
 app.command(epilog=export.EXAMPLE)(export.export)
 app.command(epilog=methods.EXAMPLE)(methods.methods)

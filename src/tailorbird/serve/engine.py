@@ -1,7 +1,8 @@
 """The engine: requests in, tokens out, one step at a time.
 
 A step reads the pieces that the scheduler picked, in one packed row, and chooses a token for each sequence
-that has read all it has. It knows tokens only; text, sockets and clients are elsewhere. Nothing here waits.
+that has read all it has. It knows tokens only; text, sockets and clients are elsewhere. Nothing here waits,
+but for an adapter where there is nothing else to do.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Many
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.load import load, load_tokenizer
 from tailorbird.run.generate import context_length, stop_tokens
+from tailorbird.serve.adapters.activation import first_adapted
+from tailorbird.serve.adapters.boarding import Boarding, Ticket
+from tailorbird.serve.adapters.held_out import Example, mean_loss
+from tailorbird.serve.adapters.publish import publish
 from tailorbird.serve.adapters.room import AdapterRoom
 from tailorbird.serve.adapters.store import AdapterStore
 from tailorbird.serve.beam import Search
@@ -117,7 +122,7 @@ class Engine:
             self.runner.reserve(pages)
             self.scheduler = Scheduler(
                 self.pool, self.runner.page_tokens, options.step_tokens, options.max_sequences,
-                self.runner.shares_prefixes, self.swap, self._reclaim,
+                self.runner.shares_prefixes, self.swap, self._reclaim, self._ready,
             )  # fmt: skip
             self._longest = self._longest_text()
             room = AdapterRoom(
@@ -126,12 +131,20 @@ class Engine:
             )  # fmt: skip
             log(self._split(room))
         self.store: AdapterStore | None = None
-        if isinstance(self.runner, FusedRunner):
-            self.store = AdapterStore(self.runner.model, room.most_bytes, room=room.hold)
+        self.boarding: Boarding | None = None
         with self._part("adapters", log):
-            for name, path in options.adapters.items():
-                self.adapters_of_model().register(name, Path(path))
+            allowed, state = (
+                None if path is None else Path(path)
+                for path in (options.adapter_directory, options.adapter_state)
+            )
+            goes_on = state is not None and state.exists()
+            if isinstance(self.runner, FusedRunner):
+                self.store = AdapterStore(self.runner.model, room.most_bytes, allowed, state, room)
+                self.boarding = Boarding(self.store)
+            for name, path in () if goes_on else options.adapters.items():
+                self.adapters_of_model().register(name, path, trusted=True)
         self._sequences: dict[str, list[Sequence]] = {}
+        self._hopeless: list[tuple[Request, TailorbirdError]] = []
         self._arrivals = 0
         self._outputs: list[Output] = []
         self._seeds = random.Random()
@@ -241,11 +254,15 @@ class Engine:
                 f"a prompt of {length} tokens", f"at most {self._longest - 1}, for which there is memory",
                 "shorten the prompt, or allow more memory",
             )  # fmt: skip
-        adapter = self._acquire(request.adapter)
+        ticket = None if request.adapter is None else self._boarding_of_model().take(request.adapter)
+        start = None if ticket is None else first_adapted(request.prompt, ticket.reservation.invocation)
+        if start is None:
+            self._let_go(ticket)
+            ticket = None
         try:
-            made = self._sequences_of(request, adapter)
+            made = self._sequences_of(request, ticket, start or 0)
         except TailorbirdError:
-            self._let_go(adapter)
+            self._let_go(ticket)
             raise
         self._sequences[request.id] = made
         self.scheduler.add(made[0])
@@ -264,19 +281,26 @@ class Engine:
                 f"token {wrong} in a prompt", f"0 to {self.vocab_size - 1}", "use this model's tokenizer"
             )
 
-    def _sequences_of(self, request: Request, adapter: Any) -> list[Sequence]:
-        """The continuations of a request; all but the first begin when its prompt was read."""
+    def _sequences_of(self, request: Request, ticket: Ticket | None, start: int) -> list[Sequence]:
+        """The continuations of a request, whose adapter acts from `start` on.
+
+        All but the first begin when its prompt was read.
+        """
         stop = self.stop if request.stop is None else request.stop
         seed = self._seeds.getrandbits(63) if request.sampling.seed is None else request.sampling.seed
-        salt = f"{request.tenant}\0".encode() + (b"" if adapter is None else adapter.salt)
+        salt = f"{request.tenant}\0".encode()
+        adapter_salt = b"" if ticket is None else ticket.reservation.salt
         made = []
         for index in range(request.n if request.beams is None else 1):
             grammar = request.sampling.grammar
             matcher = None if grammar is None else self._grammars().matcher(grammar, stop)
             sampler = Sampler(request.sampling, request.prompt, stop, self.vocab_size, seed + index, matcher)
             made.append(
-                Sequence(request, index, self._arrivals, sampler, adapter, salt, list(request.prompt))
-            )
+                Sequence(
+                    request, index, self._arrivals, sampler, ticket, salt, list(request.prompt),
+                    adapted_from=start, adapter_salt=adapter_salt,
+                )
+            )  # fmt: skip
         if request.beams is not None:
             return self._searched(request.beams, made[0])
         return made
@@ -313,6 +337,11 @@ class Engine:
     def step(self) -> list[Output]:
         """Read what comes next, choose tokens; what happened to whom."""
         pieces = self.scheduler.next_step(self._draft if self._may_draft else None)
+        self._end_hopeless()
+        if self.boarding is not None:
+            self.boarding.look_ahead()
+            if not pieces and not self._outputs:
+                self.boarding.settle()
         if pieces:
             began = time.perf_counter()
             logits = self.runner.step(pieces)
@@ -326,6 +355,25 @@ class Engine:
             self._take(pieces, logits)
         outputs, self._outputs = self._outputs, []
         return outputs
+
+    def _ready(self, sequence: Sequence) -> bool:
+        """Whether a waiting sequence has its adapter; one that can't ever get it is noted for its end."""
+        if sequence.adapter is None or self.boarding is None:
+            return True
+        try:
+            return self.boarding.ready(sequence.adapter)
+        except TailorbirdError as error:
+            self._hopeless.append((sequence.request, error))
+            return False
+
+    def _end_hopeless(self) -> None:
+        """End the requests whose adapters turned out to be no good."""
+        for request, error in self._hopeless:
+            self.cancel(request.id)
+            self._outputs += [
+                Output(request.id, index, finish="error", error=str(error)) for index in range(request.n)
+            ]
+        self._hopeless.clear()
 
     @property
     def _may_draft(self) -> bool:
@@ -474,16 +522,70 @@ class Engine:
         CheckpointError
             Files are missing, damaged or pickled, or don't fit the model.
         """
-        store, allowed = self.adapters_of_model(), self.options.adapter_directory
-        if allowed is None or not Path(path).resolve().is_relative_to(Path(allowed).resolve()):
+        self._open_store().register(name, path)
+
+    def publish_adapter(
+        self, name: str, path: str, held_out: Many[tuple[Many[int], int]]
+    ) -> Generator[None, None, dict[str, Any]]:
+        """Serve a new version of an adapter if held-out text says it is no worse than the one served now.
+
+        Parameters
+        ----------
+        name, path : str
+        held_out : sequence of (tokens, first)
+            Texts, and how many of their tokens are read without being counted: at least 1 of at least
+            ``first + 1``.
+
+        Yields
+        ------
+        None
+            Between windows of text (`adapters.held_out`).
+
+        Returns
+        -------
+        dict
+            Fields of `adapters.publish.Published`; losses in nats per token.
+
+        Raises
+        ------
+        GateRefused
+            It is worse; nothing has changed.
+        SettingsError, CheckpointError, ResourceError
+            As `load_adapter`, or no text, or one that doesn't fit the context.
+        """
+        store = self._open_store()
+        examples = [Example(tuple(tokens), first) for tokens, first in held_out]
+        for example in examples:
+            self._check_tokens(example.tokens, self._longest)
+        if not examples or not all(0 < one.first < len(one.tokens) for one in examples):
             raise SettingsError(
-                f"an adapter in {path}",
-                "one below the directory for adapters"
-                if allowed
-                else "a server with a directory for adapters",
-                "put it there" if allowed else "start it with --adapter-directory",
+                "held-out text with nothing to foretell", "texts of at least two tokens", "give longer texts"
             )
-        store.register(name, path)
+        published = yield from publish(
+            store, name, path, lambda handle: mean_loss(examples, self.runner, self.pool, handle)
+        )
+        return asdict(published)
+
+    def rollback_adapter(self, name: str) -> int:
+        """Serve the version of an adapter before the one that is served; its number.
+
+        Raises
+        ------
+        SettingsError
+            The name is unknown, or has no version before this one.
+        """
+        return self.adapters_of_model().rollback(name)
+
+    def _open_store(self) -> AdapterStore:
+        """The adapters, where some may be added; SettingsError where there is no directory for them."""
+        store = self.adapters_of_model()
+        if self.options.adapter_directory is None:
+            raise SettingsError(
+                "an adapter for a server that takes none while it runs",
+                "a server with a directory for adapters",
+                "start it with --adapter-directory",
+            )
+        return store
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; requests that run keep it until they end."""
@@ -503,12 +605,15 @@ class Engine:
             )
         return self.store
 
-    def _acquire(self, name: str | None) -> Any:
-        return None if name is None else self.adapters_of_model().acquire(name)
+    def _boarding_of_model(self) -> Boarding:
+        """Tickets for a model that can have adapters; SettingsError where it can't."""
+        self.adapters_of_model()
+        assert self.boarding is not None
+        return self.boarding
 
-    def _let_go(self, adapter: Any) -> None:
-        if adapter is not None:
-            self.adapters_of_model().release(adapter)
+    def _let_go(self, ticket: Ticket | None) -> None:
+        if ticket is not None:
+            self._boarding_of_model().give_back(ticket)
 
     def embed(self, ids: Many[int], adapter: str | None = None) -> list[float]:
         """The mean of what leaves the last norm for each token of a text, with length 1.
@@ -519,11 +624,13 @@ class Engine:
             No token, more than the context holds, a token that the model hasn't, or an unknown adapter.
         """
         self._check_tokens(ids, self.context)
-        handle = self._acquire(adapter)
+        handle = None if adapter is None else self.adapters_of_model().acquire(adapter)
         try:
-            mean = self.runner.hidden(ids, handle).mean(0)
+            start = 0 if handle is None else first_adapted(ids, handle.invocation)
+            mean = self.runner.hidden(ids, None if start is None else handle, start or 0).mean(0)
         finally:
-            self._let_go(handle)
+            if handle is not None:
+                self.adapters_of_model().release(handle)
         return (mean / mean.norm().clamp(min=1e-12)).tolist()
 
 

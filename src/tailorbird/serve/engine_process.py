@@ -12,8 +12,12 @@ asked                                     answered
                                           or ``{kind: refused, id, error}``
 ``{do: cancel, id}``
 ``{do: call, number, name, arguments}``   ``{kind: answer, number, value}`` or with ``error``
+``{do: drop, number}``
 ``{do: stop}``
 ========================================  ====================================================
+
+A call whose value is a generator is a job: a piece of it is done between two steps, its end is the answer,
+and ``drop`` says that nobody waits for it any more.
 
 Unasked come ``{kind: stats, stats}`` a few times a second while it is busy, and ``{kind: log, text}``.
 """
@@ -26,17 +30,18 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 from tailorbird.errors import TailorbirdError
 from tailorbird.hardware.memory import resident_bytes
 from tailorbird.serve.interface import EngineFactory, EngineLike, EngineOptions
+from tailorbird.serve.jobs import Jobs
 from tailorbird.serve.request import Request
 from tailorbird.serve.wire import Connection, error_to_wire
 
 #: Methods of an engine that can be called by a message.
-CALLS = ("load_adapter", "unload_adapter", "adapters", "embed")
+CALLS = ("load_adapter", "unload_adapter", "publish_adapter", "rollback_adapter", "adapters", "embed")
 STATS_INTERVAL = 0.25  # seconds
 
 
@@ -94,30 +99,33 @@ def run(engine: EngineLike, connection: Connection, messages: list[Any]) -> None
     Exception
         Whatever a step raises: nobody knows what an engine is worth after that, so the process ends.
     """
-    told = -STATS_INTERVAL
+    told, jobs = -STATS_INTERVAL, Jobs()
     while True:
         for message in messages:
             if message["do"] == "stop":
                 return
-            answer = _apply(engine, message)
+            answer = _apply(engine, jobs, message)
             if answer is not None:
                 connection.send(answer)
         if engine.busy:
             outputs = engine.step()
             if outputs:
                 connection.send({"kind": "outputs", "outputs": [output.to_wire() for output in outputs]})
-        now = time.monotonic()
-        if not engine.busy or now - told >= STATS_INTERVAL:
+        ended = jobs.advance()
+        if ended is not None:
+            connection.send(_answer(*ended))
+        now, busy = time.monotonic(), engine.busy or bool(jobs)
+        if not busy or now - told >= STATS_INTERVAL:
             stats = engine.stats() | {"memory_bytes": resident_bytes()}
             connection.send({"kind": "stats", "stats": stats})
             told = now
-        arrived = connection.receive(wait=not engine.busy)
+        arrived = connection.receive(wait=not busy)
         if arrived is None:
             return
         messages = arrived
 
 
-def _apply(engine: EngineLike, message: dict[str, Any]) -> dict[str, Any] | None:
+def _apply(engine: EngineLike, jobs: Jobs, message: dict[str, Any]) -> dict[str, Any] | None:
     """Do what a message asks, and its answer; what fails, fails for this message only."""
     match message["do"]:
         case "add":
@@ -134,10 +142,21 @@ def _apply(engine: EngineLike, message: dict[str, Any]) -> dict[str, Any] | None
                     raise LookupError(f"no call {message['name']}")
                 value = getattr(engine, message["name"])(*message["arguments"])
             except Exception as error:
-                _show(error)
-                return {"kind": "answer", "number": message["number"], "error": error_to_wire(error)}
-            return {"kind": "answer", "number": message["number"], "value": value}
+                value = error
+            if not isinstance(value, Generator):
+                return _answer(message["number"], value)
+            jobs.add(message["number"], value)
+        case "drop":
+            jobs.drop(message["number"])
     return None
+
+
+def _answer(number: int, value: Any) -> dict[str, Any]:
+    """The message with what a call gave, or with why it failed, where that is an exception."""
+    if not isinstance(value, Exception):
+        return {"kind": "answer", "number": number, "value": value}
+    _show(value)
+    return {"kind": "answer", "number": number, "error": error_to_wire(value)}
 
 
 def _show(error: Exception) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ class EngineOptions:
     model : str
         Directory, Hugging Face id or ``demo``.
     adapters : mapping of str to str
-        Name -> directory, loaded from the start.
+        Name -> directory, which may lie anywhere; served from the start, unless there is a state.
     memory_bytes : int or None
         For weights, keys, values and adapters together. None is the weights, and for keys and values a
         quarter of the memory that is available, or what `max_sequences` texts of 2,048 tokens need, whichever
@@ -34,6 +34,8 @@ class EngineOptions:
         Most tokens of a sequence; None is the model's own limit.
     adapter_directory : str or None
         Where adapters may be loaded from while the server runs.
+    adapter_state : str or None
+        A file in which the adapters that are served, and their versions, outlive an engine.
     threads : int or None
         CPU threads; None is all cores.
     speculative : bool
@@ -49,6 +51,7 @@ class EngineOptions:
     step_tokens: int = 512
     context: int | None = None
     adapter_directory: str | None = None
+    adapter_state: str | None = None
     threads: int | None = None
     speculative: bool = True
     swap_memory_bytes: int = 0
@@ -86,6 +89,18 @@ class EngineLike(Protocol):
 
     def unload_adapter(self, name: str) -> None:
         """Serve it no longer."""
+
+    def publish_adapter(
+        self, name: str, path: str, held_out: Sequence[tuple[Sequence[int], int]]
+    ) -> Generator[None, None, dict[str, Any]]:
+        """Serve an adapter under this name unless held-out text says it is worse than what is served.
+
+        Each text is its tokens, and the number of those that aren't counted. Gives the fields of
+        `adapters.publish.Published`, a piece of the work each time it is asked to go on.
+        """
+
+    def rollback_adapter(self, name: str) -> int:
+        """Serve the version before the one that is served; its number."""
 
     def adapters(self) -> list[str]:
         """Names of the adapters that are loaded."""

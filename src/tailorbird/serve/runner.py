@@ -66,8 +66,11 @@ class Runner(Protocol):
     def forget(self, sequence: Any) -> None:
         """A sequence ended."""
 
-    def hidden(self, ids: Sequence[int], adapter: Any) -> Tensor:
-        """What leaves the last norm for each token of a text, ``[tokens, width]`` float32."""
+    def hidden(self, ids: Sequence[int], adapter: Any, adapted_from: int = 0) -> Tensor:
+        """What leaves the last norm for each token of a text, ``[tokens, width]`` float32.
+
+        An adapter acts from token `adapted_from` on.
+        """
 
 
 def runner_for(model: Any, kv_bytes_per_token: int) -> Runner:
@@ -115,8 +118,9 @@ class FusedRunner:
             if piece.chooses:
                 rows.append(1 + len(piece.drafts))
                 wanted += range(len(ids) - rows[-1], len(ids))
-            if sequence.adapter is not None:
-                segments.append(Segment(begin, len(ids), sequence.adapter.adapter))
+            adapted = begin + max(0, sequence.adapted_from - piece.start)
+            if sequence.adapter is not None and adapted < len(ids):
+                segments.append(Segment(adapted, len(ids), sequence.adapter.adapter))
             table.extend(sequence.pages)
             table.extend([0] * (most - len(sequence.pages)))
         self.cache.tables = torch.frombuffer(table, dtype=torch.int32).view(len(pieces), most)
@@ -150,13 +154,13 @@ class FusedRunner:
     def forget(self, sequence: Any) -> None:
         """See `Runner`; pages are all there is."""
 
-    def hidden(self, ids: Sequence[int], adapter: Any) -> Tensor:
+    def hidden(self, ids: Sequence[int], adapter: Any, adapted_from: int = 0) -> Tensor:
         """See `Runner`."""
         pages = self.model.pages(1)
         pages.reach(len(ids))
         positions = torch.arange(len(ids), dtype=torch.int32)
         sequences = torch.zeros(len(ids), dtype=torch.int32)
-        segments = [] if adapter is None else [Segment(0, len(ids), adapter.adapter)]
+        segments = [] if adapter is None else [Segment(adapted_from, len(ids), adapter.adapter)]
         entered = self.model.embed(torch.tensor(list(ids)), positions)
         left = self.model.run(entered, positions, sequences, pages, adapters=segments)
         return self.model.parts.norm(left).float()
@@ -212,7 +216,7 @@ class ModuleRunner:
         self._caches.pop(sequence, None)
 
     @torch.no_grad()
-    def hidden(self, ids: Sequence[int], adapter: Any) -> Tensor:
+    def hidden(self, ids: Sequence[int], adapter: Any, adapted_from: int = 0) -> Tensor:
         """See `Runner`."""
         output = self.model(input_ids=torch.tensor([list(ids)]), output_hidden_states=True)
         return output.hidden_states[-1][0].float()

@@ -63,6 +63,9 @@ class Scheduler:
     reclaim : callable, optional
         Gives pages that serve for something else back to the pool, some at a time; False where there are
         none.
+    ready : callable, optional
+        Whether a waiting sequence has all but pages to run; asked in the order of turns. Those behind one
+        that hasn't may run before it.
     """
 
     def __init__(
@@ -74,10 +77,12 @@ class Scheduler:
         shares_prefixes: bool = True,
         swap: Swap | None = None,
         reclaim: Callable[[], bool] = lambda: False,
+        ready: Callable[[Sequence], bool] = lambda sequence: True,
     ) -> None:
         self.pool, self.page_tokens = pool, page_tokens
         self.step_tokens, self.max_sequences = step_tokens, min(max_sequences, step_tokens)
-        self.shares_prefixes, self.swap, self._reclaim = shares_prefixes, swap, reclaim
+        self.shares_prefixes, self.swap = shares_prefixes, swap
+        self._reclaim, self._ready = reclaim, ready
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -146,8 +151,11 @@ class Scheduler:
                 pieces.append(Piece(sequence, sequence.computed, count))
                 room -= count
         pieces = [piece for piece in pieces if piece.sequence in self.running]
-        while room > 0 and self.waiting and self.has_place:
-            sequence = min(self.waiting, key=self._turn)
+        for sequence in sorted(self.waiting, key=self._turn):
+            if room == 0 or not self.has_place:
+                break
+            if not self._ready(sequence):
+                continue
             if not self._admit(sequence):
                 break
             count = min(room, sequence.pending)

@@ -26,9 +26,13 @@ class Sequence:
     sampler : object
         The state from which its tokens are chosen (`sampling.Sampler`).
     adapter : object or None
-        What its request pinned (`adapters.store.Handle`).
+        What its request has of its adapter (`adapters.boarding.Ticket`); its `adapter` is for the runner.
     salt : bytes
         What its pages' keys begin with: tokens alone don't make keys and values equal.
+    adapted_from : int
+        The first token on which its adapter acts.
+    adapter_salt : bytes
+        What the keys of pages depend on besides, from the page of that token on.
     tokens : list of int
         Prompt and output.
     computed : int
@@ -58,6 +62,8 @@ class Sequence:
     cached: int | None = None
     luck: float = FIRST_LUCK
     ended: bool = False
+    adapted_from: int = 0
+    adapter_salt: bytes = b""
     beams: Any = None
 
     @property
@@ -74,6 +80,8 @@ class Sequence:
         """Keys of the full pages among the first `until` tokens."""
         for number in range(len(self.keys), until // page_tokens):
             before = self.keys[-1] if self.keys else self.salt
+            if number == self.adapted_from // page_tokens:
+                before += self.adapter_salt
             here = self.tokens[number * page_tokens : (number + 1) * page_tokens]
             self.keys.append(prefix_key(before, here))
         return self.keys[: until // page_tokens]

@@ -12,12 +12,14 @@ import contextlib
 import itertools
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from tailorbird.errors import EngineError, TailorbirdError
+from tailorbird.errors import CheckpointError, EngineError, TailorbirdError
 from tailorbird.serve.interface import ENGINE, EngineOptions
 from tailorbird.serve.request import Finish, Output, Request
 from tailorbird.serve.wire import WireError, error_from_wire, pack, read_messages
@@ -110,7 +112,10 @@ class Supervisor:
         self.info: dict[str, Any] = {}
         self.stats: dict[str, float] = {}
         self.restarts = 0
-        self._options = options
+        # Adapters that come and change while the server runs are those of its later engines.
+        self._folder = tempfile.TemporaryDirectory(prefix="tailorbird-")
+        self._state = Path(self._folder.name) / "adapters.json"
+        self._options = replace(options, adapter_state=str(self._state))
         self._engine = engine
         self._log = log
         self._child: _Child | None = None
@@ -119,7 +124,6 @@ class Supervisor:
         self._pending: dict[str, _Pending] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._numbers = itertools.count()
-        self._adapters: dict[str, str] = dict(options.adapters)
 
     @property
     def live(self) -> bool:
@@ -155,6 +159,7 @@ class Supervisor:
         except BaseException:
             child.kill()
             await child.end()
+            self._folder.cleanup()
             raise
         self._watching = asyncio.create_task(self._watch(child))
 
@@ -167,6 +172,7 @@ class Supervisor:
         if self._child is not None:
             await self._child.end()
             self._child = None
+        self._folder.cleanup()
         self._bereave("the server is stopping", keep=False)
 
     async def submit(self, *requests: Request) -> AsyncGenerator[Output, None]:
@@ -205,15 +211,36 @@ class Supervisor:
 
     async def load_adapter(self, name: str, path: str) -> None:
         """Serve an adapter under a name, in later engines too; raises what the engine refuses it with."""
-        await self._call("load_adapter", name, path)
-        self._adapters[name] = path
-        self.info["adapters"] = await self._call("adapters")
+        await self._change_adapters("load_adapter", name, path)
 
     async def unload_adapter(self, name: str) -> None:
         """Serve an adapter no longer."""
-        await self._call("unload_adapter", name)
-        self._adapters.pop(name, None)
-        self.info["adapters"] = await self._call("adapters")
+        await self._change_adapters("unload_adapter", name)
+
+    async def publish_adapter(
+        self, name: str, path: str, held_out: Sequence[tuple[Sequence[int], int]]
+    ) -> dict[str, Any]:
+        """Serve a new version of an adapter if it is no worse on held-out text than the one served now.
+
+        Arguments, value and errors as of `Engine.publish_adapter`. That the engine died is an error, too;
+        the version is then served only if it died in the moment of its answer. A caller that is cancelled
+        leaves nothing behind.
+        """
+        value: dict[str, Any] = await self._change_adapters("publish_adapter", name, path, held_out)
+        return value
+
+    async def rollback_adapter(self, name: str) -> int:
+        """Serve the version of an adapter before the one that is served; its number."""
+        value: int = await self._change_adapters("rollback_adapter", name)
+        return value
+
+    async def _change_adapters(self, call: str, *arguments: Any) -> Any:
+        """What a call gives that changes the adapters; whatever became of it, their names are asked for."""
+        try:
+            return await self._call(call, *arguments)
+        finally:
+            with contextlib.suppress(EngineError):
+                self.info["adapters"] = await self._call("adapters")
 
     async def embed(self, ids: Sequence[int], adapter: str | None) -> list[float]:
         """One vector for these tokens; raises what the engine refuses them with, or that it died."""
@@ -228,6 +255,9 @@ class Supervisor:
         try:
             self._send({"do": "call", "number": number, "name": name, "arguments": list(arguments)})
             return await answer
+        except asyncio.CancelledError:
+            self._send({"do": "drop", "number": number})
+            raise
         finally:
             self._calls.pop(number, None)
 
@@ -258,8 +288,7 @@ class Supervisor:
 
     async def _greet(self, child: _Child) -> None:
         """Tell the process which engine to make, and wait until it is ready."""
-        options = replace(self._options, adapters=self._adapters)
-        child.send({"do": "start", "engine": self._engine, "options": options.to_wire()})
+        child.send({"do": "start", "engine": self._engine, "options": self._options.to_wire()})
         async for message in child.messages:
             match message["kind"]:
                 case "log":
@@ -301,8 +330,9 @@ class Supervisor:
                     break
                 except (TailorbirdError, ConnectionError) as error:
                     self._log(f"the engine couldn't be started: {error}")
-                    # Perhaps an adapter that came later has left the disk: the next engine does without.
-                    self._adapters = dict(self._options.adapters)
+                    if isinstance(error, CheckpointError):
+                        # Perhaps what is known of adapters is damaged: the next engine begins anew.
+                        self._state.unlink(missing_ok=True)
                     child.kill()
                     await child.end()
             self._log("the engine is ready again")

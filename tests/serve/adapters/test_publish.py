@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,10 @@ import pytest
 from peft_adapters import pair, save, wrapped
 from tailorbird.errors import GateRefused, SettingsError
 from tailorbird.kernels import native
-from tailorbird.kernels.adapters import Adapter
 from tailorbird.run.fused import FusedModel
-from tailorbird.serve.adapters.publish import publish
-from tailorbird.serve.adapters.store import AdapterStore
+from tailorbird.serve.adapters.publish import Evaluate, Published
+from tailorbird.serve.adapters.publish import publish as publishing
+from tailorbird.serve.adapters.store import AdapterStore, Handle
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
@@ -28,9 +29,21 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[FusedModel, list[Pat
     return fused, [save(wrapped(dense, config), folder / str(config.r)) for config in configs]
 
 
-def rank(adapter: Adapter) -> float:
+def rank(handle: Handle) -> Generator[None, None, float]:
     """A loss that tells which adapter was measured."""
-    return float(adapter.rank)
+    yield
+    return float(handle.adapter.rank)
+
+
+def publish(store: AdapterStore, name: str, path: Path, evaluate: Evaluate) -> Published:
+    """Piece after piece, until the end."""
+    job = publishing(store, name, path, evaluate)
+    try:
+        while True:
+            next(job)
+    except StopIteration as end:
+        found: Published = end.value
+        return found
 
 
 def test_only_what_is_no_worse_is_served(made: tuple[FusedModel, list[Path]], tmp_path: Path) -> None:
@@ -62,8 +75,13 @@ def test_a_loss_that_is_not_finite_lets_nothing_in(
     store = AdapterStore(fused, 1 << 20)
     if served:
         store.register("a", paths[0])
+
+    def measured(handle: Handle) -> Generator[None, None, float]:
+        yield
+        return loss
+
     with pytest.raises(GateRefused):
-        publish(store, "a", paths[1], lambda _: loss)
+        publish(store, "a", paths[1], measured)
     assert store.names() == (["a"] if served else [])
 
 
@@ -75,10 +93,10 @@ def test_a_new_version_is_compared_with_what_is_served_in_the_end(
     store = AdapterStore(fused, 1 << 20)
     store.register("a", paths[3])
 
-    def replacing(adapter: Adapter) -> float:
-        if adapter.rank == 4:
+    def replacing(handle: Handle) -> Generator[None, None, float]:
+        if handle.adapter.rank == 4:
             store.register("a", paths[0])
-        return rank(adapter)
+        return (yield from rank(handle))
 
     with pytest.raises(GateRefused, match="at most 1"):
         publish(store, "a", paths[1], replacing)
@@ -90,7 +108,8 @@ def test_what_fails_to_be_measured_leaves_everything_as_it_was(made: tuple[Fused
     store = AdapterStore(fused, 1 << 20)
     store.register("a", paths[0])
 
-    def failing(adapter: Adapter) -> float:
+    def failing(handle: Handle) -> Generator[None, None, float]:
+        yield
         raise RuntimeError("no text")
 
     with pytest.raises(RuntimeError, match="no text"):
@@ -98,3 +117,17 @@ def test_what_fails_to_be_measured_leaves_everything_as_it_was(made: tuple[Fused
     assert (store.version("a"), store.bytes) == (1, 0)
     with pytest.raises(SettingsError, match="an adapter called"):
         publish(store, "a b", paths[1], rank)
+
+
+def test_who_gives_up_between_two_pieces_leaves_nothing_behind(made: tuple[FusedModel, list[Path]]) -> None:
+    fused, paths = made
+    store = AdapterStore(fused, 1 << 20)
+    store.register("a", paths[3])
+    for pieces in (1, 2):  # the new version is measured, then the one that is served
+        job = publishing(store, "a", paths[1], rank)
+        for _ in range(pieces):
+            next(job)
+        job.close()
+        assert store.version("a") == 1
+    store.unregister("a")
+    assert store.bytes == 0  # nobody holds a version

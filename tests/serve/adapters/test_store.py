@@ -29,6 +29,8 @@ pytestmark = pytest.mark.skipif(not native.available(), reason="installed withou
 
 IDS = prompt(6)
 MANY, WARM = 200, 10
+#: A version in a state file, with nothing wrong.
+RECORD = {"number": 1, "path": "a", "fingerprint": "", "trusted": False, "invocation": None}
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +113,7 @@ def test_the_least_recently_used_goes_first(
     for name in ("0", "1", "2", "0", "3", "0", "2", "1"):
         store.release(store.acquire(name))
     assert read == ["0", "1", "2", "3", "1"]  # 0, 2 and 1 are left, in that order
-    store.prefetch("0").result(20)
+    store.fetch(store.reserve("0"), spare=True).result(20)
     store.release(store.acquire("3"))
     store.release(store.acquire("0"))
     assert read == ["0", "1", "2", "3", "1", "3"]
@@ -210,7 +212,7 @@ def test_many_threads_get_the_right_adapters(
             if chosen.random() < 0.1:
                 store.register(name, folder / name)
             if chosen.random() < 0.2:
-                store.prefetch(name)
+                store.fetch(store.reserve(name), spare=True)
             handle = store.acquire(name)
             assert read[id(handle.adapter)] == str(folder / name)
             assert store.bytes <= WARM * size
@@ -236,7 +238,7 @@ def test_one_thread_reads_for_all_that_ask(
 
     monkeypatch.setattr(AdapterStore, "_read", slow)
     store.register("a", folder / "0")
-    fetched = store.prefetch("a")
+    fetched = store.fetch(store.reserve("a"), spare=True)
     assert begun.wait(20)
     assert store.names() == ["a"]  # no lock is held while it is read
     with ThreadPoolExecutor(3) as pool:
@@ -253,15 +255,15 @@ def test_what_is_read_ahead_is_warm_and_what_fails_is_told_by_acquire(
     store = AdapterStore(fused, WARM * size)
     shutil.copytree(folder / "0", tmp_path / "a")
     store.register("a", tmp_path / "a")
-    store.prefetch("a").result(20)
+    store.fetch(store.reserve("a"), spare=True).result(20)
     assert store.bytes == size
     store.register("b", shutil.copytree(folder / "1", tmp_path / "b"))
     (tmp_path / "b" / "adapter_model.safetensors").unlink()
-    assert isinstance(store.prefetch("b").exception(20), CheckpointError)
+    assert isinstance(store.fetch(store.reserve("b"), spare=True).exception(20), CheckpointError)
     with pytest.raises(CheckpointError, match="missing"):
         store.acquire("b")
     with pytest.raises(SettingsError, match="no adapter is called 'c'"):
-        store.prefetch("c")
+        store.reserve("c")
     store.close()
 
 
@@ -344,6 +346,10 @@ def test_the_last_of_many_changes_is_the_one_that_is_kept(
         {"adapters": {"a": []}},
         {"adapters": {"a": [{"number": 1, "path": 3, "fingerprint": ""}]}},
         {"adapters": {"a": [{"number": 1}]}},
+        {"adapters": {"a": [RECORD | {"trusted": 1}]}},
+        {"adapters": {"a": [RECORD | {"invocation": 5}]}},
+        {"adapters": {"a": [RECORD | {"invocation": ["5"]}]}},
+        {"adapters": {"a": [RECORD | {"more": 5}]}},
     ],
 )
 def test_a_damaged_state_is_refused(

@@ -16,8 +16,8 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = {"model": "demo", "messages": [{"role": "user", "content": "hello"}]}
 PLAIN = {"model": "demo", "prompt": "hello"}
 POSTS = [
-    CHAT, COMPLETIONS, "/v1/embeddings", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/tokenize",
-    "/detokenize",
+    CHAT, COMPLETIONS, "/v1/embeddings", "/v1/load_lora_adapter", "/v1/unload_lora_adapter",
+    "/v1/adapters/publish", "/v1/adapters/rollback", "/tokenize", "/detokenize",
 ]  # fmt: skip
 each_post = pytest.mark.parametrize("path", POSTS)
 

@@ -5,6 +5,8 @@
 `scale` is alpha / r, or alpha / sqrt(r) for rsLoRA (https://arxiv.org/abs/2312.03732). LoRA
 (https://arxiv.org/abs/2106.09685) has no `outputs`; those of DoRA (https://arxiv.org/abs/2402.09353) are its
 magnitudes over the norms of the rows of W + scale · B A.
+
+Activated LoRA is a LoRA that acts on some tokens only (`activation`).
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class Lora:
     settings: ClassVar[frozenset[str]] = frozenset(
         {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias",
          "lora_dropout", "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-         "velora_config", "megatron_core", "qalora_group_size"}
+         "velora_config", "megatron_core", "qalora_group_size", "alora_invocation_tokens"}
     )  # fmt: skip
 
     def __init__(self, source: Source) -> None:
@@ -65,6 +67,9 @@ class Lora:
                 "(PEFT's `path_initial_model_for_weight_conversion`)",
             )
         self._dora, self._bias = source.flag("use_dora"), source.flag("lora_bias")
+        activated = source.invocation is not None
+        if activated and self._dora:
+            raise source.refuse_setting("use_dora", "no `use_dora` beside `alora_invocation_tokens`")
         rank, alpha = source.whole("r", 1), source.number("lora_alpha")
         ranks, alphas = self._patterns("rank_pattern"), self._patterns("alpha_pattern")
         stable = source.flag("use_rslora")
@@ -87,6 +92,8 @@ class Lora:
             return shapes
 
         self.adapted = source.check(expected)
+        if activated and source.stored_biases:
+            raise source.refuse_setting("bias", "no biases of the model beside `alora_invocation_tokens`")
 
     def linear(self, path: str) -> LinearAdapter:
         """What it makes of the linear at `path`, read from the file."""

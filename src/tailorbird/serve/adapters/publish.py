@@ -1,15 +1,20 @@
-"""Lets a new version of an adapter in only where it is no worse than the one that is served."""
+"""Lets a new version of an adapter in only where it is no worse than the one that is served.
+
+The loss is measured piece by piece (`held_out`), so that whoever publishes can do other things in between.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tailorbird.errors import GateRefused
-from tailorbird.kernels.adapters import Adapter
-from tailorbird.serve.adapters.store import AdapterStore
+from tailorbird.serve.adapters.store import AdapterStore, Handle
+
+#: Measures the loss of a pinned version: a generator that returns it, and yields wherever it can wait.
+Evaluate = Callable[[Handle], Generator[None, None, float]]
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,13 @@ class Published:
 
 
 def publish(
-    store: AdapterStore, name: str, path: str | Path, evaluate: Callable[[Adapter], float]
-) -> Published:
+    store: AdapterStore, name: str, path: str | Path, evaluate: Evaluate
+) -> Generator[None, None, Published]:
     """Serve a new version under a name if its loss is at most that of the version served now.
 
     The version before stays for `AdapterStore.rollback`. Should the name change while losses are measured,
-    the new version is compared with what is served then.
+    the new version is compared with what is served then. Nothing has changed, and nothing stays behind,
+    where the generator is closed before its end.
 
     Parameters
     ----------
@@ -47,7 +53,16 @@ def publish(
     path : str or Path
         Directory of the new version.
     evaluate : callable
-        Gives an adapter's loss on held-out text; called with no lock held, both versions pinned.
+        Gives an adapter's loss on held-out text; runs with no lock held, the version pinned.
+
+    Yields
+    ------
+    None
+        Wherever `evaluate` does.
+
+    Returns
+    -------
+    Published
 
     Raises
     ------
@@ -58,9 +73,9 @@ def publish(
     """
     new = store.stage(name, path)
     try:
-        loss = evaluate(new.adapter)
+        loss = yield from evaluate(new)
         while True:
-            served, before = _served(store, name, evaluate)
+            served, before = yield from _served(store, name, evaluate)
             if not math.isfinite(loss) or (before is not None and loss > before):
                 raise GateRefused(
                     f"the new version of adapter `{name}` in {path} has a loss of {loss:.6g}",
@@ -74,13 +89,13 @@ def publish(
 
 
 def _served(
-    store: AdapterStore, name: str, evaluate: Callable[[Adapter], float]
-) -> tuple[int | None, float | None]:
+    store: AdapterStore, name: str, evaluate: Evaluate
+) -> Generator[None, None, tuple[int | None, float | None]]:
     """Number and loss of the version that is served; None where there is none."""
     if name not in store.names():
         return None, None
     old = store.acquire(name)
     try:
-        return old.version, evaluate(old.adapter)
+        return old.version, (yield from evaluate(old))
     finally:
         store.release(old)

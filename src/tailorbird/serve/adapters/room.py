@@ -40,6 +40,11 @@ class AdapterRoom:
         """Most bytes of all adapters together."""
         return self._most * self._page_bytes
 
+    def has(self, nbytes: int) -> bool:
+        """Whether all adapters together could have so many bytes now."""
+        pages = -(-nbytes // self._page_bytes)
+        return pages <= min(self._most, len(self._pages) + self._pool.available)
+
     def hold(self, nbytes: int) -> bool:
         """Let all adapters together have so many bytes; False, and nothing changes, where pages are short."""
         more = -(-nbytes // self._page_bytes) - len(self._pages)

@@ -21,6 +21,7 @@ from tailorbird.errors import CheckpointError, SettingsError
 from tailorbird.model.json_file import read_json
 from tailorbird.model.weights import Weights
 from tailorbird.run.parts import PlacedLinear
+from tailorbird.serve.adapters.allowed import within
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 #: begins the names of tensors that belong to a module of the model
@@ -147,6 +148,20 @@ class Source:
         if value not in (None, False, True) or type(value) is int:
             raise self.refuse_setting(name, "true or false")
         return bool(value)
+
+    @property
+    def invocation(self) -> tuple[int, ...] | None:
+        """The tokens that invoke an adapter (`activation`), or None; SettingsError for what can't be."""
+        value = self.config.get("alora_invocation_tokens")
+        if value is None:
+            return None
+        if (
+            not isinstance(value, list)
+            or not value
+            or not all(type(one) is int and one >= 0 for one in value)
+        ):
+            raise self.refuse_setting("alora_invocation_tokens", "at least one token, or none at all")
+        return tuple(value)
 
     def check(
         self, expected: Callable[[str, PlacedLinear], Shapes], shared: Collection[str] = ()
@@ -276,21 +291,6 @@ def is_finite(value: Any) -> TypeGuard[int | float]:
         return type(value) in (int, float) and math.isfinite(value)
     except OverflowError:
         return False
-
-
-def within(path: Path, allowed: Path | None) -> Path:
-    """Where `path` leads, links followed; SettingsError unless it is below `allowed`, if that is given."""
-    try:
-        found = path.expanduser().resolve()
-        inside = allowed is None or found.is_relative_to(allowed.expanduser().resolve())
-    except (OSError, RuntimeError, ValueError):  # a loop of links, no home, a NUL
-        inside = False
-    if not inside:
-        where = "a path that can be followed" if allowed is None else f"a path below {allowed}"
-        raise SettingsError(
-            f"an adapter at {str(path)[:300]!r}", where, "put the adapter there, links included"
-        )
-    return found
 
 
 def _stamp(directory: Path) -> str:

@@ -2,8 +2,8 @@
 
 A name has a version that is served and, once that replaced another, the one before it. A version is cold (a
 directory whose config and headers fit the model), warm (laid out, and dropped again when others need the
-room) or pinned (held by requests that run, and never dropped). Requests keep the version that they began
-with until they end, whatever becomes of its name.
+room) or pinned (held by requests that run, and never dropped). Requests that wait reserve the version that is
+served when they come, and pin it when they run: they get that one, whatever becomes of its name.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +40,26 @@ class Model(Protocol):
         """An adapter laid out for the model, from what it makes of linears by (block, role)."""
 
 
+class Room(Protocol):
+    """Memory that adapters share with something else."""
+
+    def has(self, nbytes: int) -> bool:
+        """Whether all adapters together could have so many bytes now."""
+
+    def hold(self, nbytes: int) -> bool:
+        """Let all adapters together have so many bytes; False, and nothing changes, without room."""
+
+
+class _Boundless:
+    """Memory of which there is always more."""
+
+    def has(self, nbytes: int) -> bool:
+        return True
+
+    def hold(self, nbytes: int) -> bool:
+        return True
+
+
 class NoRoom(ResourceError):
     """Adapters that running requests hold leave no room for another; it may fit once some have ended."""
 
@@ -56,8 +76,26 @@ class _Version:
     adapter: Adapter | None = None
     loading: Future[Adapter] | None = None
     pins: int = 0
+    reserved: int = 0
     #: it is served, or the one before that
     kept: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Reservation:
+    """A version of an adapter that will be needed, laid out or not.
+
+    Attributes
+    ----------
+    name, version, salt, invocation
+        As of `Handle`.
+    """
+
+    name: str
+    version: int
+    salt: bytes
+    invocation: tuple[int, ...] | None
+    _version: _Version = field(repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +111,14 @@ class Handle:
         16 bytes that no other version has, for hashes of prefixes in a cache.
     adapter : Adapter
         For segments of a batch.
+    invocation : tuple of int or None
+        Tokens that invoke it (`activation`).
     """
 
     name: str
     version: int
     salt: bytes
+    invocation: tuple[int, ...] | None
     adapter: Adapter
     _version: _Version = field(repr=False)
 
@@ -91,11 +132,10 @@ class AdapterStore:
         Or what has its `linears` and `adapter`.
     warm_bytes : int
         Most bytes of adapters that are laid out. While one is read it is there besides.
-    room : callable, optional
-        Told how many bytes of adapters are laid out, before there are more and after there are fewer; False
-        says that more isn't possible now.
+    room : Room, optional
+        Told how many bytes of adapters are laid out, before there are more and after there are fewer.
     allowed : Path, optional
-        Adapters must lie below this directory, links followed.
+        Adapters that aren't trusted must lie below this directory, links followed.
     state : Path, optional
         A file in which names and versions outlive the process; what it holds is registered at once, and
         read when it is needed.
@@ -112,22 +152,23 @@ class AdapterStore:
         warm_bytes: int,
         allowed: Path | None = None,
         state: Path | None = None,
-        room: Callable[[int], bool] = lambda nbytes: True,
+        room: Room | None = None,
     ) -> None:
         self._model, self._warm_bytes, self._allowed, self._state = model, warm_bytes, allowed, state
-        self._room = room
+        self._room: Room = room or _Boundless()
         self._lock = threading.Lock()
         self._saving = threading.Lock()  # held while the state file is written, so that the last change wins
         self._names: dict[str, list[_Version]] = {}  # the one that is served, then the one before
         self._warm: OrderedDict[_Version, None] = OrderedDict()  # the least recently used first
         self._handles: set[Handle] = set()
+        self._reservations: set[Reservation] = set()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="adapters")
         self._last = 0
         if state is not None:
             self._last, records = read_records(state)
             self._names = {name: [_Version(name, r, 0) for r in found] for name, found in records.items()}
 
-    def register(self, name: str, path: str | Path) -> int:
+    def register(self, name: str, path: str | Path, trusted: bool = False) -> int:
         """Serve the adapter in a directory under a name, from now on, in place of any that has it.
 
         Config and headers are read and checked; tensors are read when they are needed.
@@ -137,6 +178,8 @@ class AdapterStore:
         name : str
             Up to 200 letters, digits and ``._:/@+-``, a letter or digit first.
         path : str or Path
+        trusted : bool
+            It may lie anywhere, now and when it is read again.
 
         Returns
         -------
@@ -154,7 +197,7 @@ class AdapterStore:
             It is larger than all adapters together may be; or it is served, but the state file can't be
             written.
         """
-        version = self._checked(name, path)
+        version = self._checked(name, path, trusted)
         with self._lock:
             self._install(version)
         self._save()
@@ -220,24 +263,58 @@ class AdapterStore:
             self._handles.remove(handle)
             self._unpin(handle._version)
 
-    def prefetch(self, name: str) -> Future[None]:
-        """Lay an adapter out in a background thread, so that `acquire` finds it, unless others need the room.
+    def reserve(self, name: str) -> Reservation:
+        """Keep the version of an adapter that is served now for later; UnknownAdapter if there is none."""
+        with self._lock:
+            version = self._served(name)
+            version.reserved += 1
+            reservation = Reservation(
+                name, version.record.number, version.salt, version.record.invocation, version
+            )
+            self._reservations.add(reservation)
+            return reservation
 
-        What fails is tried again, and told, by `acquire`.
+    def cancel(self, reservation: Reservation) -> None:
+        """Need a version no longer; ValueError if it was cancelled or pinned, or is another store's."""
+        with self._lock:
+            self._give_up(reservation)
+
+    def pin(self, reservation: Reservation) -> Handle | None:
+        """Pin what was reserved if it is laid out, which ends the reservation; ValueError as of `cancel`."""
+        with self._lock:
+            version = reservation._version
+            if version.adapter is None:
+                return None
+            version.pins += 1
+            self._give_up(reservation)
+        return self._pinned(version)
+
+    def has_room(self, reservation: Reservation, spare: bool) -> bool:
+        """Whether what was reserved is cold, nobody reads it, and it would find room (see `fetch`)."""
+        with self._lock:
+            version = reservation._version
+            if version.adapter is not None or version.loading is not None:
+                return False
+            if version.nbytes > self._warm_bytes:
+                return True  # reading it tells so
+            needed = self._used(spare) + version.nbytes
+            return needed <= self._warm_bytes and self._room.has(needed)
+
+    def fetch(self, reservation: Reservation, spare: bool) -> Future[None]:
+        """Lay out in a background thread what was reserved, for `pin`.
+
+        Parameters
+        ----------
+        reservation : Reservation
+        spare : bool
+            Others that are reserved keep their room; else they give it up where that is needed.
 
         Returns
         -------
         Future
-            Done when the adapter is laid out, or can't be.
-
-        Raises
-        ------
-        SettingsError
-            The name is unknown.
+            Done when the adapter is laid out; or fails, as `acquire` does.
         """
-        with self._lock:
-            version = self._served(name)
-        return self._background.submit(self._fetch, version)
+        return self._background.submit(self._fetch, reservation._version, spare)
 
     def names(self) -> list[str]:
         """All names, sorted."""
@@ -258,14 +335,14 @@ class AdapterStore:
     def drop_oldest(self) -> bool:
         """Give back the memory of what nobody uses, and nobody has for longest; False where there is none."""
         with self._lock:
-            return self._drop_oldest()
+            return self._drop_oldest(spare=False)
 
     def stage(self, name: str, path: str | Path) -> Handle:
         """Check, lay out and pin an adapter that isn't served yet; errors as of `register` and `acquire`.
 
         Unless `serve` is given it, it is gone when it is released.
         """
-        version = self._checked(name, path)
+        version = self._checked(name, path, trusted=False)
         version.kept, version.pins = False, 1
         return self._pinned(version)
 
@@ -303,7 +380,7 @@ class AdapterStore:
         """Wait for what is read in the background, and begin no more."""
         self._background.shutdown(cancel_futures=True)
 
-    def _checked(self, name: str, path: str | Path) -> _Version:
+    def _checked(self, name: str, path: str | Path, trusted: bool) -> _Version:
         """A new version, once its files and the model are known to fit."""
         if not _NAME.fullmatch(name):
             raise SettingsError(
@@ -311,17 +388,15 @@ class AdapterStore:
                 "up to 200 letters, digits and ._:/@+- of which the first is a letter or digit",
                 "choose another name",
             )
-        source = open_adapter(path, self._model.linears, self._allowed).source
+        allowed = None if trusted else self._allowed
+        source = open_adapter(path, self._model.linears, allowed).source
         size = source.weights.total_bytes
         if size > self._warm_bytes:
-            raise ResourceError(
-                f"the adapter in {source.directory} has {size} bytes",
-                f"at most the {self._warm_bytes} bytes that all adapters together may take",
-                "allow more memory, or train one of lower rank",
-            )
+            raise self._too_large(source.directory, size)
         with self._lock:
             self._last += 1
-            return _Version(name, Record(self._last, str(source.directory), source.fingerprint), size)
+            record = Record(self._last, str(source.directory), source.fingerprint, trusted, source.invocation)
+            return _Version(name, record, size)
 
     def _served(self, name: str) -> _Version:
         """With the lock held."""
@@ -341,32 +416,44 @@ class AdapterStore:
         self._let_go(before[1:])
 
     def _let_go(self, versions: list[_Version]) -> None:
-        """Forget versions, with the lock held; those in use when they are released."""
+        """Forget versions, with the lock held; those in use or reserved when they are released."""
         for version in versions:
             version.kept = False
-            if not version.pins:
-                self._drop(version)
+            self._drop_unless_needed(version)
+
+    def _give_up(self, reservation: Reservation) -> None:
+        """With the lock held."""
+        if reservation not in self._reservations:
+            raise ValueError(f"a reservation of `{reservation.name}` that is over, or another store's")
+        self._reservations.remove(reservation)
+        reservation._version.reserved -= 1
+        self._drop_unless_needed(reservation._version)
 
     def _unpin(self, version: _Version) -> None:
         """With the lock held."""
         version.pins -= 1
-        if version.pins:
-            return
-        if not version.kept:
-            self._drop(version)
-        elif version in self._warm:
+        if version in self._warm and not version.pins:
             self._warm.move_to_end(version)  # in use until now
+        self._drop_unless_needed(version)
+
+    def _drop_unless_needed(self, version: _Version) -> None:
+        """With the lock held."""
+        if not (version.kept or version.pins or version.reserved):
+            self._drop(version)
 
     def _drop(self, version: _Version) -> None:
         """Give its memory back, with the lock held."""
         version.adapter = None
         if version in self._warm:
             del self._warm[version]
-            self._room(self._warm_now)
+            self._room.hold(self._warm_now)
 
-    def _drop_oldest(self) -> bool:
-        """With the lock held."""
-        version = next((version for version in self._warm if not version.pins), None)
+    def _drop_oldest(self, spare: bool) -> bool:
+        """With the lock held; what is needed soon goes last, and never for `spare` room."""
+        idle = [version for version in self._warm if not version.pins]
+        version = next((version for version in idle if not version.reserved), None)
+        if version is None and not spare:
+            version = next(iter(idle), None)
         if version is not None:
             self._drop(version)
         return version is not None
@@ -383,31 +470,38 @@ class AdapterStore:
             with self._lock:
                 self._unpin(version)
             raise
-        handle = Handle(version.name, version.record.number, version.salt, adapter, version)
+        record = version.record
+        handle = Handle(version.name, record.number, version.salt, record.invocation, adapter, version)
         with self._lock:
             self._handles.add(handle)
         return handle
 
-    def _fetch(self, version: _Version) -> None:
-        self._laid_out(version)
+    def _fetch(self, version: _Version, spare: bool) -> None:
+        self._laid_out(version, spare)
 
-    def _laid_out(self, version: _Version) -> Adapter:
-        """The adapter of a version, read by one thread for all that ask."""
-        with self._lock:
-            if version.adapter is not None:
-                self._warm.move_to_end(version)
-                return version.adapter
-            reading = version.loading
-            if reading is None:
-                self._refuse_without_room(version)
-                mine: Future[Adapter] = Future()
-                version.loading = mine
-        if reading is not None:
-            return reading.result()
+    def _laid_out(self, version: _Version, spare: bool = False) -> Adapter:
+        """The adapter of a version, read by one thread for all that ask; `spare` as in `fetch`."""
+        while True:
+            with self._lock:
+                if version.adapter is not None:
+                    self._warm.move_to_end(version)
+                    return version.adapter
+                reading = version.loading
+                if reading is None:
+                    self._refuse_without_room(version, spare)
+                    mine: Future[Adapter] = Future()
+                    version.loading = mine
+                    break
+            try:
+                return reading.result()
+            except NoRoom:
+                if spare:
+                    raise
+                # Perhaps whoever read it took spare room only.
         try:
             adapter = self._read(version)
             with self._lock:
-                self._admit(version, adapter)
+                self._admit(version, adapter, spare)
                 version.loading = None
         except BaseException as error:
             with self._lock:
@@ -418,28 +512,35 @@ class AdapterStore:
         return adapter
 
     def _read(self, version: _Version) -> Adapter:
-        opened = open_adapter(version.record.path, self._model.linears, self._allowed)
-        if opened.source.fingerprint != version.record.fingerprint:
+        record = version.record
+        opened = open_adapter(record.path, self._model.linears, None if record.trusted else self._allowed)
+        if opened.source.fingerprint != record.fingerprint:
             raise changed(opened.source.directory)
         return self._model.adapter(read_linears(opened))
 
-    def _admit(self, version: _Version, adapter: Adapter) -> None:
+    def _admit(self, version: _Version, adapter: Adapter, spare: bool) -> None:
         """Keep what was read, in the place of the least recently used, with the lock held."""
         version.nbytes = adapter.nbytes
-        if not version.pins and not version.kept:
+        if not (version.pins or version.kept or version.reserved):
             return
-        self._refuse_without_room(version)
-        while self._warm_now + version.nbytes > self._warm_bytes or not self._room(
+        self._refuse_without_room(version, spare)
+        while self._warm_now + version.nbytes > self._warm_bytes or not self._room.hold(
             self._warm_now + version.nbytes
         ):
-            if not self._drop_oldest():
+            if not self._drop_oldest(spare):
                 raise self._no_room(version)
         version.adapter = adapter
         self._warm[version] = None
 
-    def _refuse_without_room(self, version: _Version) -> None:
+    def _used(self, spare: bool) -> int:
+        """Bytes that can't be had, with the lock held; `spare` as in `fetch`."""
+        return sum(other.nbytes for other in self._warm if other.pins or (spare and other.reserved))
+
+    def _refuse_without_room(self, version: _Version, spare: bool) -> None:
         """With the lock held."""
-        used = sum(other.nbytes for other in self._warm if other.pins)
+        if version.nbytes > self._warm_bytes:
+            raise self._too_large(version.record.path, version.nbytes)
+        used = self._used(spare)
         if used + version.nbytes > self._warm_bytes:
             raise self._no_room(version)
 
@@ -451,6 +552,13 @@ class AdapterStore:
             f"{version.nbytes}",
             "room for every adapter that is in use at the same time, beside the texts that are written",
             "try again when other requests have ended, or allow more memory",
+        )
+
+    def _too_large(self, directory: str | Path, size: int) -> ResourceError:
+        return ResourceError(
+            f"the adapter in {directory} has {size} bytes",
+            f"at most the {self._warm_bytes} bytes that all adapters together may take",
+            "allow more memory, or train one of lower rank",
         )
 
     def _save(self) -> None:

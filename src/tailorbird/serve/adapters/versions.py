@@ -26,11 +26,17 @@ class Record:
         The adapter's directory, absolute.
     fingerprint : str
         Of the directory when it was registered (`Source.fingerprint`).
+    trusted : bool
+        It may lie anywhere: whoever runs the store named it.
+    invocation : tuple of int or None
+        Tokens that invoke it (`activation`).
     """
 
     number: int
     path: str
     fingerprint: str
+    trusted: bool = False
+    invocation: tuple[int, ...] | None = None
 
 
 def write_records(file: Path, last: int, records: Mapping[str, Sequence[Record]]) -> None:
@@ -75,13 +81,24 @@ def read_records(file: Path) -> tuple[int, dict[str, list[Record]]]:
 
 
 def _records(file: Path, name: str, value: Any) -> list[Record]:
-    types = {"number": int, "path": str, "fingerprint": str}
     if not isinstance(value, list) or not 1 <= len(value) <= 2:
         raise _damaged(file, f"`{name}`")
-    for entry in value:
-        if not isinstance(entry, dict) or {key: type(part) for key, part in entry.items()} != types:
+    return [_record(file, name, entry) for entry in value]
+
+
+def _record(file: Path, name: str, entry: Any) -> Record:
+    types = {"number": int, "path": str, "fingerprint": str, "trusted": bool}
+    if not isinstance(entry, dict) or "invocation" not in entry:
+        raise _damaged(file, f"`{name}`")
+    others, tokens = dict(entry), entry["invocation"]
+    del others["invocation"]
+    if {key: type(part) for key, part in others.items()} != types:
+        raise _damaged(file, f"`{name}`")
+    if tokens is not None:
+        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
             raise _damaged(file, f"`{name}`")
-    return [Record(**entry) for entry in value]
+        tokens = tuple(tokens)
+    return Record(**others, invocation=tokens)
 
 
 def _damaged(file: Path, what: str) -> CheckpointError:

@@ -1,5 +1,5 @@
-"""The routes: OpenAI's API (https://platform.openai.com/docs/api-reference), adapters as vLLM names them
-(https://docs.vllm.ai/en/latest/features/lora.html), health, metrics, tokens, and one page for people."""
+"""The routes: OpenAI's API (https://platform.openai.com/docs/api-reference), health, metrics, tokens, and one
+page for people; those of adapters are in `adapters`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 import tailorbird
 from tailorbird.errors import SettingsError, TailorbirdError
+from tailorbird.serve.api import adapters
 from tailorbird.serve.api.access import Gate, Keys, Log, log_line
 from tailorbird.serve.api.failures import ApiError, from_error, from_validation, too_late
 from tailorbird.serve.api.generation import Generation, Piece, Service
@@ -27,11 +28,9 @@ from tailorbird.serve.api.schemas import (
     DetokenizeRequest,
     EmbeddingRequest,
     Generating,
-    LoadAdapterRequest,
     Message,
     TokenizeRequest,
     Tool,
-    UnloadAdapterRequest,
 )
 from tailorbird.serve.api.shapes import ChatShape, CompletionShape, Shape
 from tailorbird.serve.api.streaming import EventStream, unless_gone
@@ -65,6 +64,7 @@ def create_app(
     app = FastAPI(title="tailorbird", version=tailorbird.__version__, docs_url=None, redoc_url=None)
     app.state.service = service
     app.include_router(router)
+    app.include_router(adapters.router)
     app.add_middleware(Gate, keys=Keys(keys), per_minute=per_minute, log=log, count=service.metrics.count)
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(TailorbirdError, _answer_error)
@@ -265,68 +265,6 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         "parent": None if name == service.name else service.name,
         "max_model_len": service.context,
     }
-
-
-@router.post("/v1/load_lora_adapter")
-async def load_adapter(body: LoadAdapterRequest, http: Request) -> Response:
-    """Serve another adapter, from the directory that the server allows."""
-    service = _service(http)
-    service.check_open()
-    path = allowed_path(service.adapter_directory, body.lora_path)
-    taken = [service.name] if body.load_inplace else service.models()
-    if body.lora_name in taken:
-        raise ApiError(409, f"`{body.lora_name}` is served already", "name_taken", "lora_name")
-    await service.supervisor.load_adapter(body.lora_name, str(path))
-    return JSONResponse({"loaded": body.lora_name, "models": service.models()})
-
-
-@router.post("/v1/unload_lora_adapter")
-async def unload_adapter(body: UnloadAdapterRequest, http: Request) -> Response:
-    """Serve an adapter no longer."""
-    service = _service(http)
-    service.check_open()
-    if service.adapter_directory is None:
-        raise _closed()
-    if service.adapter(body.lora_name) is None:
-        raise ApiError(400, f"`{body.lora_name}` is the model, no adapter", "no_adapter", "lora_name")
-    await service.supervisor.unload_adapter(body.lora_name)
-    return JSONResponse({"unloaded": body.lora_name, "models": service.models()})
-
-
-def allowed_path(directory: Path | None, given: str) -> Path:
-    """The adapter that a client names, a directory inside `directory` when every link is followed.
-
-    Parameters
-    ----------
-    directory : Path or None
-        None allows nothing.
-    given : str
-        Absolute, or relative to `directory`.
-
-    Raises
-    ------
-    ApiError
-        403 outside of it, 404 where there is no such directory.
-    """
-    if directory is None:
-        raise _closed()
-    root = directory.resolve()
-    try:
-        path = (root / given).resolve()
-        inside, there = path.is_relative_to(root) and path != root, path.is_dir()
-    except (OSError, ValueError, RuntimeError):  # a name that is too long, a NUL byte, a loop of links
-        inside = there = False
-    if not inside:
-        raise ApiError(403, "lora_path leads out of the server's adapter directory", "forbidden", "lora_path")
-    if not there:
-        raise ApiError(404, "no such directory in the server's adapter directory", "not_found", "lora_path")
-    return path
-
-
-def _closed() -> ApiError:
-    return ApiError(
-        403, "this server changes no adapters; start it with --adapter-directory to allow it", "forbidden"
-    )
 
 
 @router.post("/tokenize")

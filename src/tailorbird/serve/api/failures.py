@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tailorbird.errors import EngineError, TailorbirdError, UnknownAdapter, UserError
+from tailorbird.errors import EngineError, GateRefused, TailorbirdError, UnknownAdapter, UserError
 
 #: What the log calls the status of a client that left before its answer was complete.
 CLIENT_GONE = 499
@@ -84,11 +84,14 @@ def too_late(seconds: float) -> ApiError:
 
 
 def from_error(error: TailorbirdError) -> ApiError:
-    """400 for a user's mistake, 404 for an adapter that has gone, 503 for an engine that has, else 500."""
+    """400 for a user's mistake, 404 for an adapter that has gone, 409 for what a gate refuses, 503 for an
+    engine that has gone, else 500."""
     if isinstance(error, UnknownAdapter):
         return ApiError(404, str(error), "model_not_found", "model")
     if isinstance(error, UserError):
         return ApiError(400, str(error), "invalid_value")
+    if isinstance(error, GateRefused):
+        return ApiError(409, str(error), "gate_refused")
     if isinstance(error, EngineError):
         return ApiError(503, str(error), "engine_error", headers={"Retry-After": "5"})
     return ApiError(500, str(error), "internal_error")

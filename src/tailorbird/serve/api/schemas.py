@@ -10,12 +10,13 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tailorbird.errors import SettingsError
 from tailorbird.serve.request import BeamSearch, Grammar, Sampling
 
 MOST_STOPS, LONGEST_STOP = 16, 1000
+_ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$"
 
 
 class Schema(BaseModel):
@@ -357,7 +358,7 @@ class EmbeddingRequest(Schema):
 class LoadAdapterRequest(Schema):
     """Body of ``/v1/load_lora_adapter``."""
 
-    lora_name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")
+    lora_name: str = Field(pattern=_ADAPTER_NAME)
     lora_path: str = Field(min_length=1, max_length=4096)
     load_inplace: bool = False
 
@@ -366,6 +367,38 @@ class UnloadAdapterRequest(Schema):
     """Body of ``/v1/unload_lora_adapter``."""
 
     lora_name: str
+
+
+class HeldOutText(Schema):
+    """A text to measure an adapter on: plain, a prompt with its completion, or a conversation."""
+
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _one_form(self) -> HeldOutText:
+        given = [
+            name for name in ("text", "prompt", "completion", "messages") if getattr(self, name) is not None
+        ]
+        if given not in (["text"], ["prompt", "completion"], ["messages"]):
+            raise ValueError("expected `text`, or `prompt` and `completion`, or `messages`")
+        return self
+
+
+class PublishAdapterRequest(Schema):
+    """Body of ``/v1/adapters/publish``; `held_out` is texts (`HeldOutText`), or the path of a file."""
+
+    name: str = Field(pattern=_ADAPTER_NAME)
+    path: str = Field(min_length=1, max_length=4096)
+    held_out: str | list[Any] = Field(min_length=1)
+
+
+class RollbackAdapterRequest(Schema):
+    """Body of ``/v1/adapters/rollback``."""
+
+    name: str
 
 
 class TokenizeRequest(Schema):

@@ -93,14 +93,22 @@ class Texts:
                     "a model whose tokenizer has a chat template that knows tools",
                     "leave out tools, or describe them in a message",
                 )
-            lines = [f"{message['role']}: {message['content']}" for message in messages]
-            return "\n".join([*lines, "assistant:"])
+            return "\n".join([*_lines(messages), "assistant:"])
+        return self._rendered(messages, tools, open=True)
+
+    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The text of a conversation that is over: that of `chat`, and the last answer."""
+        return self._rendered(messages, (), open=False) if self.has_template else "\n".join(_lines(messages))
+
+    def _rendered(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], open: bool
+    ) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=list(tools) or None,
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=open,
             )
         except Exception as error:  # a template may do and raise anything
             raise SettingsError(
@@ -125,6 +133,10 @@ class Texts:
             if all(letter in table for letter in name):
                 return [table[letter] for letter in name]
         return list(text.encode())
+
+
+def _lines(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [f"{message['role']}: {message['content']}" for message in messages]
 
 
 @functools.cache
