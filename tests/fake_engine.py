@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
@@ -12,8 +13,9 @@ from tailorbird.errors import CheckpointError, SettingsError
 from tailorbird.serve.interface import EngineOptions
 from tailorbird.serve.request import Output, Request, TokenLogprob
 
-#: First tokens of prompts: refused, failing when added, failing when first stepped, giving nothing for ever.
-REFUSED, FAILING, DEADLY, SILENT = 4095, 4094, 4093, 4092
+#: First tokens of prompts: refused, failing when added, failing when first stepped, giving nothing for ever,
+#: hanging in a step for ever, and in a step that is long but gets on.
+REFUSED, FAILING, DEADLY, SILENT, HANGING, LONG = 4095, 4094, 4093, 4092, 4091, 4090
 VOCAB_SIZE, CONTEXT = 4096, 512
 
 
@@ -31,7 +33,7 @@ class FakeEngine:
         self.script: Sequence[int] | None = None
         self.pause = 0.0
         self.names = dict(options.adapters)
-        self.steps = 0
+        self.steps = self.blocks = 0
         log("loaded")
         self.info: dict[str, Any] = {
             "model": options.model, "context": CONTEXT, "vocab_size": VOCAB_SIZE,
@@ -55,6 +57,9 @@ class FakeEngine:
     def busy(self) -> bool:
         return bool(self.requests)
 
+    def progress(self) -> float:
+        return self.steps + self.blocks
+
     def step(self) -> list[Output]:
         time.sleep(self.pause)
         self.steps += 1
@@ -62,6 +67,12 @@ class FakeEngine:
         for id, request in list(self.requests.items())[: self.options.max_sequences]:
             if request.prompt[0] == DEADLY:
                 raise RuntimeError("the engine is broken")
+            if request.prompt[0] == HANGING:
+                threading.Event().wait()
+            if request.prompt[0] == LONG and self.done[id] == 0:
+                for _ in range(40):
+                    time.sleep(0.1)
+                    self.blocks += 1
             if request.prompt[0] == SILENT:
                 continue
             tokens = self.script or request.prompt
@@ -121,7 +132,7 @@ class InProcess:
         self.engine = engine
         self.info, self.stats = engine.info, engine.stats()
         self.restarts = 0
-        self.ready = self.live = True
+        self.ready = True
         self.in_flight = 0
         self.submitted: list[Request] = []
 

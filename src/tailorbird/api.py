@@ -398,6 +398,7 @@ def serve(
     queue: int = 256,
     timeout: float = 600.0,
     requests_per_minute: float | None = None,
+    hang_limit: float = 60.0,
     device: str = "cpu",
 ) -> Served:
     """Serve `model` over HTTP until SIGTERM or Ctrl-C.
@@ -428,6 +429,8 @@ def serve(
         Seconds that an answer may take.
     requests_per_minute : float, optional
         For each key.
+    hang_limit : float
+        Seconds that the engine may stand still before it is started again.
     """
     _check_device(device)
     _check_serving()
@@ -436,7 +439,7 @@ def serve(
     options = _engine_options(model, memory, adapters, max_sequences, context, threads)
     return server.serve(
         replace(options, adapter_directory=adapter_directory), host, port, keys=keys, queue=queue,
-        timeout=timeout, requests_per_minute=requests_per_minute,
+        timeout=timeout, requests_per_minute=requests_per_minute, hang_limit=hang_limit,
     )  # fmt: skip
 
 

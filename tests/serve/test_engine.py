@@ -200,6 +200,20 @@ def test_a_model_that_runs_through_its_modules_is_served(tmp_path: Path) -> None
         made.load_adapter("a", str(tmp_path))
 
 
+@pytest.mark.parametrize("activation", ["silu", "tanh"])
+def test_each_block_of_a_step_counts_as_getting_on(activation: str, tmp_path: Path) -> None:
+    made = engine(str(save_model(tmp_path / "m", "llama", hidden_act=activation)))
+    assert made.info["path"] == ("fused" if activation == "silu" else "modules")
+    made.add(greedy("a", (1, 2), 3))
+    seen = [made.progress()]
+    while made.busy:
+        made.step()
+        seen.append(made.progress())
+    assert seen == sorted(set(seen))
+    made.embed([1, 2])
+    assert made.progress() > seen[-1]
+
+
 def test_seeds_give_the_same_text_whatever_else_is_served(tmp_path: Path) -> None:
     made = engine(served(tmp_path / "m"), max_sequences=8, step_tokens=32)
     sampling = Sampling(temperature=1.0, top_p=0.9, seed=7, ignore_end=True)

@@ -11,7 +11,7 @@ from contextlib import aclosing
 
 import pytest
 
-from fake_engine import DEADLY, FAILING, REFUSED, SILENT
+from fake_engine import DEADLY, FAILING, HANGING, LONG, REFUSED, SILENT
 from tailorbird.errors import CheckpointError, EngineError, SettingsError
 from tailorbird.serve.interface import EngineOptions
 from tailorbird.serve.request import Output, Request, Sampling
@@ -25,14 +25,17 @@ def endless(id: str, first: int = 1) -> Request:
 
 
 def run(
-    work: Callable[[Supervisor], Awaitable[None]], engine: str = "fake_engine:paced", max_sequences: int = 4
+    work: Callable[[Supervisor], Awaitable[None]],
+    engine: str = "fake_engine:paced",
+    max_sequences: int = 4,
+    hang_seconds: float = 60,
 ) -> list[str]:
     """Let `work` use an engine; what the supervisor logged."""
     said: list[str] = []
 
     async def main() -> None:
         options = EngineOptions("m", {"first": "a"}, max_sequences=max_sequences)
-        supervisor = Supervisor(options, engine, said.append)
+        supervisor = Supervisor(options, engine, said.append, hang_seconds)
         await supervisor.start()
         try:
             async with asyncio.timeout(30):
@@ -41,7 +44,6 @@ def run(
             await supervisor.close()
         assert supervisor.in_flight == 0
         assert not supervisor.ready
-        assert not supervisor.live
 
     asyncio.run(main())
     return said
@@ -112,7 +114,6 @@ def test_a_killed_engine_ends_what_had_begun_and_repeats_the_rest() -> None:
             os.kill(supervisor.info["process"], signal.SIGKILL)
             await until(lambda: not supervisor.ready)
             assert time.monotonic() - killed < 5
-            assert supervisor.live
             with pytest.raises(EngineError):
                 await supervisor.embed([1], None)
             rest = [output async for output in begun]
@@ -137,6 +138,41 @@ def test_a_request_that_kills_every_engine_is_given_up_and_others_go_on() -> Non
         assert (await collect(supervisor, Request("fine", (3,))))[-1].finish == "stop"
 
     run(work)
+
+
+def test_an_engine_that_hangs_is_replaced_and_others_go_on() -> None:
+    limit = 1.5
+
+    async def work(supervisor: Supervisor) -> None:
+        hanging = asyncio.create_task(collect(supervisor, Request("hanging", (HANGING,))))
+        started = time.monotonic()
+        await until(lambda: not supervisor.ready)
+        assert limit <= time.monotonic() - started < limit + 5
+        waiting = asyncio.create_task(collect(supervisor, Request("waiting", (7, 8, 9))))
+        hanging.cancel()
+        assert sum((output.tokens for output in await waiting), ()) == (7, 8, 9)
+
+    assert any("hung" in line for line in run(work, max_sequences=1, hang_seconds=limit))
+
+
+def test_an_engine_that_is_stopped_from_outside_is_replaced() -> None:
+    async def work(supervisor: Supervisor) -> None:
+        os.kill(supervisor.info["process"], signal.SIGSTOP)
+        await until(lambda: supervisor.restarts == 1 and supervisor.ready)
+        assert (await collect(supervisor, Request("fine", (3,))))[-1].finish == "stop"
+
+    run(work, hang_seconds=1.5)
+
+
+def test_neither_rest_nor_a_long_step_that_gets_on_is_taken_for_a_hang() -> None:
+    async def work(supervisor: Supervisor) -> None:
+        outputs = await collect(supervisor, Request("long", (LONG, 4)))
+        assert sum((output.tokens for output in outputs), ()) == (LONG, 4)
+        await asyncio.sleep(3.5)  # more than the limit, with nothing to do
+        assert supervisor.ready
+        assert supervisor.restarts == 0
+
+    run(work, hang_seconds=2.5)
 
 
 def test_what_waits_when_the_server_closes_ends_with_an_error() -> None:

@@ -170,6 +170,10 @@ class Engine:
         """Whether a step would do anything."""
         return bool(self.scheduler.waiting or self.scheduler.running or self._outputs)
 
+    def progress(self) -> float:
+        """A number that changes with each block of a step; may be asked from another thread."""
+        return self.runner.progress()
+
     def stats(self) -> dict[str, float]:
         """Counts of now (``waiting running kv_pages kv_pages_used``) and since the start."""
         return {

@@ -15,7 +15,9 @@ asked                                     answered
 ``{do: stop}``
 ========================================  ====================================================
 
-Unasked come ``{kind: stats, stats}`` a few times a second while it is busy, and ``{kind: log, text}``.
+Unasked come ``{kind: stats, stats}`` a few times a second while it is busy, ``{kind: log, text}``, and
+``{kind: alive}`` each second in which it waited for messages or got on with a step: who hears nothing for
+long knows that it hangs.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import importlib
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -38,6 +41,7 @@ from tailorbird.serve.wire import Connection, error_to_wire
 #: Methods of an engine that can be called by a message.
 CALLS = ("load_adapter", "unload_adapter", "adapters", "embed")
 STATS_INTERVAL = 0.25  # seconds
+BEAT_INTERVAL = 1.0  # seconds
 
 
 def main(descriptor: int) -> int:
@@ -79,6 +83,48 @@ def find_factory(named: str) -> EngineFactory:
     return factory
 
 
+class Pulse:
+    """Says that the engine is alive, from a thread of its own, as long as the main thread gets on.
+
+    Parameters
+    ----------
+    connection : Connection
+    progress : callable
+        A number that changes while a step gets on.
+
+    Attributes
+    ----------
+    turns : int
+        How often the main thread came round; it counts them itself.
+    idle : bool
+        It waits for messages.
+    """
+
+    def __init__(self, connection: Connection, progress: Callable[[], float]) -> None:
+        self.turns, self.idle = 0, False
+        self._connection, self._progress = connection, progress
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
+
+    def __enter__(self) -> Pulse:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def _beat(self) -> None:
+        last: tuple[int, float] | None = None
+        while not self._ended.wait(BEAT_INTERVAL):
+            now = self.turns, self._progress()
+            if self.idle or now != last:
+                try:
+                    self._connection.send({"kind": "alive"})
+                except OSError:
+                    return  # nobody is left to be told
+            last = now
+
+
 def run(engine: EngineLike, connection: Connection, messages: list[Any]) -> None:
     """Apply messages and step, until the socket closes or a message asks to stop.
 
@@ -94,8 +140,14 @@ def run(engine: EngineLike, connection: Connection, messages: list[Any]) -> None
     Exception
         Whatever a step raises: nobody knows what an engine is worth after that, so the process ends.
     """
+    with Pulse(connection, engine.progress) as pulse:
+        _loop(engine, connection, messages, pulse)
+
+
+def _loop(engine: EngineLike, connection: Connection, messages: list[Any], pulse: Pulse) -> None:
     told = -STATS_INTERVAL
     while True:
+        pulse.turns += 1
         for message in messages:
             if message["do"] == "stop":
                 return
@@ -111,7 +163,9 @@ def run(engine: EngineLike, connection: Connection, messages: list[Any]) -> None
             stats = engine.stats() | {"memory_bytes": resident_bytes()}
             connection.send({"kind": "stats", "stats": stats})
             told = now
-        arrived = connection.receive(wait=not engine.busy)
+        pulse.idle = not engine.busy
+        arrived = connection.receive(wait=pulse.idle)
+        pulse.idle = False
         if arrived is None:
             return
         messages = arrived

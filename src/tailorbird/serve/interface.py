@@ -64,6 +64,9 @@ class EngineLike(Protocol):
     def busy(self) -> bool:
         """A step would do something."""
 
+    def progress(self) -> float:
+        """A number that changes while a step gets on; asked from another thread."""
+
     def add(self, request: Request) -> None:
         """Take a request; raises `UserError` for one that can't be served."""
 

@@ -26,7 +26,7 @@ from tailorbird.serve.api.generation import Service
 from tailorbird.serve.api.metrics import Metrics
 from tailorbird.serve.api.text import Texts
 from tailorbird.serve.interface import ENGINE, EngineOptions
-from tailorbird.serve.supervisor import Supervisor
+from tailorbird.serve.supervisor import HANG_SECONDS, Supervisor
 
 #: Seconds that connections get to close when nothing is generated any more.
 _CLOSING = 5
@@ -62,6 +62,7 @@ def serve(
     queue: int = 256,
     timeout: float = 600.0,
     requests_per_minute: float | None = None,
+    hang_limit: float = HANG_SECONDS,
     drain: float = 30.0,
     engine: str = ENGINE,
 ) -> Served:
@@ -82,6 +83,8 @@ def serve(
         Seconds that an answer may take.
     requests_per_minute : float, optional
         For each key.
+    hang_limit : float
+        Seconds that the engine may stand still before it is started again.
     drain : float
         Seconds that running answers get to end.
     engine : str
@@ -94,9 +97,12 @@ def serve(
     TailorbirdError
         The model can't be loaded.
     """
-    check_settings(keys, queue, timeout, requests_per_minute, options.adapter_directory)
+    check_settings(keys, queue, timeout, requests_per_minute, hang_limit, options.adapter_directory)
+    supervisor = Supervisor(options, engine, lambda text: log_line("engine", text=text), hang_limit)
     with listen(host, port) as listening:
-        return asyncio.run(_run(options, listening, keys, queue, timeout, requests_per_minute, drain, engine))
+        return asyncio.run(
+            _run(options, supervisor, listening, keys, queue, timeout, requests_per_minute, drain)
+        )
 
 
 def check_settings(
@@ -104,6 +110,7 @@ def check_settings(
     queue: int,
     timeout: float,
     requests_per_minute: float | None,
+    hang_limit: float,
     adapter_directory: str | None,
 ) -> None:
     """Refuse settings that can't work, before anything is loaded.
@@ -119,7 +126,8 @@ def check_settings(
             "choose another key, for example with `openssl rand -hex 32`",
         )
     for name, value, low in (
-        ("--queue", queue, 0), ("--timeout", timeout, 1), ("--requests-per-minute", requests_per_minute, 1)
+        ("--queue", queue, 0), ("--timeout", timeout, 1),
+        ("--requests-per-minute", requests_per_minute, 1), ("--hang-limit", hang_limit, 5),
     ):  # fmt: skip
         if value is not None and not low <= value < float("inf"):
             raise SettingsError(
@@ -167,15 +175,14 @@ def listen(host: str, port: int) -> socket.socket:
 
 async def _run(
     options: EngineOptions,
+    supervisor: Supervisor,
     listening: socket.socket,
     keys: Sequence[str],
     queue: int,
     timeout: float,
     requests_per_minute: float | None,
     drain: float,
-    engine: str,
 ) -> Served:
-    supervisor = Supervisor(options, engine, log=lambda text: log_line("engine", text=text))
     metrics = Metrics(lambda: supervisor.stats, lambda: supervisor.ready, lambda: supervisor.restarts)
     directory = None if options.adapter_directory is None else Path(options.adapter_directory)
     host, port = listening.getsockname()[:2]

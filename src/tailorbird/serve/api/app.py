@@ -350,8 +350,8 @@ async def detokenize(body: DetokenizeRequest, http: Request) -> Response:
 
 @router.get("/health/live")
 async def live(http: Request) -> Response:
-    """Whether the process runs; the only route without a key."""
-    return _health(_service(http).supervisor.live)
+    """Whether the engine runs; the only route without a key."""
+    return _health(_service(http).supervisor.ready)
 
 
 @router.get("/health")
