@@ -14,8 +14,8 @@ from tailorbird.serve.interface import EngineOptions
 from tailorbird.serve.request import Output, Request, TokenLogprob
 
 #: First tokens of prompts: refused, failing when added, failing when first stepped, giving nothing for ever,
-#: hanging in a step for ever, and in a step that is long but gets on.
-REFUSED, FAILING, DEADLY, SILENT, HANGING, LONG = 4095, 4094, 4093, 4092, 4091, 4090
+#: hanging in a step for ever, in a step that is long but gets on, and whose grammar takes long.
+REFUSED, FAILING, DEADLY, SILENT, HANGING, LONG, SLOW = 4095, 4094, 4093, 4092, 4091, 4090, 4089
 VOCAB_SIZE, CONTEXT = 4096, 512
 
 
@@ -41,7 +41,11 @@ class FakeEngine:
             "adapters": list(self.names), "startup": {"load": 0.0}, "process": os.getpid(),
         }  # fmt: skip
 
-    def add(self, request: Request) -> None:
+    def prepare(self, request: Request) -> None:
+        if request.prompt[0] == SLOW:
+            time.sleep(1.0)
+
+    def add(self, request: Request, prepared: Any = None) -> None:
         if request.prompt[0] == REFUSED:
             raise SettingsError("a prompt that is refused", "another", "send another")
         if request.prompt[0] == FAILING:

@@ -11,10 +11,10 @@ from contextlib import aclosing
 
 import pytest
 
-from fake_engine import DEADLY, FAILING, HANGING, LONG, REFUSED, SILENT
+from fake_engine import DEADLY, FAILING, HANGING, LONG, REFUSED, SILENT, SLOW
 from tailorbird.errors import CheckpointError, EngineError, SettingsError
 from tailorbird.serve.interface import EngineOptions
-from tailorbird.serve.request import Output, Request, Sampling
+from tailorbird.serve.request import Grammar, Output, Request, Sampling
 from tailorbird.serve.supervisor import MOST_ATTEMPTS, Supervisor
 
 ENDLESS = Sampling(ignore_end=True)
@@ -173,6 +173,24 @@ def test_neither_rest_nor_a_long_step_that_gets_on_is_taken_for_a_hang() -> None
         assert supervisor.restarts == 0
 
     run(work, hang_seconds=2.5)
+
+
+def test_others_go_on_while_a_grammar_is_compiled_and_a_client_may_leave_meanwhile() -> None:
+    slow = Sampling(grammar=Grammar("json"))
+
+    async def work(supervisor: Supervisor) -> None:
+        waiting = [
+            asyncio.create_task(collect(supervisor, Request(id, (SLOW, 5), sampling=slow))) for id in "ab"
+        ]
+        await until(lambda: supervisor.stats.get("compiling") == 2)
+        assert (await collect(supervisor, Request("fine", (3,))))[-1].finish == "stop"
+        assert not any(task.done() for task in waiting)
+        waiting[0].cancel()
+        assert sum((output.tokens for output in await waiting[1]), ()) == (SLOW, 5)
+        await until(lambda: supervisor.stats.get("compiling") == supervisor.stats.get("running") == 0)
+        assert supervisor.in_flight == 0
+
+    run(work)
 
 
 def test_what_waits_when_the_server_closes_ends_with_an_error() -> None:

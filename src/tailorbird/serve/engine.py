@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
@@ -27,7 +28,7 @@ from tailorbird.model.load import load, load_tokenizer
 from tailorbird.run.generate import context_length, stop_tokens
 from tailorbird.serve.adapters.store import AdapterStore
 from tailorbird.serve.draft import Pace, lookup
-from tailorbird.serve.grammar import Compiler
+from tailorbird.serve.grammar import Compiler, Matcher
 from tailorbird.serve.interface import EngineOptions
 from tailorbird.serve.page_pool import PagePool
 from tailorbird.serve.request import Finish, Output, Request
@@ -127,6 +128,7 @@ class Engine:
         self._step_tokens = 0
         self.pace = Pace()
         self._compiler: Compiler | None = None
+        self._compiler_lock = threading.Lock()
         self.vocab_size: int = self.model.config.get_text_config().vocab_size
 
     @contextmanager
@@ -183,8 +185,25 @@ class Engine:
             "drafted_tokens": self._drafted, "accepted_tokens": self._accepted,
         }  # fmt: skip
 
-    def add(self, request: Request) -> None:
+    def prepare(self, request: Request) -> Matcher | None:
+        """The start of a request's grammar, which may take long to compile; may be called by any thread.
+
+        Raises
+        ------
+        SettingsError
+            As `Compiler.matcher`.
+        """
+        grammar = request.sampling.grammar
+        return None if grammar is None else self._grammars().matcher(grammar, self._stop_of(request))
+
+    def add(self, request: Request, prepared: Matcher | None = None) -> None:
         """Let a request wait for its turn.
+
+        Parameters
+        ----------
+        request : Request
+        prepared : Matcher, optional
+            What `prepare` gave for it; done here where it is left out.
 
         Raises
         ------
@@ -204,7 +223,7 @@ class Engine:
             )  # fmt: skip
         adapter = self._acquire(request.adapter)
         try:
-            made = self._sequences_of(request, adapter)
+            made = self._sequences_of(request, adapter, prepared or self.prepare(request))
         except TailorbirdError:
             self._let_go(adapter)
             raise
@@ -225,15 +244,17 @@ class Engine:
                 f"token {wrong} in a prompt", f"0 to {self.vocab_size - 1}", "use this model's tokenizer"
             )
 
-    def _sequences_of(self, request: Request, adapter: Any) -> list[Sequence]:
+    def _stop_of(self, request: Request) -> frozenset[int]:
+        return self.stop if request.stop is None else request.stop
+
+    def _sequences_of(self, request: Request, adapter: Any, prepared: Matcher | None) -> list[Sequence]:
         """The continuations of a request; all but the first begin when its prompt was read."""
-        stop = self.stop if request.stop is None else request.stop
+        stop = self._stop_of(request)
         seed = self._seeds.getrandbits(63) if request.sampling.seed is None else request.sampling.seed
         salt = f"{request.tenant}\0".encode() + (b"" if adapter is None else adapter.salt)
         made = []
         for index in range(request.n):
-            grammar = request.sampling.grammar
-            matcher = None if grammar is None else self._grammars().matcher(grammar, stop)
+            matcher = None if prepared is None else prepared.copy()
             sampler = Sampler(request.sampling, request.prompt, stop, self.vocab_size, seed + index, matcher)
             made.append(
                 Sequence(request, index, self._arrivals, sampler, adapter, salt, list(request.prompt))
@@ -241,9 +262,10 @@ class Engine:
         return made
 
     def _grammars(self) -> Compiler:
-        if self._compiler is None:
-            self._compiler = Compiler(self._tokenizer, self.vocab_size)
-        return self._compiler
+        with self._compiler_lock:
+            if self._compiler is None:
+                self._compiler = Compiler(self._tokenizer, self.vocab_size)
+            return self._compiler
 
     def cancel(self, id: str) -> None:
         """End a request without another word; one that isn't there is no mistake."""
@@ -288,7 +310,7 @@ class Engine:
         return min(written, self._limit() - len(sequence.tokens))
 
     def _ends(self, sequence: Sequence, token: int) -> bool:
-        stop = self.stop if sequence.request.stop is None else sequence.request.stop
+        stop = self._stop_of(sequence.request)
         heeded = not sequence.request.sampling.ignore_end
         return (heeded and token in stop) or sequence.sampler.finished
 

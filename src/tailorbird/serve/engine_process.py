@@ -34,6 +34,7 @@ from typing import Any
 
 from tailorbird.errors import TailorbirdError
 from tailorbird.hardware.memory import resident_bytes
+from tailorbird.serve.compiling import Compiling
 from tailorbird.serve.interface import EngineFactory, EngineLike, EngineOptions
 from tailorbird.serve.request import Request
 from tailorbird.serve.wire import Connection, error_to_wire
@@ -42,6 +43,8 @@ from tailorbird.serve.wire import Connection, error_to_wire
 CALLS = ("load_adapter", "unload_adapter", "adapters", "embed")
 STATS_INTERVAL = 0.25  # seconds
 BEAT_INTERVAL = 1.0  # seconds
+#: Seconds between looks at grammars that are being compiled, while there is nothing else to do.
+COMPILING_INTERVAL = 0.01
 
 
 def main(descriptor: int) -> int:
@@ -146,24 +149,31 @@ def run(engine: EngineLike, connection: Connection, messages: list[Any]) -> None
 
 def _loop(engine: EngineLike, connection: Connection, messages: list[Any], pulse: Pulse) -> None:
     told = -STATS_INTERVAL
+    compiling = Compiling(engine.prepare)
     while True:
         pulse.turns += 1
         for message in messages:
             if message["do"] == "stop":
                 return
-            answer = _apply(engine, message)
+            answer = _apply(engine, compiling, message)
             if answer is not None:
                 connection.send(answer)
+        for request, prepared in compiling.take():
+            refusal = _add(engine, request, prepared)
+            if refusal is not None:
+                connection.send(refusal)
         if engine.busy:
             outputs = engine.step()
             if outputs:
                 connection.send({"kind": "outputs", "outputs": [output.to_wire() for output in outputs]})
         now = time.monotonic()
-        if not engine.busy or now - told >= STATS_INTERVAL:
-            stats = engine.stats() | {"memory_bytes": resident_bytes()}
+        pulse.idle = not engine.busy and not compiling
+        if pulse.idle or now - told >= STATS_INTERVAL:
+            stats = engine.stats() | {"compiling": len(compiling), "memory_bytes": resident_bytes()}
             connection.send({"kind": "stats", "stats": stats})
             told = now
-        pulse.idle = not engine.busy
+        if compiling and not engine.busy:
+            connection.wait(COMPILING_INTERVAL)
         arrived = connection.receive(wait=pulse.idle)
         pulse.idle = False
         if arrived is None:
@@ -171,16 +181,19 @@ def _loop(engine: EngineLike, connection: Connection, messages: list[Any], pulse
         messages = arrived
 
 
-def _apply(engine: EngineLike, message: dict[str, Any]) -> dict[str, Any] | None:
+def _apply(engine: EngineLike, compiling: Compiling, message: dict[str, Any]) -> dict[str, Any] | None:
     """Do what a message asks, and its answer; what fails, fails for this message only."""
     match message["do"]:
         case "add":
             try:
-                engine.add(Request.from_wire(message["request"]))
+                request = Request.from_wire(message["request"])
             except Exception as error:
-                _show(error)
-                return {"kind": "refused", "id": message["request"]["id"], "error": error_to_wire(error)}
+                return _refused(message["request"]["id"], error)
+            if request.sampling.grammar is None:
+                return _add(engine, request)
+            compiling.add(request)
         case "cancel":
+            compiling.cancel(message["id"])
             engine.cancel(message["id"])
         case "call":
             try:
@@ -192,6 +205,22 @@ def _apply(engine: EngineLike, message: dict[str, Any]) -> dict[str, Any] | None
                 return {"kind": "answer", "number": message["number"], "error": error_to_wire(error)}
             return {"kind": "answer", "number": message["number"], "value": value}
     return None
+
+
+def _add(engine: EngineLike, request: Request, prepared: Any = None) -> dict[str, Any] | None:
+    """Give a request to the engine; a refusal where that, or what had to be prepared, failed."""
+    try:
+        if isinstance(prepared, Exception):
+            raise prepared
+        engine.add(request, prepared)
+    except Exception as error:
+        return _refused(request.id, error)
+    return None
+
+
+def _refused(id: str, error: Exception) -> dict[str, Any]:
+    _show(error)
+    return {"kind": "refused", "id": id, "error": error_to_wire(error)}
 
 
 def _show(error: Exception) -> None:

@@ -67,8 +67,11 @@ class EngineLike(Protocol):
     def progress(self) -> float:
         """A number that changes while a step gets on; asked from another thread."""
 
-    def add(self, request: Request) -> None:
-        """Take a request; raises `UserError` for one that can't be served."""
+    def prepare(self, request: Request) -> Any:
+        """What takes long and must be done before a request with a grammar is added; in another thread."""
+
+    def add(self, request: Request, prepared: Any = None) -> None:
+        """Take a request, with what was prepared for it; raises `UserError` for one that can't be served."""
 
     def cancel(self, id: str) -> None:
         """Forget a request; unknown ids are ignored."""

@@ -6,6 +6,7 @@ of it is used (https://github.com/msgpack/msgpack/blob/master/spec.md).
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 import threading
@@ -114,6 +115,10 @@ class Connection:
         """Send one message whole, from any thread; raises `ConnectionError` where nobody listens any more."""
         with self._sending:
             self._socket.sendall(pack(message))
+
+    def wait(self, seconds: float) -> None:
+        """Wait until something arrives or the other end closes, at most so long."""
+        select.select([self._socket], [], [], seconds)
 
     def receive(self, wait: bool) -> list[Any] | None:
         """The messages that have arrived.

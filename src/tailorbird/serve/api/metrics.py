@@ -15,6 +15,7 @@ from tailorbird.serve.request import Output
 #: The engine's own numbers: name -> (name here, kind, what it is).
 ENGINE_STATS = {
     "waiting": ("tailorbird_requests_waiting", "gauge", "Sequences that wait in the engine's queue"),
+    "compiling": ("tailorbird_requests_compiling", "gauge", "Requests that wait for their grammars"),
     "running": ("tailorbird_requests_running", "gauge", "Sequences in the engine's batch"),
     "kv_pages": ("tailorbird_kv_pages", "gauge", "Pages for keys and values"),
     "kv_pages_used": ("tailorbird_kv_pages_used", "gauge", "Pages for keys and values in use"),
