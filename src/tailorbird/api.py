@@ -486,15 +486,21 @@ def _engine_options(
     context: int | None,
     threads: int | None,
 ) -> EngineOptions:
-    from tailorbird.model.checkpoint import open_checkpoint
+    from tailorbird.model.location import locate
     from tailorbird.plan.budget import parse_size
     from tailorbird.serve.interface import EngineOptions
 
-    parameters = open_checkpoint(model).parameters
+    locate(model)  # refused here, before anything is started
+    memory_bytes = None
+    if memory is not None:
+        from tailorbird.model.checkpoint import open_checkpoint
+
+        parameters = open_checkpoint(model).parameters
+        memory_bytes = parse_size(memory, 2 * parameters, parameters)
     return EngineOptions(
         model=model,
         adapters=dict(adapters or {}),
-        memory_bytes=None if memory is None else parse_size(memory, 2 * parameters, parameters),
+        memory_bytes=memory_bytes,
         max_sequences=max_sequences,
         context=context,
         threads=threads,

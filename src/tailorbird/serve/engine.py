@@ -6,6 +6,7 @@ that has read all it has. It knows tokens only; text, sockets and clients are el
 
 from __future__ import annotations
 
+import importlib
 import logging
 import random
 import threading
@@ -96,6 +97,8 @@ class Engine:
         self._startup: dict[str, float] = {}
         if options.threads is not None:
             torch.set_num_threads(options.threads)
+        with self._part("transformers", log):
+            importlib.import_module("transformers.modeling_utils")  # loading would, and be blamed for it
         with self._part("weights", log):
             checkpoint = open_checkpoint(options.model)
             self.model = load(options.model)

@@ -33,6 +33,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tailorbird.errors import TailorbirdError
+from tailorbird.hardware.age import process_age
 from tailorbird.hardware.memory import resident_bytes
 from tailorbird.serve.compiling import Compiling
 from tailorbird.serve.interface import EngineFactory, EngineLike, EngineOptions
@@ -67,14 +68,18 @@ def _serve(connection: Connection) -> int:
     def log(text: str) -> None:
         connection.send({"kind": "log", "text": text})
 
+    begun = process_age()
     try:
-        engine = find_factory(start["engine"])(EngineOptions(**start["options"]), log)
+        factory = find_factory(start["engine"])
+        startup = {"interpreter": begun, "imports": process_age() - begun}
+        engine = factory(EngineOptions(**start["options"]), log)
     except Exception as error:
         if not isinstance(error, TailorbirdError):
             traceback.print_exc()
         connection.send({"kind": "failed", "error": error_to_wire(error)})
         return 1
-    connection.send({"kind": "ready", "info": engine.info})
+    info = engine.info
+    connection.send({"kind": "ready", "info": info | {"startup": startup | info["startup"]}})
     run(engine, connection, later)
     return 0
 

@@ -357,13 +357,13 @@ async def live(http: Request) -> Response:
 @router.get("/health")
 @router.get("/health/ready")
 async def ready(http: Request) -> Response:
-    """Whether requests are taken now."""
+    """Whether requests are taken now, and what the start took."""
     service = _service(http)
-    return _health(service.supervisor.ready and not service.draining)
+    return _health(service.supervisor.ready and not service.draining, startup=service.startup)
 
 
-def _health(good: bool) -> Response:
-    return JSONResponse({"status": "ok" if good else "unavailable"}, 200 if good else 503)
+def _health(good: bool, **more: Any) -> Response:
+    return JSONResponse({"status": "ok" if good else "unavailable"} | more, 200 if good else 503)
 
 
 @router.get("/metrics")

@@ -41,6 +41,8 @@ class Service:
         The only place from which adapters may be loaded while the server runs.
     draining : bool
         No new requests are taken.
+    startup : dict
+        Where the time of the start went (`serve.startup.Startup.told`).
     """
 
     supervisor: Supervisor
@@ -51,6 +53,7 @@ class Service:
     timeout: float = 600.0
     adapter_directory: Path | None = None
     draining: bool = False
+    startup: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
     # One thread, because tokenizers aren't made to be used by several.
     _tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
