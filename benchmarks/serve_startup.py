@@ -2,8 +2,8 @@
 
 `python -m tailorbird serve MODEL` is started anew in each round. Measured from the start of the process: the
 line `ready`, and the first token of a request that is sent at once. The log says where the time went; what it
-leaves unexplained is reported, too. In turn with the starts the model's weights are read whole and plainly, as
-bytes, which is what no start can be faster than. All of them are in the page cache after the first round,
+leaves unexplained is reported, too. In turn with the starts the model's weights are read whole and plainly,
+as bytes, which is what no start can be faster than. All of them are in the page cache after the first round,
 which isn't counted. Medians; goals: 95 % of the time accounted for, the first token at most 5 s after the
 plain read.
 
@@ -46,7 +46,7 @@ def read_seconds(directory: Path) -> float:
 
 
 def start(model: str) -> dict[str, Any]:
-    """Seconds to ``ready`` and to ``first_token``, the share ``accounted`` for by the log, and its ``parts``."""
+    """Seconds to ``ready`` and to ``first_token``, and what share is ``accounted`` for by which ``parts``."""
     began = time.perf_counter()
     server = subprocess.Popen(
         [sys.executable, "-m", "tailorbird", "serve", model, "--port", "0"],
