@@ -14,6 +14,7 @@ from torch import Tensor
 from compressed import save_compressed
 from tailorbird.errors import BudgetError, SettingsError
 from tailorbird.formats.packed import CodebookCoding, Coding, IntegerCoding
+from tailorbird.evaluate.speed import linear_paths
 from tailorbird.kernels import native
 from tailorbird.run.fused import FusedModel
 from tailorbird.run.generate import FusedDecoding, ModuleDecoding
@@ -182,6 +183,27 @@ def test_few_pages_small_steps_and_guesses_change_nothing(seed: int, tmp_path: P
     assert made.pool.used == held
     for request in sent:
         assert run.tokens[request.id, 0] == alone(made, request.prompt, request.max_tokens)[0]
+
+
+@pytest.mark.parametrize("activation", ["silu", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_without_one_floating_parameter_is_served(
+    activation: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    dense = make_model("olmo", hidden_act=activation).to(dtype)
+    save_compressed(tmp_path / "m", dense, CODINGS[2], embedding=CODINGS[2])
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    made = engine(str(tmp_path / "m"))
+    assert list(made.model.parameters()) == []
+    assert made.model.dtype == dtype
+    run = Watched(made)
+    made.add(greedy("a", (5, 6, 7), 6))
+    run.run()
+    assert run.tokens["a", 0] == alone(made, (5, 6, 7), 6)[0]
+    assert sum(linear_paths(made.model, 1).values()) > 0
+    made.embed([1, 2])
+    found = made.model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False, eos_token_id=-1)
+    assert found.shape == (1, 6)
 
 
 def test_a_model_that_runs_through_its_modules_is_served(tmp_path: Path) -> None:
