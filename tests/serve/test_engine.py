@@ -13,8 +13,8 @@ from torch import Tensor
 
 from compressed import save_compressed
 from tailorbird.errors import BudgetError, SettingsError
-from tailorbird.formats.packed import CodebookCoding, Coding, IntegerCoding
 from tailorbird.evaluate.speed import linear_paths
+from tailorbird.formats.packed import CodebookCoding, Coding, IntegerCoding
 from tailorbird.kernels import native
 from tailorbird.run.fused import FusedModel
 from tailorbird.run.generate import FusedDecoding, ModuleDecoding

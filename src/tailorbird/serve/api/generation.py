@@ -103,8 +103,9 @@ class Service:
             raise SettingsError(
                 f"{wanted} continuations", f"at most {self.capacity}", "send others in another request"
             )
-        if self.supervisor.in_flight + wanted > self.capacity:
-            raise busy("the queue is full", 1, "queue_full")
+        missing = self.supervisor.in_flight + wanted - self.capacity
+        if missing > 0:
+            raise busy("the queue is full", self.metrics.departures.wait(missing), "queue_full")
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Let the tokenizer's thread do what may take long."""

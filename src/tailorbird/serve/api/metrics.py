@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from tailorbird.serve.api.departures import Departures
 from tailorbird.serve.request import Output
 
 #: The engine's own numbers: name -> (name here, kind, what it is).
@@ -78,10 +79,12 @@ class Metrics:
         self.prompt_tokens = Counter("tailorbird_prompt_tokens", "Tokens of prompts", registry=registry)
         self.generated_tokens = Counter("tailorbird_generated_tokens", "Tokens written", registry=registry)
         self.generated = 0
+        self.departures = Departures()
         registry.register(_EngineNumbers(stats, ready, restarts))
 
     def ended(self, outcome: str) -> None:
         """Count one continuation."""
+        self.departures.ended()
         self.finished.labels(outcome).inc()
 
     def count(self, route: str, status: int, seconds: float) -> None:
