@@ -27,6 +27,7 @@ from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.load import load, load_tokenizer
 from tailorbird.run.generate import context_length, stop_tokens
+from tailorbird.serve.adapters.folded import folds_of
 from tailorbird.serve.adapters.store import AdapterStore
 from tailorbird.serve.draft import Pace, lookup
 from tailorbird.serve.grammar import Compiler, Matcher
@@ -119,7 +120,7 @@ class Engine:
             )  # fmt: skip
         self.store: AdapterStore | None = None
         if isinstance(self.runner, FusedRunner):
-            self.store = AdapterStore(self.runner.model, WARM_BYTES)
+            self.store = AdapterStore(self.runner.model, WARM_BYTES, folds=folds_of(checkpoint))
         with self._part("adapters", log):
             for name, path in options.adapters.items():
                 self.adapters_of_model().register(name, Path(path))

@@ -21,6 +21,7 @@ from typing import Protocol
 from tailorbird.errors import ResourceError, SettingsError, UnknownAdapter
 from tailorbird.kernels.adapters import Adapter, LinearAdapter
 from tailorbird.run.parts import PlacedLinear
+from tailorbird.serve.adapters.folded import Folds
 from tailorbird.serve.adapters.kinds import open_adapter, read_linears
 from tailorbird.serve.adapters.source import changed
 from tailorbird.serve.adapters.versions import Record, read_records, write_records
@@ -96,6 +97,8 @@ class AdapterStore:
     state : Path, optional
         A file in which names and versions outlive the process; what it holds is registered at once, and
         read when it is needed.
+    folds : Folds, optional
+        Of the model's checkpoint.
 
     Raises
     ------
@@ -104,9 +107,15 @@ class AdapterStore:
     """
 
     def __init__(
-        self, model: Model, warm_bytes: int, allowed: Path | None = None, state: Path | None = None
+        self,
+        model: Model,
+        warm_bytes: int,
+        allowed: Path | None = None,
+        state: Path | None = None,
+        folds: Folds | None = None,
     ) -> None:
         self._model, self._warm_bytes, self._allowed, self._state = model, warm_bytes, allowed, state
+        self._folds = folds
         self._lock = threading.Lock()
         self._saving = threading.Lock()  # held while the state file is written, so that the last change wins
         self._names: dict[str, list[_Version]] = {}  # the one that is served, then the one before
@@ -297,7 +306,10 @@ class AdapterStore:
                 "up to 200 letters, digits and ._:/@+- of which the first is a letter or digit",
                 "choose another name",
             )
-        source = open_adapter(path, self._model.linears, self._allowed).source
+        opened = open_adapter(path, self._model.linears, self._allowed)
+        source = opened.source
+        if self._folds is not None:
+            self._folds.needed(source, opened.adapted)
         size = source.weights.total_bytes
         if size > self._warm_bytes:
             raise ResourceError(
@@ -394,7 +406,7 @@ class AdapterStore:
         opened = open_adapter(version.record.path, self._model.linears, self._allowed)
         if opened.source.fingerprint != version.record.fingerprint:
             raise changed(opened.source.directory)
-        return self._model.adapter(read_linears(opened))
+        return self._model.adapter(read_linears(opened, self._folds))
 
     def _admit(self, version: _Version, adapter: Adapter) -> None:
         """Keep what was read, in the place of the least recently used, with the lock held."""
