@@ -2,11 +2,12 @@
 
 A model of one block reads tokens whose context is in shuffled pages; the block's own clock says what its
 attention took, apart from projections, rotary angles and writing the cache. In turn with it,
-`torch.nn.functional.scaled_dot_product_attention` takes as many queries over contiguous keys and values of the
-same dtype: for decoding with the queries of a group as rows of one head, for a whole prompt as causal, each
-its fastest form, and for a chunk after others with a mask. Decoding: 1, 8 and 16 sequences; reading: the last
-512 tokens of a context. Heads of 64 and 128, one and four query heads for each key head, float32 and bfloat16
-as the engine stores them. Medians; the goal is a ratio of SDPA's time to that of pages of at least 0.85.
+`torch.nn.functional.scaled_dot_product_attention` takes as many queries over contiguous keys and values of
+the same dtype: for decoding with the queries of a group as rows of one head, for a whole prompt as causal,
+each its fastest form, and for a chunk after others with a mask. Decoding: 1, 8 and 16 sequences; reading: the
+last 512 tokens of a context. Heads of 64 and 128, one and four query heads for each key head, float32 and
+bfloat16 as the engine stores them. Medians; the goal is a ratio of SDPA's time to that of pages of at least
+0.85.
 
     python benchmarks/paged_attention.py [--threads 2] [--quick]
 """

@@ -193,6 +193,16 @@ def test_others_go_on_while_a_grammar_is_compiled_and_a_client_may_leave_meanwhi
     run(work)
 
 
+def test_a_server_that_closes_as_its_engine_dies_still_ends() -> None:
+    async def work(supervisor: Supervisor) -> None:
+        os.kill(supervisor.info["process"], signal.SIGKILL)
+        await until(lambda: not supervisor.ready)
+        await supervisor.close()
+
+    for _ in range(3):
+        run(work)
+
+
 def test_what_waits_when_the_server_closes_ends_with_an_error() -> None:
     async def work(supervisor: Supervisor) -> None:
         silent = asyncio.create_task(collect(supervisor, endless("a", SILENT)))

@@ -83,7 +83,8 @@ class _Child:
         """Close the socket, wait for the process, kill it if it doesn't go; how it ended, in words."""
         self.writer.close()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.process.wait(), PATIENCE)
+            async with asyncio.timeout(PATIENCE):  # `wait_for` may swallow a cancellation before Python 3.12
+                await self.process.wait()
         self.kill()
         return self.verdict or _ending(await self.process.wait())
 
