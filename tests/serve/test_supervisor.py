@@ -8,6 +8,8 @@ import signal
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,7 @@ from fake_engine import DEADLY, FAILING, HANGING, LONG, REFUSED, SILENT, SLOW
 from tailorbird.errors import CheckpointError, EngineError, SettingsError
 from tailorbird.serve.interface import EngineOptions
 from tailorbird.serve.request import Grammar, Output, Request, Sampling
-from tailorbird.serve.supervisor import MOST_ATTEMPTS, Supervisor
+from tailorbird.serve.supervisor import MOST_ATTEMPTS, Supervisor, _Child
 
 ENDLESS = Sampling(ignore_end=True)
 
@@ -193,14 +195,27 @@ def test_others_go_on_while_a_grammar_is_compiled_and_a_client_may_leave_meanwhi
     run(work)
 
 
-def test_a_server_that_closes_as_its_engine_dies_still_ends() -> None:
-    async def work(supervisor: Supervisor) -> None:
-        os.kill(supervisor.info["process"], signal.SIGKILL)
-        await until(lambda: not supervisor.ready)
-        await supervisor.close()
+@pytest.mark.parametrize("turns", range(4))
+def test_a_server_that_closes_at_the_moment_at_which_its_engine_dies_is_not_kept_from_it(turns: int) -> None:
+    async def main() -> None:
+        died: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
-    for _ in range(3):
-        run(work)
+        async def wait() -> int:
+            return await died
+
+        process: Any = SimpleNamespace(wait=wait, kill=lambda: None)
+        writer: Any = SimpleNamespace(close=lambda: None)
+        ending = asyncio.create_task(_Child(process, asyncio.StreamReader(), writer).end())
+        for _ in range(3):
+            await asyncio.sleep(0)
+        died.set_result(-9)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if ending.cancel():  # it hadn't ended yet
+            with pytest.raises(asyncio.CancelledError):
+                await ending
+
+    asyncio.run(main())
 
 
 def test_what_waits_when_the_server_closes_ends_with_an_error() -> None:
