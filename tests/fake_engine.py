@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ from tailorbird.errors import CheckpointError, GateRefused, SettingsError
 from tailorbird.serve.interface import EngineOptions
 from tailorbird.serve.request import Output, Request, TokenLogprob
 
-#: First tokens of prompts: refused, failing when added, failing when first stepped, giving nothing for ever.
-REFUSED, FAILING, DEADLY, SILENT = 4095, 4094, 4093, 4092
+#: First tokens of prompts: refused, failing when added, failing when first stepped, giving nothing for ever,
+#: hanging in a step for ever, in a step that is long but gets on, and whose grammar takes long.
+REFUSED, FAILING, DEADLY, SILENT, HANGING, LONG, SLOW = 4095, 4094, 4093, 4092, 4091, 4090, 4089
 VOCAB_SIZE, CONTEXT = 4096, 512
 
 
@@ -36,7 +38,7 @@ class FakeEngine:
         self.state = None if state is None else Path(state)
         goes_on = self.state is not None and self.state.exists()
         self.names = json.loads(self.state.read_text()) if goes_on else dict(options.adapters)
-        self.steps = 0
+        self.steps = self.blocks = 0
         self.held_out: list[tuple[Sequence[int], int]] = []
         self.dropped: list[str] = []
         log("loaded")
@@ -46,7 +48,11 @@ class FakeEngine:
             "adapters": list(self.names), "startup": {"load": 0.0}, "process": os.getpid(),
         }  # fmt: skip
 
-    def add(self, request: Request) -> None:
+    def prepare(self, request: Request) -> None:
+        if request.prompt[0] == SLOW:
+            time.sleep(1.0)
+
+    def add(self, request: Request, prepared: Any = None) -> None:
         if request.prompt[0] == REFUSED:
             raise SettingsError("a prompt that is refused", "another", "send another")
         if request.prompt[0] == FAILING:
@@ -62,6 +68,9 @@ class FakeEngine:
     def busy(self) -> bool:
         return bool(self.requests)
 
+    def progress(self) -> float:
+        return self.steps + self.blocks
+
     def step(self) -> list[Output]:
         time.sleep(self.pause)
         self.steps += 1
@@ -69,6 +78,12 @@ class FakeEngine:
         for id, request in list(self.requests.items())[: self.options.max_sequences]:
             if request.prompt[0] == DEADLY:
                 raise RuntimeError("the engine is broken")
+            if request.prompt[0] == HANGING:
+                threading.Event().wait()
+            if request.prompt[0] == LONG and self.done[id] == 0:
+                for _ in range(40):
+                    time.sleep(0.1)
+                    self.blocks += 1
             if request.prompt[0] == SILENT:
                 continue
             tokens = self.script or request.prompt
@@ -156,7 +171,7 @@ class InProcess:
         self.engine = engine
         self.info, self.stats = engine.info, engine.stats()
         self.restarts = 0
-        self.ready = self.live = True
+        self.ready = True
         self.in_flight = 0
         self.submitted: list[Request] = []
 

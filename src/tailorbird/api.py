@@ -400,6 +400,7 @@ def serve(
     queue: int = 256,
     timeout: float = 600.0,
     requests_per_minute: float | None = None,
+    hang_limit: float = 60.0,
     device: str = "cpu",
 ) -> Served:
     """Serve `model` over HTTP until SIGTERM or Ctrl-C.
@@ -433,6 +434,8 @@ def serve(
         Seconds that an answer may take.
     requests_per_minute : float, optional
         For each key.
+    hang_limit : float
+        Seconds that the engine may stand still before it is started again.
     """
     _check_device(device)
     _check_serving()
@@ -443,7 +446,7 @@ def serve(
     )
     return server.serve(
         replace(options, adapter_directory=adapter_directory), host, port, keys=keys, queue=queue,
-        timeout=timeout, requests_per_minute=requests_per_minute,
+        timeout=timeout, requests_per_minute=requests_per_minute, hang_limit=hang_limit,
     )  # fmt: skip
 
 
@@ -496,13 +499,16 @@ def _engine_options(
     context: int | None,
     threads: int | None,
 ) -> EngineOptions:
-    from tailorbird.model.checkpoint import open_checkpoint
+    from tailorbird.model.location import locate
     from tailorbird.plan.budget import parse_size
     from tailorbird.serve.interface import EngineOptions
 
-    parameters = open_checkpoint(model).parameters
+    locate(model)  # refused here, before anything is started
 
     def size(text: str) -> int:
+        from tailorbird.model.checkpoint import open_checkpoint
+
+        parameters = open_checkpoint(model).parameters
         return parse_size(text, 2 * parameters, parameters)
 
     return EngineOptions(

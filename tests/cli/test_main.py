@@ -30,6 +30,14 @@ COMMANDS = {
 each_command = pytest.mark.parametrize("name", COMMANDS)
 
 
+def test_the_package_itself_can_be_run() -> None:
+    run = [sys.executable, "-m", "tailorbird"]
+    shown = subprocess.run([*run, "--version"], capture_output=True, text=True, check=True)
+    assert shown.stdout == f"tailorbird {tailorbird.__version__}\n"
+    wrong = subprocess.run([*run, "fit"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+
+
 @each_command
 def test_help_states_the_purpose_and_an_example(command: Any, name: str) -> None:
     shown = command(name, "--help")

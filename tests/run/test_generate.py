@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tailorbird.errors import CheckpointError, SettingsError
 from tailorbird.run.generate import TextStream, choose, generate, sample_text, stop_tokens
+from tailorbird.serve.api.text import _byte_letters
 from tiny import ARCHITECTURES, byte_tokenizer, make_model
 
 PROMPT = "a prompt longer than windows"
@@ -131,6 +132,40 @@ def test_bytes_that_never_become_a_character_are_shown_at_the_end() -> None:
     assert [stream.push(token) for token in half] == ["a", "b", "", ""]
     assert stream.finish() == "\ufffd"
     assert stream.finish() == ""
+
+
+class Counting:
+    """A tokenizer that counts the tokens that it decodes."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.decoded = tokenizer, 0
+
+    def decode(self, tokens: list[int], **settings: Any) -> str:
+        self.decoded += len(tokens)
+        return self.tokenizer.decode(tokens, **settings)
+
+
+def byte_level_ids(data: list[int]) -> list[int]:
+    """Tokens of bytes in `byte_tokenizer`."""
+    letters = {byte: letter for letter, byte in _byte_letters().items()}
+    ids: list[int] = byte_tokenizer().convert_tokens_to_ids([letters[byte] for byte in data])
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "ids", "word"),
+    [(byte_tokenizer(), byte_level_ids, 65), (byte_fallback_tokenizer(), list, 256)],
+)
+@pytest.mark.parametrize("junk", [[0x80], [0xE2, 0x82], [0xF0, 0x9F, 0x90], [0xFF, 0xC3]])
+def test_endless_junk_takes_time_in_proportion_and_shows_as_it_did(
+    tokenizer: Any, ids: Any, word: int, junk: list[int]
+) -> None:
+    tokens = [word, *ids(junk * 400), word]
+    counting = Counting(tokenizer)
+    stream = TextStream(counting)
+    text = "".join(stream.push(token) for token in tokens) + stream.finish()
+    assert text == tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+    assert counting.decoded < 150 * len(tokens)
 
 
 def test_streamed_text_is_the_text(assets: Path) -> None:

@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from compressed import save_compressed
 from engines import Watched, alone, engine, greedy, served
 from tailorbird.errors import BudgetError, SettingsError
+from tailorbird.evaluate.speed import linear_paths
 from tailorbird.formats.packed import CodebookCoding, Coding, IntegerCoding
 from tailorbird.kernels import native
 from tailorbird.run.generate import ModuleDecoding
 from tailorbird.run.parts import ARCHITECTURES
 from tailorbird.serve.engine import Engine
 from tailorbird.serve.request import Request, Sampling
-from tiny import save_model
+from tiny import byte_tokenizer, make_model, save_model
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
 
@@ -115,6 +117,27 @@ def test_few_pages_small_steps_and_guesses_change_nothing(seed: int, tmp_path: P
         assert run.tokens[request.id, 0] == alone(made, request.prompt, request.max_tokens)[0]
 
 
+@pytest.mark.parametrize("activation", ["silu", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_without_one_floating_parameter_is_served(
+    activation: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    dense = make_model("olmo", hidden_act=activation).to(dtype)
+    save_compressed(tmp_path / "m", dense, CODINGS[2], embedding=CODINGS[2])
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    made = engine(str(tmp_path / "m"))
+    assert list(made.model.parameters()) == []
+    assert made.model.dtype == dtype
+    run = Watched(made)
+    made.add(greedy("a", (5, 6, 7), 6))
+    run.run()
+    assert run.tokens["a", 0] == alone(made, (5, 6, 7), 6)[0]
+    assert sum(linear_paths(made.model, 1).values()) > 0
+    made.embed([1, 2])
+    found = made.model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False, eos_token_id=-1)
+    assert found.shape == (1, 6)
+
+
 def test_a_model_that_runs_through_its_modules_is_served(tmp_path: Path) -> None:
     path = str(save_model(tmp_path / "m", "llama", hidden_act="tanh"))
     made = engine(path, max_sequences=3, step_tokens=16)
@@ -129,6 +152,20 @@ def test_a_model_that_runs_through_its_modules_is_served(tmp_path: Path) -> None
         assert run.tokens[request.id, 0] == alone(made, request.prompt, 6)[0]
     with pytest.raises(SettingsError, match="compiled blocks"):
         made.load_adapter("a", str(tmp_path))
+
+
+@pytest.mark.parametrize("activation", ["silu", "tanh"])
+def test_each_block_of_a_step_counts_as_getting_on(activation: str, tmp_path: Path) -> None:
+    made = engine(str(save_model(tmp_path / "m", "llama", hidden_act=activation)))
+    assert made.info["path"] == ("fused" if activation == "silu" else "modules")
+    made.add(greedy("a", (1, 2), 3))
+    seen = [made.progress()]
+    while made.busy:
+        made.step()
+        seen.append(made.progress())
+    assert seen == sorted(set(seen))
+    made.embed([1, 2])
+    assert made.progress() > seen[-1]
 
 
 def test_seeds_give_the_same_text_whatever_else_is_served(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import importlib.util
 import json
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -280,3 +282,23 @@ def test_without_xgrammar_the_extra_is_named(tokenizer: Any, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "xgrammar", None)
     with pytest.raises(SettingsError, match=r"tailorbird\[serve\]"):
         Compiler(tokenizer, len(tokenizer))
+
+
+def test_python_goes_on_while_a_heavy_pattern_is_compiled(compiler: Compiler) -> None:
+    heavy = Grammar("regex", "(a|b|c|[a-z0-9]|\\w)?" * 80)
+    compiled = threading.Event()
+
+    def compile() -> None:
+        compiler.matcher(heavy)
+        compiled.set()
+
+    thread = threading.Thread(target=compile)
+    longest, turns = 0.0, 0
+    began = last = time.monotonic()
+    thread.start()
+    while not compiled.wait(0.001):
+        now = time.monotonic()
+        longest, turns, last = max(longest, now - last), turns + 1, now
+    thread.join()
+    assert turns > 20
+    assert longest < (last - began) / 2

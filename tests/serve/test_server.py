@@ -247,7 +247,8 @@ def test_a_port_that_is_taken_is_named_before_anything_is_loaded() -> None:
     "wrong",
     [
         {"keys": [""]}, {"keys": ["a "]}, {"keys": ["é"]}, {"keys": ["a\n"]}, {"queue": -1}, {"timeout": 0.0},
-        {"timeout": float("nan")}, {"requests_per_minute": 0.5}, {"adapter_directory": "/no/such/place"},
+        {"timeout": float("nan")}, {"requests_per_minute": 0.5}, {"hang_limit": 1.0},
+        {"adapter_directory": "/no/such/place"},
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
@@ -256,6 +257,7 @@ def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
         "queue": 1,
         "timeout": 1.0,
         "requests_per_minute": None,
+        "hang_limit": 60.0,
         "adapter_directory": None,
     }
     check_settings(**settings)  # type: ignore[arg-type]

@@ -8,14 +8,16 @@ import signal
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from fake_engine import DEADLY, FAILING, REFUSED, SILENT
+from fake_engine import DEADLY, FAILING, HANGING, LONG, REFUSED, SILENT, SLOW
 from tailorbird.errors import CheckpointError, EngineError, GateRefused, SettingsError
 from tailorbird.serve.interface import EngineOptions
-from tailorbird.serve.request import Output, Request, Sampling
-from tailorbird.serve.supervisor import MOST_ATTEMPTS, Supervisor
+from tailorbird.serve.request import Grammar, Output, Request, Sampling
+from tailorbird.serve.supervisor import MOST_ATTEMPTS, Supervisor, _Child
 
 ENDLESS = Sampling(ignore_end=True)
 
@@ -25,14 +27,17 @@ def endless(id: str, first: int = 1) -> Request:
 
 
 def run(
-    work: Callable[[Supervisor], Awaitable[None]], engine: str = "fake_engine:paced", max_sequences: int = 4
+    work: Callable[[Supervisor], Awaitable[None]],
+    engine: str = "fake_engine:paced",
+    max_sequences: int = 4,
+    hang_seconds: float = 60,
 ) -> list[str]:
     """Let `work` use an engine; what the supervisor logged."""
     said: list[str] = []
 
     async def main() -> None:
         options = EngineOptions("m", {"first": "a"}, max_sequences=max_sequences)
-        supervisor = Supervisor(options, engine, said.append)
+        supervisor = Supervisor(options, engine, said.append, hang_seconds)
         await supervisor.start()
         try:
             async with asyncio.timeout(30):
@@ -41,7 +46,6 @@ def run(
             await supervisor.close()
         assert supervisor.in_flight == 0
         assert not supervisor.ready
-        assert not supervisor.live
 
     asyncio.run(main())
     return said
@@ -112,7 +116,6 @@ def test_a_killed_engine_ends_what_had_begun_and_repeats_the_rest() -> None:
             os.kill(supervisor.info["process"], signal.SIGKILL)
             await until(lambda: not supervisor.ready)
             assert time.monotonic() - killed < 5
-            assert supervisor.live
             with pytest.raises(EngineError):
                 await supervisor.embed([1], None)
             rest = [output async for output in begun]
@@ -171,6 +174,82 @@ def test_a_request_that_kills_every_engine_is_given_up_and_others_go_on() -> Non
         assert (await collect(supervisor, Request("fine", (3,))))[-1].finish == "stop"
 
     run(work)
+
+
+def test_an_engine_that_hangs_is_replaced_and_others_go_on() -> None:
+    limit = 1.5
+
+    async def work(supervisor: Supervisor) -> None:
+        hanging = asyncio.create_task(collect(supervisor, Request("hanging", (HANGING,))))
+        started = time.monotonic()
+        await until(lambda: not supervisor.ready)
+        assert limit <= time.monotonic() - started < limit + 5
+        waiting = asyncio.create_task(collect(supervisor, Request("waiting", (7, 8, 9))))
+        hanging.cancel()
+        assert sum((output.tokens for output in await waiting), ()) == (7, 8, 9)
+
+    assert any("hung" in line for line in run(work, max_sequences=1, hang_seconds=limit))
+
+
+def test_an_engine_that_is_stopped_from_outside_is_replaced() -> None:
+    async def work(supervisor: Supervisor) -> None:
+        os.kill(supervisor.info["process"], signal.SIGSTOP)
+        await until(lambda: supervisor.restarts == 1 and supervisor.ready)
+        assert (await collect(supervisor, Request("fine", (3,))))[-1].finish == "stop"
+
+    run(work, hang_seconds=1.5)
+
+
+def test_neither_rest_nor_a_long_step_that_gets_on_is_taken_for_a_hang() -> None:
+    async def work(supervisor: Supervisor) -> None:
+        outputs = await collect(supervisor, Request("long", (LONG, 4)))
+        assert sum((output.tokens for output in outputs), ()) == (LONG, 4)
+        await asyncio.sleep(3.5)  # more than the limit, with nothing to do
+        assert supervisor.ready
+        assert supervisor.restarts == 0
+
+    run(work, hang_seconds=2.5)
+
+
+def test_others_go_on_while_a_grammar_is_compiled_and_a_client_may_leave_meanwhile() -> None:
+    slow = Sampling(grammar=Grammar("json"))
+
+    async def work(supervisor: Supervisor) -> None:
+        waiting = [
+            asyncio.create_task(collect(supervisor, Request(id, (SLOW, 5), sampling=slow))) for id in "ab"
+        ]
+        await until(lambda: supervisor.stats.get("compiling") == 2)
+        assert (await collect(supervisor, Request("fine", (3,))))[-1].finish == "stop"
+        assert not any(task.done() for task in waiting)
+        waiting[0].cancel()
+        assert sum((output.tokens for output in await waiting[1]), ()) == (SLOW, 5)
+        await until(lambda: supervisor.stats.get("compiling") == supervisor.stats.get("running") == 0)
+        assert supervisor.in_flight == 0
+
+    run(work)
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_a_server_that_closes_at_the_moment_at_which_its_engine_dies_is_not_kept_from_it(turns: int) -> None:
+    async def main() -> None:
+        died: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def wait() -> int:
+            return await died
+
+        process: Any = SimpleNamespace(wait=wait, kill=lambda: None)
+        writer: Any = SimpleNamespace(close=lambda: None)
+        ending = asyncio.create_task(_Child(process, asyncio.StreamReader(), writer).end())
+        for _ in range(3):
+            await asyncio.sleep(0)
+        died.set_result(-9)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if ending.cancel():  # it hadn't ended yet
+            with pytest.raises(asyncio.CancelledError):
+                await ending
+
+    asyncio.run(main())
 
 
 def test_what_waits_when_the_server_closes_ends_with_an_error() -> None:

@@ -58,6 +58,15 @@ def serve(
         float | None,
         typer.Option("--requests-per-minute", metavar="N", min=1, help="Most requests of each key."),
     ] = None,
+    hang_limit: Annotated[
+        float,
+        typer.Option(
+            "--hang-limit",
+            metavar="SECONDS",
+            min=5,
+            help="How long the engine may stand still before it is started again.",
+        ),
+    ] = 60.0,
     json: options.Json = False,
     seed: options.IdleSeed = 0,
     device: options.Device = "cpu",
@@ -85,6 +94,7 @@ def serve(
             queue=queue,
             timeout=timeout,
             requests_per_minute=requests_per_minute,
+            hang_limit=hang_limit,
             device=device,
         )
     fields = plain(result)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -68,6 +69,11 @@ class TailorbirdQuantizer(HfQuantizer):
             _check_files(model, checkpoint_files)
         return model
 
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if next(model.parameters(), None) is None:
+            model.__class__ = _stating(type(model))
+        return model
+
     def is_serializable(self) -> bool:
         """`save_pretrained` writes what was loaded."""
         return True
@@ -85,6 +91,23 @@ def _check_files(model: Any, files: list[str]) -> None:
     expected = dict(model.state_dict())
     weights = translate(Weights.open(Path(files[0]).parent), expected, model.base_model_prefix)
     check_tensors(weights, expected, model.all_tied_weights_keys)
+
+
+def _stating(of: type) -> type:
+    """A class of models that has no parameter, as all are packed and norms have none.
+
+    transformers' properties of the same names ask the first parameter.
+    """
+
+    def dtype(self: Any) -> torch.dtype:
+        stated: torch.dtype | None = self.config.get_text_config().dtype
+        return stated or torch.get_default_dtype()
+
+    def device(self: Any) -> torch.device:
+        return next(buffer.device for buffer in self.buffers())
+
+    own = {"dtype": property(dtype), "device": property(device), "__module__": of.__module__}
+    return type(of.__name__, (of,), own)
 
 
 def register() -> None:

@@ -29,6 +29,8 @@ logger = logging.getLogger("tailorbird")
 
 #: What a decoder writes for bytes that are no UTF-8, such as the first half of a character.
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+#: Tokens that a stream of text holds back, and how many of them may still belong to a character.
+MOST_PENDING, STILL_OPEN = 16, 8
 
 
 @dataclass(frozen=True)
@@ -340,7 +342,8 @@ class TextStream:
 
     A token may end in the middle of a UTF-8 character, and some decoders treat the first word of a sequence
     differently. So each new piece is what decoding adds to the text of the tokens before it, with the last
-    piece's tokens as context, and waits for as long as the text ends in a replacement character.
+    piece's tokens as context, and waits for as long as the text ends in a replacement character. Of bytes
+    that never become a character, all but the last few tokens are settled once `MOST_PENDING` wait.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -352,11 +355,21 @@ class TextStream:
         """Take one token; return the text that is certain now, often none."""
         self._pending.append(token)
         piece = self._piece()
-        return "" if piece.endswith(REPLACEMENT) else self._accept(piece)
+        if piece and not piece.endswith(REPLACEMENT):
+            return self._accept(piece)
+        return self._settled() if len(self._pending) > MOST_PENDING else ""
 
     def finish(self) -> str:
         """Return what was held back: bytes that never became a character show as replacement characters."""
         return self._accept(self._piece())
+
+    def _settled(self) -> str:
+        """What later tokens can't change: a character has at most four bytes."""
+        settled, waiting = self._pending[:-STILL_OPEN], self._pending[-STILL_OPEN:]
+        known, until = (len(self._decode(self._context + tokens)) for tokens in ([], settled))
+        text = self._decode(self._context + self._pending)[known:until]
+        self._context, self._pending = settled, waiting
+        return text
 
     def _piece(self) -> str:
         return self._decode(self._context + self._pending)[len(self._decode(self._context)) :]

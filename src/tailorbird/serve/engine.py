@@ -7,8 +7,10 @@ but for an adapter where there is nothing else to do.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Many
@@ -28,6 +30,7 @@ from tailorbird.model.load import load, load_tokenizer
 from tailorbird.run.generate import context_length, stop_tokens
 from tailorbird.serve.adapters.activation import first_adapted
 from tailorbird.serve.adapters.boarding import Boarding, Ticket
+from tailorbird.serve.adapters.folded import folds_of
 from tailorbird.serve.adapters.held_out import Example, mean_loss
 from tailorbird.serve.adapters.publish import publish
 from tailorbird.serve.adapters.room import AdapterRoom
@@ -35,7 +38,7 @@ from tailorbird.serve.adapters.store import AdapterStore
 from tailorbird.serve.beam import Search
 from tailorbird.serve.beam_sequences import BeamSequences
 from tailorbird.serve.draft import Pace, lookup
-from tailorbird.serve.grammar import Compiler
+from tailorbird.serve.grammar import Compiler, Matcher
 from tailorbird.serve.interface import EngineOptions
 from tailorbird.serve.page_pool import PagePool
 from tailorbird.serve.request import BeamSearch, Finish, Output, Request
@@ -105,6 +108,8 @@ class Engine:
         self._startup: dict[str, float] = {}
         if options.threads is not None:
             torch.set_num_threads(options.threads)
+        with self._part("transformers", log):
+            importlib.import_module("transformers.modeling_utils")  # loading would, and be blamed for it
         with self._part("weights", log):
             checkpoint = open_checkpoint(options.model)
             self.model = load(options.model)
@@ -139,7 +144,9 @@ class Engine:
             )
             goes_on = state is not None and state.exists()
             if isinstance(self.runner, FusedRunner):
-                self.store = AdapterStore(self.runner.model, room.most_bytes, allowed, state, room)
+                self.store = AdapterStore(
+                    self.runner.model, room.most_bytes, allowed, state, room, folds_of(checkpoint)
+                )
                 self.boarding = Boarding(self.store)
             for name, path in () if goes_on else options.adapters.items():
                 self.adapters_of_model().register(name, path, trusted=True)
@@ -152,6 +159,7 @@ class Engine:
         self._step_tokens = 0
         self.pace = Pace()
         self._compiler: Compiler | None = None
+        self._compiler_lock = threading.Lock()
         self.vocab_size: int = self.model.config.get_text_config().vocab_size
 
     @contextmanager
@@ -225,6 +233,10 @@ class Engine:
         """Whether a step would do anything."""
         return bool(self.scheduler.waiting or self.scheduler.running or self._outputs)
 
+    def progress(self) -> float:
+        """A number that changes with each block of a step; may be asked from another thread."""
+        return self.runner.progress()
+
     def stats(self) -> dict[str, float]:
         """Counts of now (``waiting running kv_pages kv_pages_used``) and since the start."""
         swap = {} if self.swap is None else self.swap.stats()
@@ -236,8 +248,25 @@ class Engine:
             "drafted_tokens": self._drafted, "accepted_tokens": self._accepted, **swap,
         }  # fmt: skip
 
-    def add(self, request: Request) -> None:
+    def prepare(self, request: Request) -> Matcher | None:
+        """The start of a request's grammar, which may take long to compile; may be called by any thread.
+
+        Raises
+        ------
+        SettingsError
+            As `Compiler.matcher`.
+        """
+        grammar = request.sampling.grammar
+        return None if grammar is None else self._grammars().matcher(grammar, self._stop_of(request))
+
+    def add(self, request: Request, prepared: Matcher | None = None) -> None:
         """Let a request wait for its turn.
+
+        Parameters
+        ----------
+        request : Request
+        prepared : Matcher, optional
+            What `prepare` gave for it; done here where it is left out.
 
         Raises
         ------
@@ -260,7 +289,7 @@ class Engine:
             self._let_go(ticket)
             ticket = None
         try:
-            made = self._sequences_of(request, ticket, start or 0)
+            made = self._sequences_of(request, ticket, start or 0, prepared or self.prepare(request))
         except TailorbirdError:
             self._let_go(ticket)
             raise
@@ -281,19 +310,23 @@ class Engine:
                 f"token {wrong} in a prompt", f"0 to {self.vocab_size - 1}", "use this model's tokenizer"
             )
 
-    def _sequences_of(self, request: Request, ticket: Ticket | None, start: int) -> list[Sequence]:
+    def _stop_of(self, request: Request) -> frozenset[int]:
+        return self.stop if request.stop is None else request.stop
+
+    def _sequences_of(
+        self, request: Request, ticket: Ticket | None, start: int, prepared: Matcher | None
+    ) -> list[Sequence]:
         """The continuations of a request, whose adapter acts from `start` on.
 
         All but the first begin when its prompt was read.
         """
-        stop = self.stop if request.stop is None else request.stop
+        stop = self._stop_of(request)
         seed = self._seeds.getrandbits(63) if request.sampling.seed is None else request.sampling.seed
         salt = f"{request.tenant}\0".encode()
         adapter_salt = b"" if ticket is None else ticket.reservation.salt
         made = []
         for index in range(request.n if request.beams is None else 1):
-            grammar = request.sampling.grammar
-            matcher = None if grammar is None else self._grammars().matcher(grammar, stop)
+            matcher = None if prepared is None else prepared.copy()
             sampler = Sampler(request.sampling, request.prompt, stop, self.vocab_size, seed + index, matcher)
             made.append(
                 Sequence(
@@ -308,7 +341,7 @@ class Engine:
     def _searched(self, settings: BeamSearch, first: Sequence) -> list[Sequence]:
         """The list of a search's sequences, which it changes as it goes on."""
         request = first.request
-        stop = self.stop if request.stop is None else request.stop
+        stop = self._stop_of(request)
         stop = frozenset() if request.sampling.ignore_end else stop & frozenset(range(self.vocab_size))
         if settings.num_beams > self.vocab_size - len(stop):
             raise SettingsError(
@@ -320,9 +353,10 @@ class Engine:
         return BeamSequences(first, search, stop, self.scheduler, self.runner).sequences
 
     def _grammars(self) -> Compiler:
-        if self._compiler is None:
-            self._compiler = Compiler(self._tokenizer, self.vocab_size)
-        return self._compiler
+        with self._compiler_lock:
+            if self._compiler is None:
+                self._compiler = Compiler(self._tokenizer, self.vocab_size)
+            return self._compiler
 
     def cancel(self, id: str) -> None:
         """End a request without another word; one that isn't there is no mistake."""
@@ -392,7 +426,7 @@ class Engine:
         return min(written, self._longest - len(sequence.tokens))
 
     def _ends(self, sequence: Sequence, token: int) -> bool:
-        stop = self.stop if sequence.request.stop is None else sequence.request.stop
+        stop = self._stop_of(sequence.request)
         heeded = not sequence.request.sampling.ignore_end
         return (heeded and token in stop) or sequence.sampler.finished
 

@@ -72,8 +72,14 @@ class EngineLike(Protocol):
     def busy(self) -> bool:
         """A step would do something."""
 
-    def add(self, request: Request) -> None:
-        """Take a request; raises `UserError` for one that can't be served."""
+    def progress(self) -> float:
+        """A number that changes while a step gets on; asked from another thread."""
+
+    def prepare(self, request: Request) -> Any:
+        """What takes long and must be done before a request with a grammar is added; in another thread."""
+
+    def add(self, request: Request, prepared: Any = None) -> None:
+        """Take a request, with what was prepared for it; raises `UserError` for one that can't be served."""
 
     def cancel(self, id: str) -> None:
         """Forget a request; unknown ids are ignored."""

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tailorbird.kernels.adapters import Segment
-from tailorbird.kernels.blocks import PAGE
+from tailorbird.kernels.blocks import PAGE, STEPS
 from tailorbird.run.fused import FusedModel
 from tailorbird.run.pages import SharedPages, page_bytes
 from tailorbird.run.parts import Unsuited
@@ -72,6 +72,9 @@ class Runner(Protocol):
         An adapter acts from token `adapted_from` on.
         """
 
+    def progress(self) -> float:
+        """A number that changes with each block of a step; may be asked from another thread."""
+
 
 def runner_for(model: Any, kv_bytes_per_token: int) -> Runner:
     """Compiled blocks where they suit the model, else its modules."""
@@ -90,6 +93,7 @@ class FusedRunner:
 
     def __init__(self, model: FusedModel) -> None:
         self.model = model
+        model.seconds = torch.zeros(len(STEPS) + 1, dtype=torch.float64)
         self.page_bytes = page_bytes(model.page_shapes, model.cache_dtype)
         self.cache = SharedPages(model.page_shapes, model.cache_dtype, 0)
 
@@ -165,6 +169,11 @@ class FusedRunner:
         left = self.model.run(entered, positions, sequences, pages, adapters=segments)
         return self.model.parts.norm(left).float()
 
+    def progress(self) -> float:
+        """See `Runner`; the seconds that blocks have taken."""
+        assert self.model.seconds is not None
+        return float(self.model.seconds.sum())
+
 
 class ModuleRunner:
     """A model's own modules, with a cache in one piece for every sequence; no adapters."""
@@ -176,6 +185,10 @@ class ModuleRunner:
         self.model, self.note = model, note
         self.page_bytes = PAGE * kv_bytes_per_token
         self._caches: dict[Any, Any] = {}
+        self._left = 0
+        for group in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
+            for block in group:
+                block.register_forward_hook(self._count)
 
     def reserve(self, pages: int) -> None:
         """See `Runner`; caches grow by themselves."""
@@ -220,3 +233,10 @@ class ModuleRunner:
         """See `Runner`."""
         output = self.model(input_ids=torch.tensor([list(ids)]), output_hidden_states=True)
         return output.hidden_states[-1][0].float()
+
+    def progress(self) -> float:
+        """See `Runner`; how many blocks have been left."""
+        return self._left
+
+    def _count(self, *_: Any) -> None:
+        self._left += 1

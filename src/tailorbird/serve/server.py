@@ -2,7 +2,7 @@
 
 The HTTP process holds the tokenizer and all connections; the engine computes in a process of its own
 (`supervisor`). On SIGTERM or Ctrl-C new requests are refused with 503 while those that run get time to end; a
-second signal stops at once.
+second signal stops at once. What takes long to import is imported while the engine starts.
 """
 
 from __future__ import annotations
@@ -12,21 +12,24 @@ import contextlib
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 
 from tailorbird.errors import ResourceError, SettingsError
-from tailorbird.model.load import load_tokenizer
+from tailorbird.hardware.age import process_age
 from tailorbird.serve.api.access import log_line
-from tailorbird.serve.api.app import create_app
-from tailorbird.serve.api.generation import Service
-from tailorbird.serve.api.metrics import Metrics
-from tailorbird.serve.api.text import Texts
 from tailorbird.serve.interface import ENGINE, EngineOptions
-from tailorbird.serve.supervisor import Supervisor
+from tailorbird.serve.startup import account
+from tailorbird.serve.supervisor import HANG_SECONDS, Supervisor
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from tailorbird.serve.api.generation import Service
 
 #: Seconds that connections get to close when nothing is generated any more.
 _CLOSING = 5
@@ -62,6 +65,7 @@ def serve(
     queue: int = 256,
     timeout: float = 600.0,
     requests_per_minute: float | None = None,
+    hang_limit: float = HANG_SECONDS,
     drain: float = 30.0,
     engine: str = ENGINE,
 ) -> Served:
@@ -82,6 +86,8 @@ def serve(
         Seconds that an answer may take.
     requests_per_minute : float, optional
         For each key.
+    hang_limit : float
+        Seconds that the engine may stand still before it is started again.
     drain : float
         Seconds that running answers get to end.
     engine : str
@@ -94,9 +100,12 @@ def serve(
     TailorbirdError
         The model can't be loaded.
     """
-    check_settings(keys, queue, timeout, requests_per_minute, options.adapter_directory)
+    check_settings(keys, queue, timeout, requests_per_minute, hang_limit, options.adapter_directory)
+    supervisor = Supervisor(options, engine, lambda text: log_line("engine", text=text), hang_limit)
     with listen(host, port) as listening:
-        return asyncio.run(_run(options, listening, keys, queue, timeout, requests_per_minute, drain, engine))
+        return asyncio.run(
+            _run(options, supervisor, listening, keys, queue, timeout, requests_per_minute, drain)
+        )
 
 
 def check_settings(
@@ -104,6 +113,7 @@ def check_settings(
     queue: int,
     timeout: float,
     requests_per_minute: float | None,
+    hang_limit: float,
     adapter_directory: str | None,
 ) -> None:
     """Refuse settings that can't work, before anything is loaded.
@@ -119,7 +129,8 @@ def check_settings(
             "choose another key, for example with `openssl rand -hex 32`",
         )
     for name, value, low in (
-        ("--queue", queue, 0), ("--timeout", timeout, 1), ("--requests-per-minute", requests_per_minute, 1)
+        ("--queue", queue, 0), ("--timeout", timeout, 1),
+        ("--requests-per-minute", requests_per_minute, 1), ("--hang-limit", hang_limit, 5),
     ):  # fmt: skip
         if value is not None and not low <= value < float("inf"):
             raise SettingsError(
@@ -167,34 +178,46 @@ def listen(host: str, port: int) -> socket.socket:
 
 async def _run(
     options: EngineOptions,
+    supervisor: Supervisor,
     listening: socket.socket,
     keys: Sequence[str],
     queue: int,
     timeout: float,
     requests_per_minute: float | None,
     drain: float,
-    engine: str,
 ) -> Served:
-    supervisor = Supervisor(options, engine, log=lambda text: log_line("engine", text=text))
-    metrics = Metrics(lambda: supervisor.stats, lambda: supervisor.ready, lambda: supervisor.restarts)
-    directory = None if options.adapter_directory is None else Path(options.adapter_directory)
     host, port = listening.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    starting = asyncio.create_task(supervisor.start())
+    launched = process_age()
+
+    async def start() -> float:
+        await supervisor.start()
+        return process_age()
+
+    starting = asyncio.create_task(start())
     try:
-        texts = Texts(await asyncio.to_thread(load_tokenizer, options.model))
-        await starting
-        started = time.monotonic()
-        service = Service(supervisor, texts, metrics, options.model, queue, timeout, directory)
+        service, app = await asyncio.to_thread(
+            _application, options, supervisor, keys, queue, timeout, requests_per_minute
+        )
+        loaded = await starting
         config = uvicorn.Config(
-            create_app(service, keys, requests_per_minute), log_config=None, access_log=False, lifespan="off",
-            timeout_graceful_shutdown=_CLOSING, server_header=False, ws="none",
+            app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=_CLOSING,
+            server_header=False, ws="none",
         )  # fmt: skip
-        server = _Server(config)
-        with _signals(service, server, drain):
-            log_line("ready", url=url, model=options.model, **_told(supervisor.info))
+        started = time.monotonic()
+
+        def opened() -> None:
+            startup = account(launched, loaded, process_age(), supervisor.info["startup"])
+            service.startup = startup.told()
+            for part, seconds in service.startup["parts"].items():
+                log_line("startup", part=part, seconds=seconds)
+            told = {"startup_seconds": service.startup["seconds"], "accounted": service.startup["accounted"]}
+            log_line("ready", url=url, model=options.model, **_told(supervisor.info), **told)
             if not keys and host not in ("127.0.0.1", "::1"):
                 log_line("warning", text="anybody who reaches this port may use it; --api-key asks for a key")
+
+        server = _Server(config, opened)
+        with _signals(service, server, drain):
             await server.serve(sockets=[listening])
     finally:
         starting.cancel()
@@ -202,17 +225,45 @@ async def _run(
         await supervisor.close()
     seconds = time.monotonic() - started
     log_line("stopped", seconds=round(seconds, 3))
-    return Served(url, seconds, metrics.generated, supervisor.restarts)
+    return Served(url, seconds, service.metrics.generated, supervisor.restarts)
+
+
+def _application(
+    options: EngineOptions,
+    supervisor: Supervisor,
+    keys: Sequence[str],
+    queue: int,
+    timeout: float,
+    requests_per_minute: float | None,
+) -> tuple[Service, FastAPI]:
+    """The API, and what its routes work with; imports what the API needs."""
+    from tailorbird.model.load import load_tokenizer
+    from tailorbird.serve.api.app import create_app
+    from tailorbird.serve.api.generation import Service
+    from tailorbird.serve.api.metrics import Metrics
+    from tailorbird.serve.api.text import Texts
+
+    texts = Texts(load_tokenizer(options.model))
+    metrics = Metrics(lambda: supervisor.stats, lambda: supervisor.ready, lambda: supervisor.restarts)
+    directory = None if options.adapter_directory is None else Path(options.adapter_directory)
+    service = Service(supervisor, texts, metrics, options.model, queue, timeout, directory)
+    return service, create_app(service, keys, requests_per_minute)
 
 
 def _told(info: dict[str, object]) -> dict[str, object]:
-    return {
-        name: info.get(name) for name in ("context", "max_sequences", "kv_tokens", "path", "note", "startup")
-    }
+    return {name: info.get(name) for name in ("context", "max_sequences", "kv_tokens", "path", "note")}
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, with signals left to `_signals`."""
+    """uvicorn, with signals left to `_signals`; calls `opened` when the port is open."""
+
+    def __init__(self, config: uvicorn.Config, opened: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._opened = opened
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._opened()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

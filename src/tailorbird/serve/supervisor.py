@@ -1,5 +1,7 @@
 """The engine's process, as the HTTP process sees it: started, asked, watched, and started again when it dies.
 
+An engine that says nothing for too long hangs: it is killed, and then it is one that died.
+
 Requests that have sent nothing yet survive the engine: they are submitted again to the next one. Those whose
 text has begun end as lost, because another engine's continuation needn't fit what was sent; whoever hasn't
 passed it on can ask again.
@@ -32,6 +34,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
 LONG_LIFE = 60.0
 #: Seconds that an engine gets to end by itself.
 PATIENCE = 2.0
+#: Seconds without a word after which an engine is taken for one that hangs; and how often that is looked at.
+HANG_SECONDS, LOOK_INTERVAL = 60.0, 1.0
 
 
 @dataclass
@@ -59,12 +63,17 @@ class _Pending:
 
 @dataclass
 class _Child:
-    """One engine's process and the socket to it."""
+    """One engine's process and the socket to it.
+
+    `heard` is when it last said something; `verdict` why it was killed, if it was.
+    """
 
     process: asyncio.subprocess.Process
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     messages: AsyncIterator[Any] = field(init=False)
+    heard: float = field(default_factory=time.monotonic)
+    verdict: str | None = None
 
     def __post_init__(self) -> None:
         self.messages = read_messages(self.reader)
@@ -72,13 +81,28 @@ class _Child:
     def send(self, message: dict[str, Any]) -> None:
         self.writer.write(pack(message))
 
-    async def end(self) -> int:
-        """Close the socket, wait for the process, kill it if it doesn't go; its exit status."""
+    async def end(self) -> str:
+        """Close the socket, wait for the process, kill it if it doesn't go; how it ended, in words."""
         self.writer.close()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.process.wait(), PATIENCE)
+            async with asyncio.timeout(PATIENCE):  # `wait_for` may swallow a cancellation before Python 3.12
+                await self.process.wait()
         self.kill()
-        return await self.process.wait()
+        return self.verdict or _ending(await self.process.wait())
+
+    async def watch(self, limit: float) -> None:
+        """Kill the process once it has said nothing for `limit` seconds."""
+        self.heard = time.monotonic()
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(min(LOOK_INTERVAL, limit / 4))
+            now = time.monotonic()
+            if now - before > 2 * LOOK_INTERVAL:  # it was this process that stood still
+                self.heard = now
+            elif now - self.heard > limit:
+                self.verdict = f"killed because it hung: nothing was heard of it for {limit:g} seconds"
+                self.kill()
+                return
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -95,6 +119,9 @@ class Supervisor:
         ``module:callable`` that makes the engine, looked up in its process.
     log : callable
         Told in words what becomes of the engine.
+    hang_seconds : float
+        An engine that stands still for so long is killed and started again. Each block of a step counts as
+        getting on; loading may take as long as it takes.
 
     Attributes
     ----------
@@ -107,7 +134,11 @@ class Supervisor:
     """
 
     def __init__(
-        self, options: EngineOptions, engine: str = ENGINE, log: Callable[[str], None] = lambda text: None
+        self,
+        options: EngineOptions,
+        engine: str = ENGINE,
+        log: Callable[[str], None] = lambda text: None,
+        hang_seconds: float = HANG_SECONDS,
     ) -> None:
         self.info: dict[str, Any] = {}
         self.stats: dict[str, float] = {}
@@ -118,6 +149,7 @@ class Supervisor:
         self._options = replace(options, adapter_state=str(self._state))
         self._engine = engine
         self._log = log
+        self._hang_seconds = hang_seconds
         self._child: _Child | None = None
         self._watching: asyncio.Task[None] | None = None
         self._ready = False
@@ -126,14 +158,9 @@ class Supervisor:
         self._numbers = itertools.count()
 
     @property
-    def live(self) -> bool:
-        """Somebody looks after the engine, be it that it is being started again."""
-        return self._watching is not None and not self._watching.done()
-
-    @property
     def ready(self) -> bool:
-        """The engine is loaded and takes requests."""
-        return self._ready
+        """The engine is loaded and takes requests, and somebody looks after it."""
+        return self._ready and self._watching is not None and not self._watching.done()
 
     @property
     def adapters(self) -> list[str]:
@@ -301,20 +328,24 @@ class Supervisor:
                     for pending in self._pending.values():
                         self._add(pending)
                     return
-        raise _stopped(f"the engine ended while it loaded the model, {_ending(await child.end())}")
+        raise _stopped(f"the engine ended while it loaded the model, {await child.end()}")
 
     async def _watch(self, child: _Child) -> None:
         """Hear the engine out; when it ends, start another, for ever."""
         pause = FIRST_PAUSE
         while True:
             born = time.monotonic()
+            looking = asyncio.create_task(child.watch(self._hang_seconds))
             try:
                 async for message in child.messages:
+                    child.heard = time.monotonic()
                     self._hear(message)
             except Exception as error:  # what it sends makes no sense, so it is of no more use
                 self._log(f"a message of the engine was not understood: {type(error).__name__}")
+            finally:
+                looking.cancel()
             self._ready = False
-            ended = _ending(await child.end())
+            ended = await child.end()
             self.stats = {}
             self._log(f"the engine died, {ended}; it is started again")
             self._bereave(f"the engine died, {ended}", keep=True)
@@ -350,6 +381,8 @@ class Supervisor:
                 self.stats = message["stats"]
             case "log":
                 self._log(message["text"])
+            case "alive":
+                pass  # that it was heard is all there is to it
             case _:
                 raise WireError(f"a message of the unknown kind {message['kind']!r}")
 

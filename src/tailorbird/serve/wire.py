@@ -6,8 +6,10 @@ of it is used (https://github.com/msgpack/msgpack/blob/master/spec.md).
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
+import threading
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
@@ -107,10 +109,16 @@ class Connection:
     def __init__(self, socket: socket.socket) -> None:
         self._socket = socket
         self._unpacker = Unpacker()
+        self._sending = threading.Lock()
 
     def send(self, message: Any) -> None:
-        """Send one message whole; raises `ConnectionError` where nobody listens any more."""
-        self._socket.sendall(pack(message))
+        """Send one message whole, from any thread; raises `ConnectionError` where nobody listens any more."""
+        with self._sending:
+            self._socket.sendall(pack(message))
+
+    def wait(self, seconds: float) -> None:
+        """Wait until something arrives or the other end closes, at most so long."""
+        select.select([self._socket], [], [], seconds)
 
     def receive(self, wait: bool) -> list[Any] | None:
         """The messages that have arrived.

@@ -10,6 +10,7 @@ from tailorbird.errors import SettingsError
 from tailorbird.kernels.adapters import LinearAdapter
 from tailorbird.run.parts import PlacedLinear
 from tailorbird.serve.adapters.basis import PEFT_TYPE, SharedBasis
+from tailorbird.serve.adapters.folded import Folds
 from tailorbird.serve.adapters.ia3 import IA3
 from tailorbird.serve.adapters.lora import Lora
 from tailorbird.serve.adapters.source import CONFIG_FILE, Source
@@ -78,16 +79,26 @@ def open_adapter(
     return make(source)
 
 
-def read_linears(adapter: Kind) -> dict[tuple[int, str], LinearAdapter]:
+def read_linears(adapter: Kind, folds: Folds | None = None) -> dict[tuple[int, str], LinearAdapter]:
     """What an adapter makes of each linear by (block, role), for `FusedModel.adapter`.
+
+    Parameters
+    ----------
+    adapter : Kind
+    folds : Folds, optional
+        Of the checkpoint; an adapter that was trained on its source is scaled to fit.
 
     Raises
     ------
+    SettingsError
+        As `Folds.needed`.
     CheckpointError
         A tensor isn't finite, or a file changed since it was opened.
     """
     source = adapter.source
     found = {path: adapter.linear(path) for path in adapter.adapted}
+    if folds is not None and folds.needed(source, adapter.adapted):
+        found = {path: folds.applied(path, linear) for path, linear in found.items()}
     for path in source.stored_biases.keys() - found.keys():
         found[path] = LinearAdapter(bias=source.bias(path))
     source.refuse_change()

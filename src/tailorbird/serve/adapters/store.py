@@ -21,6 +21,7 @@ from typing import Protocol
 from tailorbird.errors import ResourceError, SettingsError, UnknownAdapter
 from tailorbird.kernels.adapters import Adapter, LinearAdapter
 from tailorbird.run.parts import PlacedLinear
+from tailorbird.serve.adapters.folded import Folds
 from tailorbird.serve.adapters.kinds import open_adapter, read_linears
 from tailorbird.serve.adapters.source import changed
 from tailorbird.serve.adapters.versions import Record, read_records, write_records
@@ -139,6 +140,8 @@ class AdapterStore:
     state : Path, optional
         A file in which names and versions outlive the process; what it holds is registered at once, and
         read when it is needed.
+    folds : Folds, optional
+        Of the model's checkpoint.
 
     Raises
     ------
@@ -153,9 +156,11 @@ class AdapterStore:
         allowed: Path | None = None,
         state: Path | None = None,
         room: Room | None = None,
+        folds: Folds | None = None,
     ) -> None:
         self._model, self._warm_bytes, self._allowed, self._state = model, warm_bytes, allowed, state
         self._room: Room = room or _Boundless()
+        self._folds = folds
         self._lock = threading.Lock()
         self._saving = threading.Lock()  # held while the state file is written, so that the last change wins
         self._names: dict[str, list[_Version]] = {}  # the one that is served, then the one before
@@ -388,8 +393,10 @@ class AdapterStore:
                 "up to 200 letters, digits and ._:/@+- of which the first is a letter or digit",
                 "choose another name",
             )
-        allowed = None if trusted else self._allowed
-        source = open_adapter(path, self._model.linears, allowed).source
+        opened = open_adapter(path, self._model.linears, None if trusted else self._allowed)
+        source = opened.source
+        if self._folds is not None:
+            self._folds.needed(source, opened.adapted)
         size = source.weights.total_bytes
         if size > self._warm_bytes:
             raise self._too_large(source.directory, size)
@@ -516,7 +523,7 @@ class AdapterStore:
         opened = open_adapter(record.path, self._model.linears, None if record.trusted else self._allowed)
         if opened.source.fingerprint != record.fingerprint:
             raise changed(opened.source.directory)
-        return self._model.adapter(read_linears(opened))
+        return self._model.adapter(read_linears(opened, self._folds))
 
     def _admit(self, version: _Version, adapter: Adapter, spare: bool) -> None:
         """Keep what was read, in the place of the least recently used, with the lock held."""

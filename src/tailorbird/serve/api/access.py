@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tailorbird.serve.api.failures import CLIENT_GONE, ApiError, ClientGone, busy
 
-#: The only route without a key: it says nothing but that the process runs.
+#: The only route without a key: it says nothing but whether the engine runs.
 OPEN_PATHS = frozenset({"/health/live"})
 #: What others ask again and again: logged only where the answer is an error.
 QUIET_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics", "/status"})

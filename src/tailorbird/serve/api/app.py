@@ -290,20 +290,20 @@ async def detokenize(body: DetokenizeRequest, http: Request) -> Response:
 
 @router.get("/health/live")
 async def live(http: Request) -> Response:
-    """Whether the process runs; the only route without a key."""
-    return _health(_service(http).supervisor.live)
+    """Whether the engine runs; the only route without a key."""
+    return _health(_service(http).supervisor.ready)
 
 
 @router.get("/health")
 @router.get("/health/ready")
 async def ready(http: Request) -> Response:
-    """Whether requests are taken now."""
+    """Whether requests are taken now, and what the start took."""
     service = _service(http)
-    return _health(service.supervisor.ready and not service.draining)
+    return _health(service.supervisor.ready and not service.draining, startup=service.startup)
 
 
-def _health(good: bool) -> Response:
-    return JSONResponse({"status": "ok" if good else "unavailable"}, 200 if good else 503)
+def _health(good: bool, **more: Any) -> Response:
+    return JSONResponse({"status": "ok" if good else "unavailable"} | more, 200 if good else 503)
 
 
 @router.get("/metrics")

@@ -42,6 +42,8 @@ class Service:
         The only place from which adapters may be loaded while the server runs.
     draining : bool
         No new requests are taken.
+    startup : dict
+        Where the time of the start went (`serve.startup.Startup.told`).
     """
 
     supervisor: Supervisor
@@ -52,6 +54,7 @@ class Service:
     timeout: float = 600.0
     adapter_directory: Path | None = None
     draining: bool = False
+    startup: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
     # One thread, because tokenizers aren't made to be used by several.
     _tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
@@ -101,8 +104,9 @@ class Service:
             raise SettingsError(
                 f"{wanted} continuations", f"at most {self.capacity}", "send others in another request"
             )
-        if self.supervisor.in_flight + wanted > self.capacity:
-            raise busy("the queue is full", 1, "queue_full")
+        missing = self.supervisor.in_flight + wanted - self.capacity
+        if missing > 0:
+            raise busy("the queue is full", self.metrics.departures.wait(missing), "queue_full")
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Let the tokenizer's thread do what may take long."""

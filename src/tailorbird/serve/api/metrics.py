@@ -10,11 +10,13 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from tailorbird.serve.api.departures import Departures
 from tailorbird.serve.request import Output
 
 #: The engine's own numbers: name -> (name here, kind, what it is).
 ENGINE_STATS = {
     "waiting": ("tailorbird_requests_waiting", "gauge", "Sequences that wait in the engine's queue"),
+    "compiling": ("tailorbird_requests_compiling", "gauge", "Requests that wait for their grammars"),
     "running": ("tailorbird_requests_running", "gauge", "Sequences in the engine's batch"),
     "kv_pages": ("tailorbird_kv_pages", "gauge", "Pages for keys and values"),
     "kv_pages_used": ("tailorbird_kv_pages_used", "gauge", "Pages for keys and values in use"),
@@ -88,10 +90,12 @@ class Metrics:
         self.prompt_tokens = Counter("tailorbird_prompt_tokens", "Tokens of prompts", registry=registry)
         self.generated_tokens = Counter("tailorbird_generated_tokens", "Tokens written", registry=registry)
         self.generated = 0
+        self.departures = Departures()
         registry.register(_EngineNumbers(stats, ready, restarts))
 
     def ended(self, outcome: str) -> None:
         """Count one continuation."""
+        self.departures.ended()
         self.finished.labels(outcome).inc()
 
     def count(self, route: str, status: int, seconds: float) -> None:

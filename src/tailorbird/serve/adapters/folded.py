@@ -1,0 +1,123 @@
+"""Adapters for a checkpoint whose source's channels were scaled (`linear/quantize/awq.py`).
+
+Such a fold divides what a linear reads by s and multiplies its weight's columns by s, or divides a linear's
+rows. An adapter that was trained on the source expects inputs and outputs as they were: with s_in over its
+inputs and s_out over its outputs, B A becomes diag(1 / s_out) B A diag(s_in), which is exact but for the
+rounding of the folded norm. One that was trained on the folded checkpoint fits as it is. Which of both an
+adapter is only its config can tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from tailorbird.compress.folds import FOLDS_FILE, read_folds
+from tailorbird.errors import SettingsError
+from tailorbird.kernels.adapters import LinearAdapter
+from tailorbird.model.anatomy import read_anatomy
+from tailorbird.model.checkpoint import Checkpoint
+from tailorbird.model.location import DEMO, locate
+from tailorbird.plan.planfile import load_plan
+from tailorbird.serve.adapters.source import CONFIG_FILE, Source
+
+#: kinds that a fold passes through: what they are made of are products and factors alone
+_PLAIN = ("LORA", "VERA", "IA3")
+
+
+@dataclass(frozen=True, eq=False)
+class Folds:
+    """The scales of a folded checkpoint.
+
+    Attributes
+    ----------
+    served, source : str
+        Directory of the checkpoint, and what it was made of, as its plan names it.
+    inputs, outputs : mapping of str to Tensor
+        Module path -> by what its inputs or outputs were divided, float32.
+    """
+
+    served: str
+    source: str
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+
+    def needed(self, source: Source, adapted: Mapping[str, object]) -> bool:
+        """Whether the adapter must be scaled to fit.
+
+        Raises
+        ------
+        SettingsError
+            It adapts folded linears, and doesn't say on what it was trained, or can't be scaled.
+        """
+        touched = [path for path in adapted if path in self.inputs or path in self.outputs]
+        named = source.config.get("base_model_name_or_path")
+        if not touched or _same(named, self.served):
+            return False
+        where = f"{source.directory / CONFIG_FILE}"
+        if not _same(named, self.source):
+            raise SettingsError(
+                f"{where}: `base_model_name_or_path` is {str(named)[:200]!r}, and the checkpoint in "
+                f"{self.served} has other channel scales than its source {self.source!r} (`{touched[0]}`)",
+                "the one of these two on which the adapter was trained",
+                f"write it into {CONFIG_FILE}",
+            )
+        plain = source.config.get("peft_type") in _PLAIN and not source.config.get("use_dora")
+        if not plain or source.stored_biases or source.config.get("lora_bias"):
+            raise SettingsError(
+                f"{where}: an adapter with DoRA, biases or a shared basis, trained on {self.source!r}, for a "
+                f"checkpoint with other channel scales (`{touched[0]}`)",
+                "one of " + ", ".join(_PLAIN) + " without these, which can be scaled to fit",
+                "train it on this checkpoint, or compress the source by a method without a fold",
+            )
+        return True
+
+    def applied(self, path: str, linear: LinearAdapter) -> LinearAdapter:
+        """What an adapter of the source makes of the linear at `path` of the folded checkpoint."""
+        down, up = linear.down, linear.up
+        if isinstance(down, Tensor) and path in self.inputs:
+            down = down.float() * self.inputs[path]
+        if isinstance(up, Tensor) and path in self.outputs:
+            up = up.float() / self.outputs[path][:, None]
+        return replace(linear, down=down, up=up)
+
+
+def folds_of(checkpoint: Checkpoint) -> Folds | None:
+    """The folds of a checkpoint; None where nothing was folded.
+
+    Raises
+    ------
+    CheckpointError
+        Their file is damaged.
+    """
+    directory = checkpoint.directory
+    if not (directory / FOLDS_FILE).exists():
+        return None
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    for block in read_folds(directory, read_anatomy(checkpoint)):
+        for pair, scales in block.pairs:
+            outputs[pair.source] = inputs[pair.target] = scales
+        for group, scales in block.norms:
+            inputs |= dict.fromkeys(group.linears, scales)
+    plan = directory / "plan.yaml"
+    source = load_plan(plan).source if plan.exists() else None
+    return Folds(str(directory), (source and source.model) or "unknown", inputs, outputs)
+
+
+def _same(named: object, model: str) -> bool:
+    """Whether two names are those of one model: equal, or of the same directory."""
+    if not isinstance(named, str) or not named:
+        return False
+    return named == model or _directory(named) == _directory(model) is not None
+
+
+def _directory(model: str) -> Path | None:
+    try:
+        path = locate(DEMO) if model == DEMO else Path(model).expanduser()
+        return path.resolve() if path.is_dir() else None
+    except (OSError, ValueError, RuntimeError):
+        return None

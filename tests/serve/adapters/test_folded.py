@@ -1,0 +1,155 @@
+"""Adapters of a source on its folded checkpoint: the source's logits, or a refusal that says what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from peft_adapters import change_config, prompt, save, wrapped
+from tailorbird.compress.folds import FOLDS_FILE, scales_name
+from tailorbird.errors import SettingsError
+from tailorbird.kernels import native
+from tailorbird.linear.quantize.awq import apply_norm_fold, apply_pair_fold
+from tailorbird.model.anatomy import read_anatomy
+from tailorbird.model.checkpoint import open_checkpoint, write_tensors
+from tailorbird.model.load import load
+from tailorbird.plan.planfile import Plan, save_plan
+from tailorbird.serve.adapters.folded import folds_of
+from tailorbird.serve.engine import Engine
+from tailorbird.serve.interface import EngineOptions
+from tiny import byte_tokenizer, save_model
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
+
+TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+LORA = peft.LoraConfig(r=3, target_modules=TARGETS)
+IDS = prompt(20)
+
+
+def fold(source: Path, directory: Path) -> None:
+    """Scale the channels of a model wherever they can be, far from one, and record it."""
+    model, found = load(source), {}
+    tensors: dict[str, Tensor] = model.state_dict()
+    generator = torch.Generator().manual_seed(5)
+
+    def scales(linear: str) -> Tensor:
+        return (torch.rand(tensors[f"{linear}.weight"].shape[1], generator=generator) * 4 - 2).exp2()
+
+    for block in read_anatomy(open_checkpoint(str(source))).blocks:
+        for pair in block.scale_pairs:
+            names = [f"{pair.source}.weight", f"{pair.source}.bias", f"{pair.target}.weight"]
+            by = found[scales_name(pair)] = scales(pair.target)
+            folded = apply_pair_fold(tensors[names[0]], tensors.get(names[1]), tensors[names[2]], by)
+            after = (folded.weight, folded.bias, folded.target)
+            tensors |= {name: value for name, value in zip(names, after, strict=True) if value is not None}
+        for group in block.norm_groups:
+            weights = [f"{linear}.weight" for linear in group.linears]
+            norm, by = f"{group.norm}.weight", scales(group.linears[0])
+            found[scales_name(group)] = by
+            after_norm = apply_norm_fold(
+                tensors[norm], None, [tensors[name] for name in weights], by, group.offset
+            )
+            tensors |= {norm: after_norm.weight} | dict(zip(weights, after_norm.linears, strict=True))
+    model.load_state_dict(tensors)
+    model.save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    write_tensors(directory / FOLDS_FILE, found)
+    place = {"name": "model.embed_tokens", "coding": {"kind": "float", "dtype": "float32"}}
+    save_plan(
+        Plan.model_validate({"schema": 1, "source": {"model": str(source)}, "places": [place]}),
+        directory / "plan.yaml",
+    )
+
+
+@pytest.fixture(scope="module", params=["qwen2", "gemma2"])
+def models(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A source and its folded checkpoint."""
+    folder = tmp_path_factory.mktemp(request.param)
+    source = save_model(folder / "source", request.param, num_key_value_heads=4)
+    fold(source, folder / "folded")
+    return source, folder / "folded"
+
+
+def adapter(source: Path, directory: Path, config: Any = LORA, **changes: Any) -> Path:
+    save(wrapped(load(source), config), directory)
+    change_config(directory, {"base_model_name_or_path": str(source)} | changes)
+    return directory
+
+
+def hidden(model: Path, path: Path | None) -> Tensor:
+    """What leaves the last norm, under an adapter."""
+    engine = Engine(EngineOptions(str(model)), log=lambda _: None)
+    assert engine.store is not None
+    if path is None:
+        return engine.runner.hidden(IDS.tolist(), None)
+    engine.store.register("a", path)
+    return engine.runner.hidden(IDS.tolist(), engine.store.acquire("a"))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LORA,
+        peft.VeraConfig(r=8, target_modules=["q_proj", "v_proj"]),
+        peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_an_adapter_of_the_source_does_on_the_folded_model_what_it_does_there(
+    models: tuple[Path, Path], config: Any, tmp_path: Path
+) -> None:
+    source, folded = models
+    path = adapter(source, tmp_path / "a", config)
+    expected, plain = hidden(source, path), hidden(source, None)
+    torch.testing.assert_close(hidden(folded, None), plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(hidden(folded, path), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(expected, plain, rtol=1e-2, atol=1e-2)
+
+
+def test_an_adapter_of_the_folded_model_is_left_as_it_is(models: tuple[Path, Path], tmp_path: Path) -> None:
+    _, folded = models
+    tuned = wrapped(load(folded), LORA)
+    path = save(tuned, tmp_path / "a", base_model_name_or_path=str(folded))
+    with torch.no_grad():
+        expected = tuned.base_model.model(IDS[None], output_hidden_states=True).hidden_states[-1][0]
+    torch.testing.assert_close(hidden(folded, path), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "said"),
+    [
+        (LORA, {"base_model_name_or_path": None}, "base_model_name_or_path"),
+        (LORA, {"base_model_name_or_path": "elsewhere"}, "elsewhere"),
+        (peft.LoraConfig(r=3, target_modules=TARGETS, use_dora=True), {}, "DoRA"),
+        (peft.LoraConfig(r=3, target_modules=["v_proj"], lora_bias=True), {}, "biases"),
+    ],
+)
+def test_one_that_may_not_fit_is_refused_when_it_is_registered(
+    models: tuple[Path, Path], config: Any, changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    source, folded = models
+    path = adapter(source, tmp_path / "a", config, **changes)
+    engine = Engine(EngineOptions(str(folded)), log=lambda _: None)
+    assert engine.store is not None
+    with pytest.raises(SettingsError, match=said):
+        engine.store.register("a", path)
+    assert engine.adapters() == []
+    unfolded = Engine(EngineOptions(str(source)), log=lambda _: None)
+    assert unfolded.store is not None
+    unfolded.store.register("a", path)
+
+
+def test_a_checkpoint_without_folds_has_none(models: tuple[Path, Path]) -> None:
+    source, folded = models
+    assert folds_of(open_checkpoint(str(source))) is None
+    found = folds_of(open_checkpoint(str(folded)))
+    assert found is not None
+    assert (found.served, found.source) == (str(folded), str(source))
+    config = json.loads((source / "config.json").read_text())
+    assert len(found.inputs) == 7 * config["num_hidden_layers"]
