@@ -38,6 +38,8 @@ class PagePool:
         self.pages = pages
         #: Pages that are lent.
         self.lent = 0
+        #: Pages that somebody waits for, beside which new users must find theirs.
+        self.wanted = 0
         self._evicted = evicted
         self._lock = threading.RLock()
         self._users = [0] * pages

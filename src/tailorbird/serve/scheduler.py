@@ -128,6 +128,7 @@ class Scheduler:
             Guesses at most so many tokens that follow a sequence.
         """
         room, pieces = self.step_tokens, []
+        self.pool.wanted = 0  # whoever waits says so again
         writing = [sequence for sequence in self.running if sequence.pending == 1]
         spare = max(0, room - len(writing) - sum(s.pending > 1 for s in self.running) - bool(self.waiting))
         for sequence in sorted(writing, key=_urgency):
@@ -195,7 +196,7 @@ class Scheduler:
             keys = sequence.keys_of_full_pages(self.page_tokens, len(sequence.tokens) - 1)
         found = self.pool.find(keys)
         needed = self._pages_of(len(sequence.tokens) + 1) - len(found)
-        while needed > self.pool.available:
+        while needed > self.pool.available - self.pool.wanted:
             if not self._reclaim():
                 self.pool.release(found)
                 return False

@@ -62,9 +62,9 @@ class Sequence:
     cached: int | None = None
     luck: float = FIRST_LUCK
     ended: bool = False
+    beams: Any = None
     adapted_from: int = 0
     adapter_salt: bytes = b""
-    beams: Any = None
 
     @property
     def pending(self) -> int:

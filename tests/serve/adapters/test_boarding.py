@@ -18,7 +18,6 @@ from tailorbird.formats.packed import IntegerCoding
 from tailorbird.kernels import native
 from tailorbird.run.fused import FusedModel
 from tailorbird.serve.adapters.boarding import MOST_PASSES, Boarding, Ticket
-from tailorbird.serve.adapters.room import AdapterRoom
 from tailorbird.serve.adapters.store import AdapterStore
 from tailorbird.serve.engine import Engine
 from tailorbird.serve.interface import EngineOptions
@@ -186,11 +185,12 @@ def test_reading_ahead_does_not_stop_who_asks(store: AdapterStore, monkeypatch: 
 # --- in the engine -------------------------------------------------------------------------------
 
 
-def engine(folder: Path, fused: FusedModel, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Engine:
-    most = ROOM * opened(fused, folder / "adapters" / "0").nbytes
-    monkeypatch.setattr(AdapterRoom, "most_bytes", property(lambda room: most))
+def engine(folder: Path, fused: FusedModel, **options: Any) -> Engine:
     adapters = {str(i): str(folder / "adapters" / str(i)) for i in range(MANY)}
-    return Engine(EngineOptions(str(folder / "m"), adapters, **options), log=lambda _: None)
+    made = Engine(EngineOptions(str(folder / "m"), adapters, **options), log=lambda _: None)
+    assert made.store is not None
+    made.store._warm_bytes = ROOM * opened(fused, folder / "adapters" / "0").nbytes
+    return made
 
 
 def greedy(id: str, adapter: str | None, count: int, **more: Any) -> Request:
@@ -213,11 +213,9 @@ def texts(outputs: list[Output]) -> dict[tuple[str, int], list[int]]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_more_adapters_than_find_room_are_served_in_turn(
-    seed: int, folder: Path, fused: FusedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_adapters_than_find_room_are_served_in_turn(seed: int, folder: Path, fused: FusedModel) -> None:
     rng = random.Random(seed)
-    alone = engine(folder, fused, monkeypatch)
+    alone = engine(folder, fused)
     expected = {}
     for name in (None, *map(str, range(MANY))):
         outputs: list[Output] = []
@@ -225,7 +223,7 @@ def test_more_adapters_than_find_room_are_served_in_turn(
         finished(alone, outputs)
         expected[name] = texts(outputs)["alone", 0]
     assert len({tuple(tokens) for tokens in expected.values()}) > MANY // 2
-    made = engine(folder, fused, monkeypatch, max_sequences=rng.choice([2, 8]), step_tokens=16)
+    made = engine(folder, fused, max_sequences=rng.choice([2, 8]), step_tokens=16)
     outputs, sent = [], {}
     for number in range(40):
         name = rng.choice([None, *map(str, range(MANY))])
@@ -250,10 +248,8 @@ def test_more_adapters_than_find_room_are_served_in_turn(
     assert made.store._reservations == made.store._handles == set()
 
 
-def test_requests_without_an_adapter_go_on_while_one_waits_for_room(
-    folder: Path, fused: FusedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = engine(folder, fused, monkeypatch)
+def test_requests_without_an_adapter_go_on_while_one_waits_for_room(folder: Path, fused: FusedModel) -> None:
+    made = engine(folder, fused)
     outputs: list[Output] = []
     for name in ("0", "1"):
         made.add(greedy(name, name, 60))
@@ -268,9 +264,9 @@ def test_requests_without_an_adapter_go_on_while_one_waits_for_room(
 
 
 def test_an_adapter_that_has_gone_ends_its_request_with_an_error(
-    folder: Path, fused: FusedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    folder: Path, fused: FusedModel, tmp_path: Path
 ) -> None:
-    made = engine(folder, fused, monkeypatch, adapter_directory=str(tmp_path))
+    made = engine(folder, fused, adapter_directory=str(tmp_path))
     shutil.copytree(folder / "adapters" / "0", tmp_path / "gone")
     made.load_adapter("gone", str(tmp_path / "gone"))
     (tmp_path / "gone" / "adapter_model.safetensors").unlink()

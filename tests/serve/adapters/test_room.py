@@ -54,6 +54,8 @@ def test_pages_are_held_for_the_bytes_that_there_are(seed: int) -> None:
             wanted, free, before = rng.randrange(1500), pool.available, len(discarded)
             pages = -(-wanted // 100)
             fits = pages <= held or (pages <= 12 and pages - held <= free)
+            assert room.fits(wanted, insist=True) == fits or pages <= held
+            assert pool.wanted == (pages - held if pages <= 12 and not fits else pool.wanted)
             assert room.hold(wanted) == fits
             assert len(discarded) - before == (max(0, pages - held) if fits else 0)
             held = pages if fits else held
@@ -180,3 +182,22 @@ def test_an_adapter_that_can_never_fit_is_refused_with_what_would_do(tmp_path: P
     write_adapters(tmp_path / "adapters")
     with pytest.raises(ResourceError, match=r"all adapters together may take.*allow more memory"):
         budgeted(path, tmp_path / "adapters", 4 << 20)
+
+
+@compiled
+def test_an_adapter_finds_room_while_texts_keep_coming(tmp_path: Path) -> None:
+    path = served(tmp_path / "m", **SHAPE)
+    write_adapters(tmp_path / "adapters")
+    made = budgeted(path, tmp_path / "adapters", 14 << 20)
+    run, number, rng = Watched(made), 0, random.Random(0)
+    for step in range(5000):  # reading goes on beside them, and takes as long as it takes
+        while len(made.scheduler.waiting) < 4:  # always more than there are pages for
+            made.add(greedy(f"plain {number}", (number % 256, *range(60)), rng.randrange(5, 90)))
+            number += 1
+        if step == 80:
+            assert made.scheduler.running
+            made.add(greedy("tuned", (1, 2, 3), 5, adapter="3", priority=-1))
+        run.step()
+        if ("tuned", 0) in run.finish:
+            break
+    assert run.finish["tuned", 0] == "length"

@@ -40,10 +40,20 @@ class AdapterRoom:
         """Most bytes of all adapters together."""
         return self._most * self._page_bytes
 
-    def has(self, nbytes: int) -> bool:
-        """Whether all adapters together could have so many bytes now."""
+    def fits(self, nbytes: int, insist: bool) -> bool:
+        """Whether `hold` would find the pages, once adapters that nobody uses were dropped.
+
+        Parameters
+        ----------
+        nbytes : int
+        insist : bool
+            Where it wouldn't, texts that begin leave it so many pages (`PagePool.wanted`).
+        """
         pages = -(-nbytes // self._page_bytes)
-        return pages <= min(self._most, len(self._pages) + self._pool.available)
+        short = pages - len(self._pages) - self._pool.available
+        if insist and pages <= self._most:
+            self._pool.wanted = max(0, pages - len(self._pages)) if short > 0 else 0
+        return pages <= self._most and short <= 0
 
     def hold(self, nbytes: int) -> bool:
         """Let all adapters together have so many bytes; False, and nothing changes, where pages are short."""

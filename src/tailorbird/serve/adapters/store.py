@@ -23,6 +23,7 @@ from tailorbird.kernels.adapters import Adapter, LinearAdapter
 from tailorbird.run.parts import PlacedLinear
 from tailorbird.serve.adapters.folded import Folds
 from tailorbird.serve.adapters.kinds import open_adapter, read_linears
+from tailorbird.serve.adapters.room import AdapterRoom
 from tailorbird.serve.adapters.source import changed
 from tailorbird.serve.adapters.versions import Record, read_records, write_records
 
@@ -39,26 +40,6 @@ class Model(Protocol):
 
     def adapter(self, linears: Mapping[tuple[int, str], LinearAdapter]) -> Adapter:
         """An adapter laid out for the model, from what it makes of linears by (block, role)."""
-
-
-class Room(Protocol):
-    """Memory that adapters share with something else."""
-
-    def has(self, nbytes: int) -> bool:
-        """Whether all adapters together could have so many bytes now."""
-
-    def hold(self, nbytes: int) -> bool:
-        """Let all adapters together have so many bytes; False, and nothing changes, without room."""
-
-
-class _Boundless:
-    """Memory of which there is always more."""
-
-    def has(self, nbytes: int) -> bool:
-        return True
-
-    def hold(self, nbytes: int) -> bool:
-        return True
 
 
 class NoRoom(ResourceError):
@@ -133,13 +114,13 @@ class AdapterStore:
         Or what has its `linears` and `adapter`.
     warm_bytes : int
         Most bytes of adapters that are laid out. While one is read it is there besides.
-    room : Room, optional
-        Told how many bytes of adapters are laid out, before there are more and after there are fewer.
     allowed : Path, optional
         Adapters that aren't trusted must lie below this directory, links followed.
     state : Path, optional
         A file in which names and versions outlive the process; what it holds is registered at once, and
         read when it is needed.
+    room : AdapterRoom, optional
+        The memory that adapters share with others.
     folds : Folds, optional
         Of the model's checkpoint.
 
@@ -155,12 +136,11 @@ class AdapterStore:
         warm_bytes: int,
         allowed: Path | None = None,
         state: Path | None = None,
-        room: Room | None = None,
+        room: AdapterRoom | None = None,
         folds: Folds | None = None,
     ) -> None:
         self._model, self._warm_bytes, self._allowed, self._state = model, warm_bytes, allowed, state
-        self._room: Room = room or _Boundless()
-        self._folds = folds
+        self._room, self._folds = room, folds
         self._lock = threading.Lock()
         self._saving = threading.Lock()  # held while the state file is written, so that the last change wins
         self._names: dict[str, list[_Version]] = {}  # the one that is served, then the one before
@@ -302,8 +282,10 @@ class AdapterStore:
                 return False
             if version.nbytes > self._warm_bytes:
                 return True  # reading it tells so
-            needed = self._used(spare) + version.nbytes
-            return needed <= self._warm_bytes and self._room.has(needed)
+            wanted = self._used(spare) + version.nbytes
+            if wanted > self._warm_bytes:
+                return False
+            return self._room is None or self._room.fits(wanted, insist=not spare)
 
     def fetch(self, reservation: Reservation, spare: bool) -> Future[None]:
         """Lay out in a background thread what was reserved, for `pin`.
@@ -340,7 +322,7 @@ class AdapterStore:
     def drop_oldest(self) -> bool:
         """Give back the memory of what nobody uses, and nobody has for longest; False where there is none."""
         with self._lock:
-            return self._drop_oldest(spare=False)
+            return self._drop_oldest()
 
     def stage(self, name: str, path: str | Path) -> Handle:
         """Check, lay out and pin an adapter that isn't served yet; errors as of `register` and `acquire`.
@@ -453,17 +435,18 @@ class AdapterStore:
         version.adapter = None
         if version in self._warm:
             del self._warm[version]
-            self._room.hold(self._warm_now)
+            self._holds(self._warm_now)
 
-    def _drop_oldest(self, spare: bool) -> bool:
-        """With the lock held; what is needed soon goes last, and never for `spare` room."""
-        idle = [version for version in self._warm if not version.pins]
-        version = next((version for version in idle if not version.reserved), None)
-        if version is None and not spare:
-            version = next(iter(idle), None)
-        if version is not None:
-            self._drop(version)
-        return version is not None
+    def _drop_oldest(self, spare: bool = False) -> bool:
+        """With the lock held; `spare` as in `fetch`. Those that are needed soon go last."""
+        idle = [version for version in self._warm if not (version.pins or (spare and version.reserved))]
+        if idle:
+            self._drop(min(idle, key=lambda version: version.reserved > 0))
+        return bool(idle)
+
+    def _holds(self, nbytes: int) -> bool:
+        """Let adapters have so much memory if they may, with the lock held."""
+        return nbytes <= self._warm_bytes and (self._room is None or self._room.hold(nbytes))
 
     @property
     def _warm_now(self) -> int:
@@ -531,9 +514,7 @@ class AdapterStore:
         if not (version.pins or version.kept or version.reserved):
             return
         self._refuse_without_room(version, spare)
-        while self._warm_now + version.nbytes > self._warm_bytes or not self._room.hold(
-            self._warm_now + version.nbytes
-        ):
+        while not self._holds(self._warm_now + version.nbytes):
             if not self._drop_oldest(spare):
                 raise self._no_room(version)
         version.adapter = adapter
