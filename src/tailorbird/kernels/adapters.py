@@ -19,7 +19,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -191,12 +191,24 @@ class Adapter:
         return ctypes.addressof(self._table)
 
 
+class LaidOut(Protocol):
+    """An adapter that a model laid out for itself: `Adapter`, or another model's kind."""
+
+    @property
+    def blocks(self) -> Any:
+        """What it was made for; no other model has the same object."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+
+
 class Segment(NamedTuple):
     """Tokens `begin` to ``end - 1`` of a batch, which share an adapter."""
 
     begin: int
     end: int
-    adapter: Adapter
+    adapter: LaidOut
 
 
 def check_segments(segments: Iterable[Segment], tokens: int, blocks: Any) -> list[Segment]:
@@ -236,9 +248,9 @@ def within(segments: Iterable[Segment], start: int, stop: int) -> list[Segment]:
 
 
 def segment_structures(segments: Sequence[Segment]) -> ctypes.Array[SegmentStructure]:
-    """The structures of segments that were checked."""
+    """The structures of segments that were checked, of compiled blocks."""
     return (SegmentStructure * len(segments))(
-        *(SegmentStructure(begin, end, adapter.address) for begin, end, adapter in segments)
+        *(SegmentStructure(begin, end, cast(Adapter, adapter).address) for begin, end, adapter in segments)
     )
 
 

@@ -31,7 +31,7 @@ from tailorbird.serve.grammar import Compiler
 from tailorbird.serve.interface import EngineOptions
 from tailorbird.serve.page_pool import PagePool
 from tailorbird.serve.request import Finish, Output, Request
-from tailorbird.serve.runner import FusedRunner, runner_for
+from tailorbird.serve.runner import runner_for
 from tailorbird.serve.sampling import Choice, Sampler, choose
 from tailorbird.serve.scheduler import Piece, Scheduler
 from tailorbird.serve.sequence import FIRST_LUCK, Sequence
@@ -75,8 +75,8 @@ class Engine:
     Attributes
     ----------
     info : dict
-        ``model``, ``context``, ``vocab_size``, ``max_sequences``, ``kv_tokens``, ``path`` (``fused`` or
-        ``modules``), ``note`` (why not fused), ``adapters``, ``startup`` (name -> seconds).
+        ``model``, ``context``, ``vocab_size``, ``max_sequences``, ``kv_tokens``, ``path`` (``fused``,
+        ``paged`` or ``modules``), ``note`` (why not fused), ``adapters``, ``startup`` (name -> seconds).
 
     Raises
     ------
@@ -99,7 +99,7 @@ class Engine:
             checkpoint = open_checkpoint(options.model)
             self.model = load(options.model)
         with self._part("blocks", log):
-            self.runner = runner_for(self.model, read_anatomy(checkpoint).kv_bytes_per_token)
+            self.runner = runner_for(self.model, lambda: read_anatomy(checkpoint).kv_bytes_per_token)
         with self._part("tokenizer", log):
             self._tokenizer = load_tokenizer(options.model)
             self.stop = frozenset(stop_tokens(self.model, self._tokenizer))
@@ -114,8 +114,8 @@ class Engine:
                 self.runner.shares_prefixes,
             )  # fmt: skip
         self.store: AdapterStore | None = None
-        if isinstance(self.runner, FusedRunner):
-            self.store = AdapterStore(self.runner.model, WARM_BYTES)
+        if self.runner.adaptable is not None:
+            self.store = AdapterStore(self.runner.adaptable, WARM_BYTES)
         with self._part("adapters", log):
             for name, path in options.adapters.items():
                 self.adapters_of_model().register(name, Path(path))
@@ -268,7 +268,7 @@ class Engine:
 
     @property
     def _may_draft(self) -> bool:
-        return self.options.speculative and isinstance(self.runner, FusedRunner)
+        return self.options.speculative and self.runner.takes_drafts
 
     def _draft(self, sequence: Sequence, most: int) -> list[int]:
         sequence.luck += RECOVERY * (FIRST_LUCK - sequence.luck)
@@ -425,8 +425,8 @@ class Engine:
         """The adapters of a model that can have some; SettingsError where it can't."""
         if self.store is None:
             raise SettingsError(
-                f"an adapter for a model that runs through its modules ({self.runner.note})",
-                "a model that runs in compiled blocks",
+                f"an adapter for a model that runs through its modules alone ({self.runner.note})",
+                "a model that runs in compiled blocks, or over pages",
                 "merge the adapter into the model",
             )
         return self.store

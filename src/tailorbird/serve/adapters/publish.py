@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tailorbird.errors import GateRefused
-from tailorbird.kernels.adapters import Adapter
+from tailorbird.kernels.adapters import LaidOut
 from tailorbird.serve.adapters.store import AdapterStore
 
 
@@ -33,7 +33,7 @@ class Published:
 
 
 def publish(
-    store: AdapterStore, name: str, path: str | Path, evaluate: Callable[[Adapter], float]
+    store: AdapterStore, name: str, path: str | Path, evaluate: Callable[[LaidOut], float]
 ) -> Published:
     """Serve a new version under a name if its loss is at most that of the version served now.
 
@@ -74,7 +74,7 @@ def publish(
 
 
 def _served(
-    store: AdapterStore, name: str, evaluate: Callable[[Adapter], float]
+    store: AdapterStore, name: str, evaluate: Callable[[LaidOut], float]
 ) -> tuple[int | None, float | None]:
     """Number and loss of the version that is served; None where there is none."""
     if name not in store.names():

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tailorbird.errors import ResourceError, SettingsError, UnknownAdapter
-from tailorbird.kernels.adapters import Adapter, LinearAdapter
+from tailorbird.kernels.adapters import LaidOut, LinearAdapter
 from tailorbird.run.parts import PlacedLinear
 from tailorbird.serve.adapters.kinds import open_adapter, read_linears
 from tailorbird.serve.adapters.source import changed
@@ -30,13 +30,13 @@ _SALT_BYTES = 16
 
 
 class Model(Protocol):
-    """What a store asks of a model; `FusedModel` has it."""
+    """What a store asks of a model; `FusedModel` and `PagedModel` have it."""
 
     @property
     def linears(self) -> Mapping[str, PlacedLinear]:
         """All linears of the blocks by the paths of their modules."""
 
-    def adapter(self, linears: Mapping[tuple[int, str], LinearAdapter]) -> Adapter:
+    def adapter(self, linears: Mapping[tuple[int, str], LinearAdapter]) -> LaidOut:
         """An adapter laid out for the model, from what it makes of linears by (block, role)."""
 
 
@@ -53,8 +53,8 @@ class _Version:
     #: what it takes in memory; until it was laid out once, what its file has
     nbytes: int
     salt: bytes = field(default_factory=lambda: secrets.token_bytes(_SALT_BYTES))
-    adapter: Adapter | None = None
-    loading: Future[Adapter] | None = None
+    adapter: LaidOut | None = None
+    loading: Future[LaidOut] | None = None
     pins: int = 0
     #: it is served, or the one before that
     kept: bool = True
@@ -71,14 +71,14 @@ class Handle:
         Rises with each version that a store is given; no two have the same.
     salt : bytes
         16 bytes that no other version has, for hashes of prefixes in a cache.
-    adapter : Adapter
+    adapter : LaidOut
         For segments of a batch.
     """
 
     name: str
     version: int
     salt: bytes
-    adapter: Adapter
+    adapter: LaidOut
     _version: _Version = field(repr=False)
 
 
@@ -87,8 +87,8 @@ class AdapterStore:
 
     Parameters
     ----------
-    model : FusedModel
-        Or what has its `linears` and `adapter`.
+    model : FusedModel or PagedModel
+        Or what has their `linears` and `adapter`.
     warm_bytes : int
         Most bytes of adapters that are laid out. While one is read it is there besides.
     allowed : Path, optional
@@ -364,7 +364,7 @@ class AdapterStore:
     def _fetch(self, version: _Version) -> None:
         self._laid_out(version)
 
-    def _laid_out(self, version: _Version) -> Adapter:
+    def _laid_out(self, version: _Version) -> LaidOut:
         """The adapter of a version, read by one thread for all that ask."""
         with self._lock:
             if version.adapter is not None:
@@ -373,7 +373,7 @@ class AdapterStore:
             reading = version.loading
             if reading is None:
                 self._refuse_without_room(version)
-                mine: Future[Adapter] = Future()
+                mine: Future[LaidOut] = Future()
                 version.loading = mine
         if reading is not None:
             return reading.result()
@@ -390,13 +390,13 @@ class AdapterStore:
         mine.set_result(adapter)
         return adapter
 
-    def _read(self, version: _Version) -> Adapter:
+    def _read(self, version: _Version) -> LaidOut:
         opened = open_adapter(version.record.path, self._model.linears, self._allowed)
         if opened.source.fingerprint != version.record.fingerprint:
             raise changed(opened.source.directory)
         return self._model.adapter(read_linears(opened))
 
-    def _admit(self, version: _Version, adapter: Adapter) -> None:
+    def _admit(self, version: _Version, adapter: LaidOut) -> None:
         """Keep what was read, in the place of the least recently used, with the lock held."""
         version.nbytes = adapter.nbytes
         if not version.pins and not version.kept:
