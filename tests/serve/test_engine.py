@@ -184,11 +184,12 @@ def test_few_pages_small_steps_and_guesses_change_nothing(seed: int, tmp_path: P
         assert run.tokens[request.id, 0] == alone(made, request.prompt, request.max_tokens)[0]
 
 
-def test_a_model_that_runs_through_its_modules_is_served(tmp_path: Path) -> None:
-    path = str(save_model(tmp_path / "m", "llama", hidden_act="tanh"))
+def test_a_model_that_neither_blocks_nor_pages_suit_is_served_by_its_modules(tmp_path: Path) -> None:
+    path = str(save_model(tmp_path / "m", "falcon", alibi=True, new_decoder_architecture=False))
     made = engine(path, max_sequences=3, step_tokens=16)
     assert made.info["path"] == "modules"
-    assert made.info["note"]
+    assert "ALiBi" in made.info["note"]
+    assert "0 of 2 blocks" in made.info["note"]
     run = Watched(made)
     requests = [greedy(str(i), tuple(range(i, i + 20)), 6) for i in range(4)]
     for request in requests:

@@ -56,17 +56,24 @@ def _keep_rule(*, q_length: int, kv_length: int, mask_function: MaskRule, **_: A
     return mask
 
 
+def configs_of(model: Any) -> list[Any]:
+    """Every config that a module of the model reads."""
+    found = [getattr(module, "config", None) for module in model.modules()]
+    return list({id(config): config for config in found if config is not None}.values())
+
+
 @contextmanager
-def attending(model: Any, attend: Attend, name: str = _PAGED) -> Iterator[None]:
-    """Let `attend` do the attention of a model, in this thread, until the end of the block."""
+def attending(configs: list[Any], attend: Attend, name: str = _PAGED) -> Iterator[None]:
+    """Let `attend` do the attention of the model with these configs until the end of the block.
+
+    Other threads must not run it meanwhile.
+    """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(_PAGED, _call)
     AttentionInterface.register(_RECORDED, _call)
     AttentionMaskInterface.register(_RECORDED, _keep_rule)
-    found = [getattr(module, "config", None) for module in model.modules()]
-    configs = list({id(config): config for config in found if config is not None}.values())
     before = [config._attn_implementation for config in configs]
     token = _attend.set(attend)
     try:
@@ -114,7 +121,7 @@ def attention_layers(model: Any, ids: Tensor) -> dict[nn.Module, AttentionLayer]
 
     token = _masks.set([])
     try:
-        with attending(model, record, _RECORDED):
+        with attending(configs_of(model), record, _RECORDED):
             model(
                 input_ids=ids,
                 position_ids=torch.arange(ids.shape[1], device=ids.device)[None],

@@ -63,12 +63,12 @@ class ModuleAdapter:
 
 
 def _moved(linear: LinearAdapter, device: torch.device, moved: dict[int, Tensor]) -> LinearAdapter:
-    """The same on another device; `moved` remembers tensors by the address that they had."""
+    """The same on another device; `moved` remembers tensors by the identity of those that were given."""
 
     def there(tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
             return None
-        return moved.setdefault(tensor.data_ptr(), tensor.detach().to(device))
+        return moved.setdefault(id(tensor), tensor.detach().to(device))
 
     return replace(
         linear, down=there(linear.down), up=there(linear.up), inputs=there(linear.inputs),

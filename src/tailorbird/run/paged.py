@@ -22,7 +22,7 @@ from tailorbird.kernels import paged_attention
 from tailorbird.kernels.adapters import LinearAdapter, Segment, check_segments
 from tailorbird.kernels.paged_attention import PackedTokens
 from tailorbird.model.anatomy import is_linear
-from tailorbird.run.attention_layers import attending, attention_layers
+from tailorbird.run.attention_layers import attending, attention_layers, configs_of
 from tailorbird.run.module_adapters import ModuleAdapter, adapted
 from tailorbird.run.pages import Cache, Pages
 from tailorbird.run.parts import PlacedLinear, Unsuited, check_rotary
@@ -51,7 +51,7 @@ class PagedModel:
     def __init__(self, model: Any) -> None:
         if model.training:
             raise Unsuited("the model is in training mode")
-        self.model = model
+        self.model, self._configs = model, configs_of(model)
         devices = {parameter.device for parameter in model.parameters()}
         if len(devices) != 1:
             raise Unsuited(f"the model is on {len(devices)} devices")
@@ -156,7 +156,7 @@ class PagedModel:
             )
             return found[None]
 
-        with attending(self.model, attend), adapted(segments):
+        with attending(self._configs, attend), adapted(segments):
             yield
 
     @torch.no_grad()
