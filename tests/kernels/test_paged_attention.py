@@ -104,6 +104,30 @@ def test_compiled_attention_is_exact(name: str, dtype: torch.dtype, tolerance: f
     check(LAYERS[name], NATIVE, dtype, tolerance)
 
 
+@pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("name", LAYERS)
+def test_compiled_attention_has_the_same_bits_alone(name: str) -> None:
+    layer, lengths = LAYERS[name], [50, 1, 33]
+    queries = [torch.randn(layer.heads, length, layer.head_dim) for length in lengths]
+    pairs = [torch.randn(2, layer.kv_heads, length, layer.head_dim) for length in lengths]
+
+    def attended(chosen: list[int]) -> Tensor:
+        shape = 2 * len(chosen), layer.kv_heads, layer.head_dim * PAGE
+        positions = torch.cat([torch.arange(lengths[i], dtype=torch.int32) for i in chosen])
+        sequences = torch.repeat_interleave(torch.tensor([lengths[i] for i in chosen])).int()
+        tables = torch.arange(2 * len(chosen), dtype=torch.int32).view(-1, 2)
+        keys, values = torch.cat([pairs[i] for i in chosen], 2)
+        return attend(
+            layer, NATIVE, PackedTokens(positions, sequences, tables, CPU),
+            torch.cat([queries[i] for i in chosen], 1), keys, values, (torch.zeros(shape), torch.zeros(shape)),
+        )  # fmt: skip
+
+    together = attended([0, 1, 2]).split(lengths)
+    for number, found in enumerate(together):
+        assert torch.equal(found, attended([number]))
+
+
 @pytest.mark.parametrize(
     "layer", [*LAYERS.values(), SINKS, replace(SINKS, softcap=0.0), AttentionLayer(2, 1, 6, 0.4)]
 )

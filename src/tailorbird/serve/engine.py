@@ -398,7 +398,8 @@ class Engine:
         Raises
         ------
         SettingsError
-            The model runs through its modules alone, or the path isn't below `adapter_directory`, links followed.
+            The model runs through its modules alone, or the path isn't below `adapter_directory`, links
+            followed.
         CheckpointError
             Files are missing, damaged or pickled, or don't fit the model.
         """
