@@ -120,7 +120,8 @@ def test_compiled_attention_has_the_same_bits_alone(name: str) -> None:
         keys, values = torch.cat([pairs[i] for i in chosen], 2)
         return attend(
             layer, NATIVE, PackedTokens(positions, sequences, tables, CPU),
-            torch.cat([queries[i] for i in chosen], 1), keys, values, (torch.zeros(shape), torch.zeros(shape)),
+            torch.cat([queries[i] for i in chosen], 1), keys, values,
+            (torch.zeros(shape), torch.zeros(shape)),
         )  # fmt: skip
 
     together = attended([0, 1, 2]).split(lengths)

@@ -129,6 +129,20 @@ def test_packed_models_without_compiled_blocks_write_the_same(
     check_random_schedule(made, seed=2, requests=6)
 
 
+def test_a_trained_model_with_heads_of_eight_channels_writes_its_stories(assets: Path) -> None:
+    made = engine(str(assets / "models" / "stories260k"), max_sequences=4, step_tokens=32)
+    tokenizer, found = made._tokenizer, list[Output]()
+    prompts = [
+        tuple(tokenizer(text).input_ids) for text in ("Once upon a time", "One day, a dog", "Once there")
+    ]
+    for number, prompt in enumerate(prompts):
+        made.add(greedy(str(number), prompt, 60))
+        run(made, found, 3)
+    run(made, found)
+    for number, prompt in enumerate(prompts):
+        check_greedy(made.model, prompt, texts_in(found)[str(number), 0], 60)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_few_pages_small_steps_and_guesses_change_nothing(seed: int, tmp_path: Path) -> None:
     rng = random.Random(seed)

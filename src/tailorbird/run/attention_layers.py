@@ -49,9 +49,16 @@ def _call(
     return _attend.get()(module, query, key, value, attention_mask, settings), None
 
 
-def _keep_rule(*, q_length: int, kv_length: int, mask_function: MaskRule, **_: Any) -> Tensor:
+def _keep_rule(
+    *,
+    q_length: int,
+    kv_length: int,
+    mask_function: MaskRule,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> Tensor:
     """What transformers calls for a mask: a stand-in, by which its rule is found again."""
-    mask = torch.ones(1, 1, q_length, kv_length, dtype=torch.bool)
+    mask = torch.ones(1, 1, q_length, kv_length, dtype=torch.bool, device=device)
     _masks.get().append((mask, mask_function))
     return mask
 
@@ -107,16 +114,20 @@ def attention_layers(model: Any, ids: Tensor) -> dict[nn.Module, AttentionLayer]
         raise Unsuited(f"blocks of kind `{sorted(kinds)[0]}`")
     positions = getattr(config, "max_position_embeddings", None) or _MOST_POSITIONS
     layers: dict[nn.Module, AttentionLayer] = {}
+    windows: dict[int, int] = {}  # by the numbers of masks, which blocks share
 
     def record(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, settings: dict[str, Any]
     ) -> Tensor:
         if module in layers:
             raise Unsuited("one module attends more than once")
-        rules = [rule for kept, rule in _masks.get() if kept is mask]
-        if not rules:
+        masks = _masks.get()
+        number = next((number for number, (kept, _) in enumerate(masks) if kept is mask), None)
+        if number is None:
             raise Unsuited("attention with a mask of its own")
-        layers[module] = _layer(query, key, value, settings, _window(rules[0], positions))
+        if number not in windows:
+            windows[number] = _window(masks[number][1], positions)
+        layers[module] = _layer(query, key, value, settings, windows[number])
         return torch.zeros_like(query).transpose(1, 2)
 
     token = _masks.set([])

@@ -227,11 +227,11 @@ class ModuleRunner:
                 self._caches[piece.sequence] = DynamicCache(config=self.model.config)
             ids = piece.sequence.tokens[piece.start : piece.start + piece.count]
             output = self.model(
-                input_ids=torch.tensor([ids]), past_key_values=self._caches[piece.sequence], use_cache=True,
-                logits_to_keep=1,
+                input_ids=torch.tensor([ids], device=self.model.device),
+                past_key_values=self._caches[piece.sequence], use_cache=True, logits_to_keep=1,
             )  # fmt: skip
             if piece.chooses:
-                found.append(output.logits[0, -1:].float())
+                found.append(output.logits[0, -1:].float().cpu())
         return found
 
     def copy(self, source: int, target: int) -> None:
@@ -244,5 +244,6 @@ class ModuleRunner:
     @torch.no_grad()
     def hidden(self, ids: Sequence[int], adapter: Any) -> Tensor:
         """See `Runner`."""
-        output = self.model(input_ids=torch.tensor([list(ids)]), output_hidden_states=True)
-        return output.hidden_states[-1][0].float()
+        given = torch.tensor([list(ids)], device=self.model.device)
+        output = self.model(input_ids=given, output_hidden_states=True)
+        return output.hidden_states[-1][0].float().cpu()
