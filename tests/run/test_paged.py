@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tailorbird.kernels import native, paged_attention
-from tailorbird.kernels.adapters import LinearAdapter, Segment
+from tailorbird.kernels.adapters import LinearAdapter, Segment, TiledRows
 from tailorbird.run.paged import PagedModel
 from tailorbird.run.parts import Unsuited
 from tiny import ARCHITECTURES, BASE, DECODER, make_model
@@ -217,7 +217,10 @@ def merged(model: Any, made: PagedModel, change: dict[tuple[int, str], LinearAda
         before[module] = module.weight.data, module.bias
         weight = module.weight.data.double()
         if adapter.down is not None and adapter.up is not None:
-            weight = weight + adapter.scale * (adapter.up.double() @ adapter.down.double())
+            up, core = adapter.up, torch.eye(len(adapter.down)) if adapter.core is None else adapter.core
+            if isinstance(up, TiledRows):
+                up = up.times(torch.eye(up.shape[1])).t()
+            weight = weight + adapter.scale * (up.double() @ core.double() @ adapter.down.double())
         if adapter.outputs is not None:
             weight = adapter.outputs.double()[:, None] * weight
         if adapter.inputs is not None:
@@ -243,11 +246,13 @@ def change_of(made: PagedModel, seed: int) -> dict[tuple[int, str], LinearAdapte
     for place in made.linears.values():
         rows, columns = place.module.weight.shape
         rank = rng.randint(1, 9)
-        low = (normal(rank, columns) / columns**0.5, normal(rows, rank) / rank**0.5)
+        matrix = normal(rows, rank) / rank**0.5
+        low = (normal(rank, columns) / columns**0.5, TiledRows(matrix) if rng.random() < 0.3 else matrix)
         down, up = low if rng.random() < 0.7 else (None, None)
+        core = normal(rank, rank) / rank**0.5 if down is not None and rng.random() < 0.3 else None
         found[place.block, place.role] = LinearAdapter(
             down, up, 0.4, *(1 + 0.3 * normal(n) if rng.random() < 0.5 else None for n in (columns, rows)),
-            bias=normal(rows) if rng.random() < 0.3 else None,
+            bias=normal(rows) if rng.random() < 0.3 else None, core=core,
         )  # fmt: skip
     return found
 

@@ -16,6 +16,7 @@ adapter those that it has without any.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,23 @@ class TiledRows:
     def __init__(self, matrix: Tensor) -> None:
         self.shape, self.dtype = matrix.shape, matrix.dtype
         self.tiles = rows_by_tile(matrix.detach())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tiles."""
+        return self.tiles.nbytes
+
+    def to(self, device: torch.device) -> TiledRows:
+        """The same on a device."""
+        if self.tiles.device == device:
+            return self
+        moved = copy.copy(self)
+        moved.tiles = self.tiles.to(device)
+        return moved
+
+    def times(self, low: Tensor) -> Tensor:
+        """``low @ matrix.T`` for ``low [tokens, rank]``, float32."""
+        return torch.einsum("tr,nrl->tnl", low, self.tiles.float()).flatten(1)[:, : self.shape[0]]
 
 
 class SegmentStructure(ctypes.Structure):

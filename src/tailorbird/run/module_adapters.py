@@ -1,6 +1,6 @@
 """Adapters for the linears of a model's own modules: each segment of a packed row has its own.
 
-    y = outputs ⊙ (W (inputs ⊙ x) + scale · B (A (inputs ⊙ x))) + bias
+    y = outputs ⊙ (W (inputs ⊙ x) + scale · B (C (A (inputs ⊙ x)))) + bias
 
 Any part may be absent, as in `kernels/adapters.py`. The modules run as they are, on all rows; hooks, there
 for one step, change the rows of segments.
@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tailorbird.kernels.adapters import LinearAdapter, Segment
+from tailorbird.kernels.adapters import LinearAdapter, Segment, TiledRows
 from tailorbird.run.parts import PlacedLinear, linear_shape
 
 #: first row, the one after the last, and what happens to them
@@ -52,28 +52,26 @@ class ModuleAdapter:
         self.blocks = blocks
         self.linears: dict[nn.Module, LinearAdapter] = {}
         modules = {(place.block, place.role): place.module for place in blocks.values()}
-        moved: dict[int, Tensor] = {}  # a tensor that several linears share is there once
+        moved: dict[int, Tensor | TiledRows] = {}  # what several linears share is there once
         for (block, role), linear in linears.items():
             if (block, role) not in modules:
                 raise ValueError(f"an adapter for `{role}` in block {block}; expected a linear of the model")
             module = modules[block, role]
             linear.check(*linear_shape(module), f"block {block}, `{role}`")
             self.linears[module] = _moved(linear, device, moved)
-        self.nbytes = sum(tensor.nbytes for tensor in moved.values())
+        self.nbytes = sum(one.nbytes for one in moved.values())
 
 
-def _moved(linear: LinearAdapter, device: torch.device, moved: dict[int, Tensor]) -> LinearAdapter:
-    """The same on another device; `moved` remembers tensors by the identity of those that were given."""
-
-    def there(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        return moved.setdefault(id(tensor), tensor.detach().to(device))
-
-    return replace(
-        linear, down=there(linear.down), up=there(linear.up), inputs=there(linear.inputs),
-        outputs=there(linear.outputs), bias=there(linear.bias),
-    )  # fmt: skip
+def _moved(
+    linear: LinearAdapter, device: torch.device, moved: dict[int, Tensor | TiledRows]
+) -> LinearAdapter:
+    """The same on another device; `moved` remembers parts by the identity of those that were given."""
+    parts: dict[str, Any] = {}
+    for name in ("down", "up", "core", "inputs", "outputs", "bias"):
+        part = getattr(linear, name)
+        if part is not None:
+            parts[name] = moved.setdefault(id(part), part.to(device))
+    return replace(linear, **parts)
 
 
 @contextmanager
@@ -132,7 +130,12 @@ def changed_rows(y: Tensor, x: Tensor, linear: LinearAdapter, bias: Tensor | Non
         result = result - bias
     if linear.down is not None and linear.up is not None:
         low = x.float() @ linear.down.float().t()
-        result = result + linear.scale * (low @ linear.up.float().t())
+        if linear.core is not None:
+            low = low @ linear.core.t()
+        up = linear.up
+        result = result + linear.scale * (
+            up.times(low) if isinstance(up, TiledRows) else low @ up.float().t()
+        )
     if linear.outputs is not None:
         result = result * linear.outputs
     stated = linear.bias if linear.bias is not None else bias
