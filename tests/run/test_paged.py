@@ -220,7 +220,9 @@ def merged(model: Any, made: PagedModel, change: dict[tuple[int, str], LinearAda
             up, core = adapter.up, torch.eye(len(adapter.down)) if adapter.core is None else adapter.core
             if isinstance(up, TiledRows):
                 up = up.times(torch.eye(up.shape[1])).t()
-            weight = weight + adapter.scale * (up.double() @ core.double() @ adapter.down.double())
+            ranks = torch.ones(len(core)) if adapter.ranks is None else adapter.ranks
+            low = ranks.double()[:, None] * adapter.down.double()
+            weight = weight + adapter.scale * (up.double() @ core.double() @ low)
         if adapter.outputs is not None:
             weight = adapter.outputs.double()[:, None] * weight
         if adapter.inputs is not None:
@@ -249,10 +251,14 @@ def change_of(made: PagedModel, seed: int) -> dict[tuple[int, str], LinearAdapte
         matrix = normal(rows, rank) / rank**0.5
         low = (normal(rank, columns) / columns**0.5, TiledRows(matrix) if rng.random() < 0.3 else matrix)
         down, up = low if rng.random() < 0.7 else (None, None)
-        core = normal(rank, rank) / rank**0.5 if down is not None and rng.random() < 0.3 else None
+        core, ranks = (
+            normal(rank, *more) / rank**0.5 if down is not None and rng.random() < 0.4 else None
+            for more in ((rank,), ())
+        )
         found[place.block, place.role] = LinearAdapter(
             down, up, 0.4, *(1 + 0.3 * normal(n) if rng.random() < 0.5 else None for n in (columns, rows)),
             bias=normal(rows) if rng.random() < 0.3 else None, core=core,
+            ranks=ranks,
         )  # fmt: skip
     return found
 

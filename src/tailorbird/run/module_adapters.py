@@ -1,6 +1,6 @@
 """Adapters for the linears of a model's own modules: each segment of a packed row has its own.
 
-    y = outputs ⊙ (W (inputs ⊙ x) + scale · B (C (A (inputs ⊙ x)))) + bias
+    y = outputs ⊙ (W (inputs ⊙ x) + scale · B (C (ranks ⊙ A (inputs ⊙ x)))) + bias
 
 Any part may be absent, as in `kernels/adapters.py`. The modules run as they are, on all rows; hooks, there
 for one step, change the rows of segments.
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any, cast
 
@@ -67,10 +67,10 @@ def _moved(
 ) -> LinearAdapter:
     """The same on another device; `moved` remembers parts by the identity of those that were given."""
     parts: dict[str, Any] = {}
-    for name in ("down", "up", "core", "inputs", "outputs", "bias"):
-        part = getattr(linear, name)
-        if part is not None:
-            parts[name] = moved.setdefault(id(part), part.to(device))
+    for field in fields(linear):
+        part = getattr(linear, field.name)
+        if isinstance(part, Tensor | TiledRows):
+            parts[field.name] = moved.setdefault(id(part), part.to(device))
     return replace(linear, **parts)
 
 
@@ -130,6 +130,8 @@ def changed_rows(y: Tensor, x: Tensor, linear: LinearAdapter, bias: Tensor | Non
         result = result - bias
     if linear.down is not None and linear.up is not None:
         low = x.float() @ linear.down.float().t()
+        if linear.ranks is not None:
+            low = low * linear.ranks
         if linear.core is not None:
             low = low @ linear.core.t()
         up = linear.up
