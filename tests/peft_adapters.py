@@ -14,9 +14,11 @@ from torch import Tensor
 
 from compressed import save_compressed
 from tailorbird.formats.packed import IntegerCoding
-from tailorbird.kernels.adapters import Adapter, Segment
+from tailorbird.kernels.adapters import Adapter, LaidOut, Segment
 from tailorbird.model.load import load
 from tailorbird.run.fused import FusedModel
+from tailorbird.run.module_adapters import ModuleAdapter
+from tailorbird.run.paged import PagedModel
 from tailorbird.serve.adapters.kinds import open_adapter, read_linears
 from tiny import make_model
 
@@ -63,18 +65,23 @@ def opened(fused: FusedModel, directory: Path) -> Adapter:
     return fused.adapter(read_linears(open_adapter(directory, fused.linears)))
 
 
+def opened_for_modules(paged: PagedModel, directory: Path) -> ModuleAdapter:
+    """The same for a model that runs through its modules."""
+    return paged.adapter(read_linears(open_adapter(directory, paged.linears)))
+
+
 def prompt(tokens: int = 24, seed: int = 1) -> Tensor:
     return torch.randint(0, 256, (tokens,), generator=torch.Generator().manual_seed(seed))
 
 
-def logits(fused: FusedModel, ids: Tensor, adapter: Adapter | None) -> Tensor:
+def logits(model: FusedModel | PagedModel, ids: Tensor, adapter: LaidOut | None) -> Tensor:
     """Logits of one sequence, all of it with this adapter: ``[tokens, vocab_size]``."""
     count = len(ids)
-    pages = fused.pages(1)
+    pages = model.pages(1)
     pages.reach(count)
     segments = [] if adapter is None else [Segment(0, count, adapter)]
     positions, zeros = torch.arange(count, dtype=torch.int32), torch.zeros(count, dtype=torch.int32)
-    return fused.step(ids, positions, zeros, pages, torch.arange(count), segments)
+    return model.step(ids, positions, zeros, pages, torch.arange(count), segments)
 
 
 def expected_logits(made: Any, ids: Tensor) -> Tensor:

@@ -218,9 +218,14 @@ int main(int, char** arguments) {
     };
     const std::vector<float> down = numbers(rank * in_features), up = numbers(rank * tiles * LANES), outputs = numbers(rows);
     const std::vector<float> own = numbers(rows), inputs = numbers(tokens * in_features);
-    const LinearAdapter adapter{low_rank ? down.data() : nullptr, low_rank ? up.data() : nullptr, nullptr,
+    // A core that is the identity, and ranks that are 1, change nothing.
+    std::vector<float> core(rank * rank), ones(rank, 1.0f);
+    for (std::int64_t r = 0; r < rank; ++r) core[r * rank + r] = 1;
+    const LinearAdapter adapter{low_rank ? down.data() : nullptr, low_rank ? up.data() : nullptr,
+                                low_rank && random() % 2 ? core.data() : nullptr,
+                                low_rank && random() % 2 ? ones.data() : nullptr, nullptr,
                                 factors ? outputs.data() : nullptr, bias ? own.data() : nullptr,
-                                low_rank ? rank : 0, 0.5f, 1, 1};
+                                low_rank ? rank : 0, 0.5f, Matrix::float32, Matrix::float32};
     std::vector<std::int64_t> offsets(rows + 1);
     std::vector<std::uint16_t> narrow, values;
     std::vector<std::int32_t> wide;

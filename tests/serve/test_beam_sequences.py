@@ -180,14 +180,24 @@ def test_company_few_pages_and_few_places_change_nothing(seed: int, tmp_path: Pa
         assert run.tokens[f"other {number}", 0] == alone(tight, (number, 1, 2), 20)[0]
 
 
-def test_models_that_run_through_their_modules_are_searched(tmp_path: Path) -> None:
-    path = str(save_model(tmp_path / "m", "llama", hidden_act="tanh"))
+@pytest.mark.parametrize(
+    ("kind", "architecture", "changes"),
+    [
+        ("paged", "llama", {"hidden_act": "tanh"}),
+        ("modules", "falcon", {"alibi": True, "new_decoder_architecture": False}),
+    ],
+)
+def test_models_that_run_through_their_modules_are_searched(
+    kind: str, architecture: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    path = str(save_model(tmp_path / "m", architecture, **changes))
     made, beams = engine(path, max_sequences=4), BeamSearch(3)
-    assert made.info["path"] == "modules"
+    assert made.info["path"] == kind
     run = Watched(made)
     made.add(search("a", (5, 6, 7), 8, beams, n=3))
     run.run()
-    expected = of_transformers(make_model("llama", hidden_act="tanh"), (5, 6, 7), 8, beams, sorted(made.stop))
+    dense = make_model(architecture, **changes)
+    expected = of_transformers(dense, (5, 6, 7), 8, beams, sorted(made.stop))
     check(finished(run, "a"), expected, 1.0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -138,11 +139,12 @@ def test_a_model_without_one_floating_parameter_is_served(
     assert found.shape == (1, 6)
 
 
-def test_a_model_that_runs_through_its_modules_is_served(tmp_path: Path) -> None:
-    path = str(save_model(tmp_path / "m", "llama", hidden_act="tanh"))
+def test_a_model_that_neither_blocks_nor_pages_suit_is_served_by_its_modules(tmp_path: Path) -> None:
+    path = str(save_model(tmp_path / "m", "falcon", alibi=True, new_decoder_architecture=False))
     made = engine(path, max_sequences=3, step_tokens=16)
     assert made.info["path"] == "modules"
-    assert made.info["note"]
+    assert "ALiBi" in made.info["note"]
+    assert "0 of 2 blocks" in made.info["note"]
     run = Watched(made)
     requests = [greedy(str(i), tuple(range(i, i + 20)), 6) for i in range(4)]
     for request in requests:
@@ -154,10 +156,19 @@ def test_a_model_that_runs_through_its_modules_is_served(tmp_path: Path) -> None
         made.load_adapter("a", str(tmp_path))
 
 
-@pytest.mark.parametrize("activation", ["silu", "tanh"])
-def test_each_block_of_a_step_counts_as_getting_on(activation: str, tmp_path: Path) -> None:
-    made = engine(str(save_model(tmp_path / "m", "llama", hidden_act=activation)))
-    assert made.info["path"] == ("fused" if activation == "silu" else "modules")
+@pytest.mark.parametrize(
+    ("kind", "architecture", "changes"),
+    [
+        ("fused", "llama", {}),
+        ("paged", "llama", {"hidden_act": "tanh"}),
+        ("modules", "falcon", {"alibi": True, "new_decoder_architecture": False}),
+    ],
+)
+def test_each_block_of_a_step_counts_as_getting_on(
+    kind: str, architecture: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    made = engine(str(save_model(tmp_path / "m", architecture, **changes)))
+    assert made.info["path"] == kind
     made.add(greedy("a", (1, 2), 3))
     seen = [made.progress()]
     while made.busy:

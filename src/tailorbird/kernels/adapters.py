@@ -16,10 +16,11 @@ adapter those that it has without any.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -59,6 +60,23 @@ class TiledRows:
     def __init__(self, matrix: Tensor) -> None:
         self.shape, self.dtype = matrix.shape, matrix.dtype
         self.tiles = rows_by_tile(matrix.detach())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tiles."""
+        return self.tiles.nbytes
+
+    def to(self, device: torch.device) -> TiledRows:
+        """The same on a device."""
+        if self.tiles.device == device:
+            return self
+        moved = copy.copy(self)
+        moved.tiles = self.tiles.to(device)
+        return moved
+
+    def times(self, low: Tensor) -> Tensor:
+        """``low @ matrix.T`` for ``low [tokens, rank]``, float32."""
+        return torch.einsum("tr,nrl->tnl", low, self.tiles.float()).flatten(1)[:, : self.shape[0]]
 
 
 class SegmentStructure(ctypes.Structure):
@@ -191,12 +209,24 @@ class Adapter:
         return ctypes.addressof(self._table)
 
 
+class LaidOut(Protocol):
+    """An adapter that a model laid out for itself: `Adapter`, or another model's kind."""
+
+    @property
+    def blocks(self) -> Any:
+        """What it was made for; no other model has the same object."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+
+
 class Segment(NamedTuple):
     """Tokens `begin` to ``end - 1`` of a batch, which share an adapter."""
 
     begin: int
     end: int
-    adapter: Adapter
+    adapter: LaidOut
 
 
 def check_segments(segments: Iterable[Segment], tokens: int, blocks: Any) -> list[Segment]:
@@ -236,9 +266,9 @@ def within(segments: Iterable[Segment], start: int, stop: int) -> list[Segment]:
 
 
 def segment_structures(segments: Sequence[Segment]) -> ctypes.Array[SegmentStructure]:
-    """The structures of segments that were checked."""
+    """The structures of segments that were checked, of compiled blocks."""
     return (SegmentStructure * len(segments))(
-        *(SegmentStructure(begin, end, adapter.address) for begin, end, adapter in segments)
+        *(SegmentStructure(begin, end, cast(Adapter, adapter).address) for begin, end, adapter in segments)
     )
 
 

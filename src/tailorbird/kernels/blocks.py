@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from tailorbird.kernels.adapters import Segment, check_segments, segment_structures
+from tailorbird.kernels.adapters import Adapter, Segment, check_segments, segment_structures
 from tailorbird.kernels.native import WeightStructure, best_version, library
 
 #: Tokens whose keys and values share a page.
@@ -106,13 +107,13 @@ class Batch:
         self.positions, self.sequences, self.pages, self.seconds = positions, sequences, pages, seconds
         structures = segment_structures(segments)
         self._kept = slots, ancestors, tree_start, structures, segments
-        self._described = _BatchStructure(
+        self.described = _BatchStructure(
             positions.data_ptr(), (positions if slots is None else slots).data_ptr(), sequences.data_ptr(),
             pages.data_ptr(),
             None if ancestors is None else ancestors.data_ptr(),
             None if tree_start is None else tree_start.data_ptr(),
             positions.shape[0], pages.shape[1], 0, ctypes.addressof(structures), len(segments),
-            max((segment.adapter.rank for segment in segments), default=0),
+            max((cast(Adapter, segment.adapter).rank for segment in segments), default=0),
             int(cache_dtype == torch.float32), None if seconds is None else seconds.data_ptr(),
         )  # fmt: skip
 
@@ -126,7 +127,7 @@ class Batch:
     ) -> None:
         """Run the tokens through blocks ``first`` to ``last - 1``; the rest is as of `run_blocks`."""
         _check_hidden(hidden)
-        described = self._described
+        described = self.described
         tokens, described.width = hidden.shape
         if tokens != described.tokens:
             raise ValueError(f"hidden states of {tokens} tokens; expected those of {described.tokens}")
@@ -193,6 +194,34 @@ def run_blocks(
         positions, sequences, pages, cache_dtype, slots, ancestors, tree_start, checked, seconds
     )  # fmt: skip
     batch.run(blocks, hidden, first, len(blocks) if last is None else last, version)
+
+
+def run_attention(
+    block: BlockStructure, batch: Batch, projected: Tensor, version: int | None = None
+) -> Tensor:
+    """Attention of a block without its linears, norms and rotary angles; keys and values go into its pages.
+
+    Parameters
+    ----------
+    block : BlockStructure
+        With its pages, heads, window, scale and soft cap, and where in `projected` they lie.
+    batch : Batch
+    projected : Tensor[tokens, (heads + 2 * kv_heads) * head_dim], float32, contiguous
+        Queries, keys and values.
+    version : int, optional
+        As of `run_blocks`.
+
+    Returns
+    -------
+    Tensor[tokens, heads * head_dim], float32
+    """
+    _check_hidden(projected)
+    outputs = torch.empty(len(projected), block.heads * block.head_dim, dtype=torch.float32, device="cpu")
+    library().tailorbird_run_attention(
+        ctypes.byref(block), ctypes.addressof(batch.described), projected.data_ptr(), projected.shape[1],
+        outputs.data_ptr(), torch.get_num_threads(), best_version() if version is None else version,
+    )  # fmt: skip
+    return outputs
 
 
 def _check_hidden(hidden: Tensor) -> None:

@@ -109,7 +109,8 @@ _triton_planes = _lazily("triton_linear", "prepare")
 _has_planes = _lazily("triton_linear", "serves")
 
 
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed, without importing it."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -120,7 +121,7 @@ PATHS = (
         device="cuda",
         dtypes=(torch.bfloat16, torch.float16, torch.float32),
         max_rows=64,
-        runs_here=_has_triton,
+        runs_here=has_triton,
         missing="Triton isn't installed",
         serves=_has_planes,
         prepare=_triton_planes,
@@ -132,7 +133,7 @@ PATHS = (
         device="cuda",
         dtypes=(torch.bfloat16, torch.float16, torch.float32),
         max_rows=1 << 30,
-        runs_here=_has_triton,
+        runs_here=has_triton,
         missing="Triton isn't installed",
         serves=_has_planes,
         prepare=_triton_planes,

@@ -121,6 +121,9 @@ def library() -> Any:
             run_blocks.restype = run_head.restype = None
             run_blocks.argtypes = [pointer, size, size, pointer, pointer, number, number]
             run_head.argtypes = [pointer, pointer, pointer, size, size, pointer, number, number]
+            run_attention = found.tailorbird_run_attention
+            run_attention.restype = None
+            run_attention.argtypes = [pointer, pointer, pointer, size, pointer, number, number]
             adapt, add_sparse = found.tailorbird_adapt, found.tailorbird_add_sparse
             adapt.restype = add_sparse.restype = None
             adapt.argtypes = [pointer, pointer, size, pointer, size, size, number, number]

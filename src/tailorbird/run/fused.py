@@ -25,7 +25,7 @@ from tailorbird.kernels.blocks import (
     LinearStructure,
     NormStructure,
 )
-from tailorbird.run.pages import Cache, Pages
+from tailorbird.run.pages import CPU, Cache, Pages
 from tailorbird.run.parts import Layer, Unsuited, epsilon, norm_kind, parts_of, placed_linears
 
 #: Tokens that go through the blocks in one call; a longer prompt is read in such pieces.
@@ -63,6 +63,7 @@ class FusedModel:
 
     def __init__(self, model: Any) -> None:
         self.parts = parts_of(model)
+        self.device = CPU
         #: all linears of the blocks by the paths of their modules
         self.linears = placed_linears(model, self.parts.layers)
         self.width = model.config.get_text_config().hidden_size
@@ -80,6 +81,10 @@ class FusedModel:
         self.blocks = (BlockStructure * len(layers))(*(self._block(layer) for layer in layers))
         self.norm, self.head = self._norm(self.parts.norm), self._linear(self.parts.head)
         self.final_softcap = self.parts.final_softcap
+
+    def progress(self) -> float:
+        """The seconds that blocks have taken, if they are taken: a number that changes with each of them."""
+        return 0.0 if self.seconds is None else float(self.seconds.sum())
 
     def pages(self, sequences: int) -> Pages:
         """Room for keys and values of so many sequences."""
@@ -152,6 +157,18 @@ class FusedModel:
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """What enters the first block, float32 ``[tokens, hidden_size]``; arguments as in `step`."""
         return self.parts.embed(ids, positions)
+
+    def last_hidden(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        sequences: Tensor,
+        cache: Cache,
+        adapters: Iterable[Segment] = (),
+    ) -> Tensor:
+        """What leaves the model's last norm, float32 ``[tokens, hidden_size]``; arguments as in `step`."""
+        left = self.run(self.embed(ids, positions), positions, sequences, cache, adapters=adapters)
+        return self.parts.norm(left).float()
 
     @torch.no_grad()
     def run(

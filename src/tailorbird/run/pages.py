@@ -11,10 +11,15 @@ from torch import Tensor
 from tailorbird.kernels import native
 from tailorbird.kernels.blocks import PAGE, fill_pages
 
+CPU = torch.device("cpu")
+
 
 class Cache(Protocol):
-    """Keys and values that compiled blocks read and write."""
+    """Keys and values of all blocks."""
 
+    #: of every block, ``[pages, kv_heads, head_dim * PAGE]``
+    keys: list[Tensor]
+    values: list[Tensor]
     #: int32 ``[sequences, most_pages]``, the page of each `PAGE` tokens of a sequence
     tables: Tensor
 
@@ -28,14 +33,19 @@ def page_bytes(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> int:
 
 
 def _pools(
-    shapes: Sequence[tuple[int, int]], dtype: torch.dtype, pages: int
+    shapes: Sequence[tuple[int, int]], dtype: torch.dtype, pages: int, device: torch.device
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Room for so many pages: keys, and values, of every block, one after the other in one memory.
 
     Zeros: what was never written is weighed with 0, which would make NaN of some values.
     """
     sizes = [pages * kv_heads * head_dim * PAGE for kv_heads, head_dim in shapes]
-    memory = native.zeros_in_large_pages(2 * sum(sizes) * dtype.itemsize).view(dtype)
+    size = 2 * sum(sizes) * dtype.itemsize
+    on_cpu = device.type == "cpu"
+    room = (
+        native.zeros_in_large_pages(size) if on_cpu else torch.zeros(size, dtype=torch.uint8, device=device)
+    )
+    memory = room.view(dtype)
     shaped = zip(memory.split([*sizes, *sizes]), [*shapes] * 2, strict=True)
     pools = [pool.view(pages, kv_heads, head_dim * PAGE) for pool, (kv_heads, head_dim) in shaped]
     return pools[: len(sizes)], pools[len(sizes) :]
@@ -49,15 +59,23 @@ class Pages:
     shapes : sequence of (int, int)
         Key heads and channels of a head, for every block.
     dtype : torch.dtype
-        bfloat16 or float32.
+        bfloat16 or float32; on a GPU also float16.
     sequences : int
+    device : torch.device, optional
+        The CPU by default.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, sequences: int) -> None:
-        self.shapes, self.dtype = shapes, dtype
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        dtype: torch.dtype,
+        sequences: int,
+        device: torch.device = CPU,
+    ) -> None:
+        self.shapes, self.dtype, self.device = shapes, dtype, device
         self.sequences = sequences
         self.tables = torch.empty(sequences, 0, dtype=torch.int32, device="cpu")
-        self.keys, self.values = _pools(shapes, dtype, 0)
+        self.keys, self.values = _pools(shapes, dtype, 0, device)
 
     def reach(self, positions: int) -> None:
         """Make room for so many positions of every sequence."""
@@ -70,11 +88,12 @@ class Pages:
         )
         added = pages.view(self.sequences, per_sequence - have)
         self.tables = torch.cat([self.tables, added], dim=1).contiguous()
-        larger = _pools(self.shapes, self.dtype, self.sequences * per_sequence)
+        larger = _pools(self.shapes, self.dtype, self.sequences * per_sequence, self.device)
         for old, new in zip((self.keys, self.values), larger, strict=True):
             for pool, target in zip(old, new, strict=True):
                 target[: len(pool)] = pool
-                native.forget(pool)
+                if pool.device == CPU:
+                    native.forget(pool)
         self.keys, self.values = larger
 
     def use(self, blocks: Any) -> None:
@@ -87,10 +106,10 @@ class SharedPages:
 
     Parameters
     ----------
-    shapes, dtype
+    shapes, dtype, device
         As of `Pages`.
     pages : int
-        Memory is taken as they are written.
+        On the CPU, memory is taken as they are written.
 
     Attributes
     ----------
@@ -98,8 +117,10 @@ class SharedPages:
         Of the sequences of the next step; set by the caller.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, pages: int) -> None:
-        self.keys, self.values = _pools(shapes, dtype, pages)
+    def __init__(
+        self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, pages: int, device: torch.device = CPU
+    ) -> None:
+        self.keys, self.values = _pools(shapes, dtype, pages, device)
         self.tables = torch.empty(0, 0, dtype=torch.int32, device="cpu")
 
     def copy(self, source: int, target: int) -> None:

@@ -99,7 +99,7 @@ class PlacedLinear(NamedTuple):
         As of the anatomy: ``q k v o gate up down fc1 fc2``, ``qkv`` and ``gate_up``.
     module : nn.Module
     alone : bool
-        No other linear of the block reads its inputs.
+        No other linear of the block reads its inputs, or each gets its own.
     """
 
     block: int
@@ -147,11 +147,16 @@ def parts_of(model: Any) -> Parts:
     _check_norm(parts.norm, width)
     _check_kind(parts.head)
     _check_linear(parts.head, (model.config.get_text_config().vocab_size, width))
-    types = getattr(parts.rotary, "rope_type", "default")
+    check_rotary(parts.rotary)
+    return parts
+
+
+def check_rotary(module: nn.Module | None) -> None:
+    """Raise `Unsuited` for a rotary embedding whose angles depend on more than the position."""
+    types = getattr(module, "rope_type", "default")
     for rope_type in types.values() if isinstance(types, dict) else (types,):
         if rope_type not in _STATIC_ROTARY:
             raise Unsuited(f"rotary angles of type `{rope_type}`")
-    return parts
 
 
 def _check_untouched(model: Any) -> None:

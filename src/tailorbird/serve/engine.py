@@ -42,7 +42,7 @@ from tailorbird.serve.grammar import Compiler, Matcher
 from tailorbird.serve.interface import EngineOptions
 from tailorbird.serve.page_pool import PagePool
 from tailorbird.serve.request import BeamSearch, Finish, Output, Request
-from tailorbird.serve.runner import FusedRunner, runner_for
+from tailorbird.serve.runner import runner_for
 from tailorbird.serve.sampling import Choice, Sampler, choose
 from tailorbird.serve.scheduler import Piece, Scheduler
 from tailorbird.serve.sequence import FIRST_LUCK, Sequence
@@ -88,8 +88,8 @@ class Engine:
     Attributes
     ----------
     info : dict
-        ``model``, ``context``, ``vocab_size``, ``max_sequences``, ``kv_tokens``, ``path`` (``fused`` or
-        ``modules``), ``note`` (why not fused), ``adapters``, ``startup`` (name -> seconds).
+        ``model``, ``context``, ``vocab_size``, ``max_sequences``, ``kv_tokens``, ``path`` (``fused``,
+        ``paged`` or ``modules``), ``note`` (why not fused), ``adapters``, ``startup`` (name -> seconds).
 
     Raises
     ------
@@ -114,7 +114,7 @@ class Engine:
             checkpoint = open_checkpoint(options.model)
             self.model = load(options.model)
         with self._part("blocks", log):
-            self.runner = runner_for(self.model, read_anatomy(checkpoint).kv_bytes_per_token)
+            self.runner = runner_for(self.model, lambda: read_anatomy(checkpoint).kv_bytes_per_token)
         with self._part("tokenizer", log):
             self._tokenizer = load_tokenizer(options.model)
             self.stop = frozenset(stop_tokens(self.model, self._tokenizer))
@@ -143,9 +143,9 @@ class Engine:
                 for path in (options.adapter_directory, options.adapter_state)
             )
             goes_on = state is not None and state.exists()
-            if isinstance(self.runner, FusedRunner):
+            if self.runner.adaptable is not None:
                 self.store = AdapterStore(
-                    self.runner.model, room.most_bytes, allowed, state, room, folds_of(checkpoint)
+                    self.runner.adaptable, room.most_bytes, allowed, state, room, folds_of(checkpoint)
                 )
                 self.boarding = Boarding(self.store)
             for name, path in () if goes_on else options.adapters.items():
@@ -173,7 +173,7 @@ class Engine:
         """How many pages the budget holds; raises where one sequence of the least use doesn't fit."""
         size, tokens = self.runner.page_bytes, self.runner.page_tokens
         of_sequence = -(-self.context // tokens)
-        of_adapters = ADAPTER_BYTES // size if isinstance(self.runner, FusedRunner) else 0
+        of_adapters = ADAPTER_BYTES // size if self.runner.adaptable is not None else 0
         if self.options.memory_bytes is None:
             usual = -(-min(self.context, USUAL_TOKENS) // tokens) * self.options.max_sequences
             affordable = int(available_bytes() * SHARE_OF_MEMORY) // size
@@ -411,7 +411,7 @@ class Engine:
 
     @property
     def _may_draft(self) -> bool:
-        return self.options.speculative and isinstance(self.runner, FusedRunner)
+        return self.options.speculative and self.runner.takes_drafts
 
     def _draft(self, sequence: Sequence, most: int) -> list[int]:
         if sequence.beams is not None:
@@ -552,7 +552,8 @@ class Engine:
         Raises
         ------
         SettingsError
-            The model runs through its modules, or the path isn't below `adapter_directory`, links followed.
+            The model runs through its modules alone, or the path isn't below `adapter_directory`, links
+            followed.
         CheckpointError
             Files are missing, damaged or pickled, or don't fit the model.
         """
@@ -633,8 +634,8 @@ class Engine:
         """The adapters of a model that can have some; SettingsError where it can't."""
         if self.store is None:
             raise SettingsError(
-                f"an adapter for a model that runs through its modules ({self.runner.note})",
-                "a model that runs in compiled blocks",
+                f"an adapter for a model that runs through its modules alone ({self.runner.note})",
+                "a model that runs in compiled blocks, or over pages",
                 "merge the adapter into the model",
             )
         return self.store

@@ -1,15 +1,15 @@
 """One step of the engine on a model: packed tokens in, logits out.
 
-`FusedRunner` runs compiled blocks over shared pages. `ModuleRunner` runs models that they don't suit through
-their own modules, one sequence after the other, each with a cache of its own in one piece; pages are counted
-all the same, so that memory stays within its bounds.
+`PageRunner` runs a model over shared pages: through compiled blocks, or through its own modules with their
+attention replaced. `ModuleRunner` runs models that neither suits, one sequence after the other, each with a
+cache of its own in one piece; pages are counted all the same, so that memory stays within its bounds.
 """
 
 from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from tailorbird.kernels.adapters import Segment
 from tailorbird.kernels.blocks import PAGE, STEPS
 from tailorbird.run.fused import FusedModel
-from tailorbird.run.pages import SharedPages, page_bytes
+from tailorbird.run.paged import PagedModel
+from tailorbird.run.pages import Cache, Pages, SharedPages, page_bytes
 from tailorbird.run.parts import Unsuited
+from tailorbird.serve.adapters.store import Model
 from tailorbird.serve.scheduler import Piece
 
 logger = logging.getLogger("tailorbird")
@@ -31,12 +33,16 @@ class Runner(Protocol):
     Attributes
     ----------
     path : str
-        ``fused`` or ``modules``.
+        ``fused``, ``paged`` or ``modules``.
     note : str
         Why it isn't fused; empty where it is.
     page_tokens, page_bytes : int
     shares_prefixes : bool
         Whether pages of one sequence can serve another.
+    takes_drafts : bool
+        Whether pieces may have drafts.
+    adaptable : Model or None
+        What adapters are laid out for; None where there can't be any.
     """
 
     path: str
@@ -44,6 +50,8 @@ class Runner(Protocol):
     page_tokens: int
     page_bytes: int
     shares_prefixes: bool
+    takes_drafts: bool
+    adaptable: Model | None
 
     def reserve(self, pages: int) -> None:
         """Make room for so many pages, once, before anything runs."""
@@ -76,30 +84,88 @@ class Runner(Protocol):
         """A number that changes with each block of a step; may be asked from another thread."""
 
 
-def runner_for(model: Any, kv_bytes_per_token: int) -> Runner:
-    """Compiled blocks where they suit the model, else its modules."""
+class PagedTokensModel(Model, Protocol):
+    """A model that reads packed tokens over pages: `FusedModel` or `PagedModel`."""
+
+    device: torch.device
+    cache_dtype: torch.dtype
+    page_shapes: list[tuple[int, int]]
+
+    def pages(self, sequences: int) -> Pages:
+        """See `FusedModel`."""
+
+    def progress(self) -> float:
+        """See `FusedModel`."""
+
+    def step(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        sequences: Tensor,
+        cache: Cache,
+        wanted: Tensor | None = None,
+        adapters: Iterable[Segment] = (),
+    ) -> Tensor:
+        """See `FusedModel`."""
+
+    def last_hidden(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        sequences: Tensor,
+        cache: Cache,
+        adapters: Iterable[Segment] = (),
+    ) -> Tensor:
+        """See `FusedModel`."""
+
+
+def runner_for(model: Any, kv_bytes_per_token: Callable[[], int]) -> Runner:
+    """Compiled blocks where they suit the model, else its modules over pages, else its modules alone.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    kv_bytes_per_token : callable
+        Asked where the model runs through its modules alone.
+    """
     try:
-        return FusedRunner(FusedModel(model))
+        fused = FusedModel(model)
+        fused.seconds = torch.zeros(len(STEPS) + 1, dtype=torch.float64)  # for its progress
+        return PageRunner(fused, "fused")
     except Unsuited as reason:
-        logger.info("serving through the model's modules, one sequence at a time: %s", reason)
-        return ModuleRunner(model, kv_bytes_per_token, str(reason))
+        not_fused = str(reason)
+    try:
+        runner = PageRunner(PagedModel(model), "paged", not_fused)
+    except Unsuited as reason:
+        note = not_fused if str(reason) == not_fused else f"{not_fused}; {reason}"
+        logger.info("serving through the model's modules, one sequence at a time: %s", note)
+        return ModuleRunner(model, kv_bytes_per_token(), note)
+    logger.info("serving through the model's modules over pages: %s", not_fused)
+    return runner
 
 
-class FusedRunner:
-    """Compiled blocks over shared pages."""
+class PageRunner:
+    """A model over shared pages.
 
-    path, note, shares_prefixes = "fused", "", True
+    Parameters
+    ----------
+    model : FusedModel or PagedModel
+    path, note : str
+        As of `Runner`.
+    """
+
+    shares_prefixes = takes_drafts = True
     page_tokens = PAGE
 
-    def __init__(self, model: FusedModel) -> None:
-        self.model = model
-        model.seconds = torch.zeros(len(STEPS) + 1, dtype=torch.float64)
+    def __init__(self, model: PagedTokensModel, path: str, note: str = "") -> None:
+        self.model, self.path, self.note = model, path, note
+        self.adaptable: Model | None = model
         self.page_bytes = page_bytes(model.page_shapes, model.cache_dtype)
-        self.cache = SharedPages(model.page_shapes, model.cache_dtype, 0)
+        self.cache = SharedPages(model.page_shapes, model.cache_dtype, 0, model.device)
 
     def reserve(self, pages: int) -> None:
         """See `Runner`."""
-        self.cache = SharedPages(self.model.page_shapes, self.model.cache_dtype, pages)
+        self.cache = SharedPages(self.model.page_shapes, self.model.cache_dtype, pages, self.model.device)
 
     def step(self, pieces: Sequence[Piece]) -> list[Tensor]:
         """See `Runner`."""
@@ -135,7 +201,6 @@ class FusedRunner:
             self.cache,
             torch.tensor(wanted, dtype=torch.int64),
             segments,
-            reach=max(positions) + 1,
         )
         return list(logits.split(rows))
 
@@ -165,20 +230,19 @@ class FusedRunner:
         positions = torch.arange(len(ids), dtype=torch.int32)
         sequences = torch.zeros(len(ids), dtype=torch.int32)
         segments = [] if adapter is None else [Segment(adapted_from, len(ids), adapter.adapter)]
-        entered = self.model.embed(torch.tensor(list(ids)), positions)
-        left = self.model.run(entered, positions, sequences, pages, adapters=segments)
-        return self.model.parts.norm(left).float()
+        return self.model.last_hidden(torch.tensor(list(ids)), positions, sequences, pages, segments)
 
     def progress(self) -> float:
-        """See `Runner`; the seconds that blocks have taken."""
-        assert self.model.seconds is not None
-        return float(self.model.seconds.sum())
+        """See `Runner`."""
+        return self.model.progress()
 
 
 class ModuleRunner:
     """A model's own modules, with a cache in one piece for every sequence; no adapters."""
 
-    path, shares_prefixes = "modules", False
+    path = "modules"
+    adaptable: Model | None = None
+    shares_prefixes = takes_drafts = False
     page_tokens = PAGE
 
     def __init__(self, model: Any, kv_bytes_per_token: int, note: str) -> None:
@@ -204,11 +268,11 @@ class ModuleRunner:
                 self._caches[piece.sequence] = DynamicCache(config=self.model.config)
             ids = piece.sequence.tokens[piece.start : piece.start + piece.count]
             output = self.model(
-                input_ids=torch.tensor([ids]), past_key_values=self._caches[piece.sequence], use_cache=True,
-                logits_to_keep=1,
+                input_ids=torch.tensor([ids], device=self.model.device),
+                past_key_values=self._caches[piece.sequence], use_cache=True, logits_to_keep=1,
             )  # fmt: skip
             if piece.chooses:
-                found.append(output.logits[0, -1:].float())
+                found.append(output.logits[0, -1:].float().cpu())
         return found
 
     def copy(self, source: int, target: int) -> None:
@@ -231,8 +295,9 @@ class ModuleRunner:
     @torch.no_grad()
     def hidden(self, ids: Sequence[int], adapter: Any, adapted_from: int = 0) -> Tensor:
         """See `Runner`."""
-        output = self.model(input_ids=torch.tensor([list(ids)]), output_hidden_states=True)
-        return output.hidden_states[-1][0].float()
+        given = torch.tensor([list(ids)], device=self.model.device)
+        output = self.model(input_ids=given, output_hidden_states=True)
+        return output.hidden_states[-1][0].float().cpu()
 
     def progress(self) -> float:
         """See `Runner`; how many blocks have been left."""

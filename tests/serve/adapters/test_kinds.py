@@ -12,11 +12,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_adapters import change_config, expected_logits, logits, opened, pair, prompt, save, wrapped
+from peft_adapters import (
+    change_config,
+    expected_logits,
+    logits,
+    opened,
+    opened_for_modules,
+    pair,
+    prompt,
+    save,
+    wrapped,
+)
 from tailorbird.errors import CheckpointError, SettingsError, UserError
 from tailorbird.kernels import native
 from tailorbird.kernels.adapters import Segment
+from tailorbird.model.load import load
 from tailorbird.run.fused import FusedModel
+from tailorbird.run.paged import PagedModel
 from tailorbird.run.parts import weight_rows
 from tailorbird.serve.adapters.kinds import open_adapter, read_linears
 from tailorbird.serve.adapters.lora import row_norms
@@ -43,6 +55,12 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
     """Models that are made once: as compiled blocks, as modules, and where they lie."""
     folder = tmp_path_factory.mktemp("models")
     return {name: (*pair(folder / name, name), folder / name) for name in TARGETS}
+
+
+@pytest.fixture(scope="module")
+def paged(pairs: dict[str, Pair]) -> dict[str, PagedModel]:
+    """The same models through their modules, over pages."""
+    return {name: PagedModel(load(str(folder))) for name, (_, _, folder) in pairs.items()}
 
 
 def config_of(kind: str, architecture: str) -> Any:
@@ -86,6 +104,19 @@ def test_an_adapter_gives_what_peft_gives(
     found = logits(fused, ids, adapter)
     torch.testing.assert_close(found, expected_logits(made, ids), atol=1e-4, rtol=1e-4)
     assert float((found - logits(fused, ids, None)).abs().max()) > 1e-2  # it matters
+
+
+@pytest.mark.parametrize("architecture", sorted(TARGETS))
+@pytest.mark.parametrize("kind", ["lora", "patterns", "dora", "vera", "ia3"])
+def test_a_model_that_runs_through_its_modules_gives_the_same(
+    kind: str, architecture: str, pairs: dict[str, Pair], paged: dict[str, PagedModel], tmp_path: Path
+) -> None:
+    _, dense, _ = pairs[architecture]
+    made, ids = wrapped(dense, config_of(kind, architecture)), prompt()
+    adapter = opened_for_modules(paged[architecture], save(made, tmp_path / "a"))
+    found = logits(paged[architecture], ids, adapter)
+    torch.testing.assert_close(found, expected_logits(made, ids), atol=1e-4, rtol=1e-4)
+    assert float((found - logits(paged[architecture], ids, None)).abs().max()) > 1e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

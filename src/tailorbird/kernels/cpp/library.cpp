@@ -260,6 +260,7 @@ Version<T> version_of(int version) {
 struct BlockVersion {
   decltype(&portable::run_blocks) run_blocks;
   decltype(&portable::run_head) run_head;
+  decltype(&portable::run_attention) run_attention;
   decltype(&portable::adapt) adapt;
   decltype(&portable::add_sparse) add_sparse;
 };
@@ -288,13 +289,17 @@ decltype(&portable::look_up) look_up_of(int version) {
 
 BlockVersion block_version_of(int version) {
 #if defined(__x86_64__)
-  if (version == 1) return {avx2::run_blocks, avx2::run_head, avx2::adapt, avx2::add_sparse};
-  if (version == 2) return {avx512::run_blocks, avx512::run_head, avx512::adapt, avx512::add_sparse};
-  if (version == 3) return {avxvnni::run_blocks, avxvnni::run_head, avxvnni::adapt, avxvnni::add_sparse};
+  if (version == 1) return {avx2::run_blocks, avx2::run_head, avx2::run_attention, avx2::adapt, avx2::add_sparse};
+  if (version == 2) {
+    return {avx512::run_blocks, avx512::run_head, avx512::run_attention, avx512::adapt, avx512::add_sparse};
+  }
+  if (version == 3) {
+    return {avxvnni::run_blocks, avxvnni::run_head, avxvnni::run_attention, avxvnni::adapt, avxvnni::add_sparse};
+  }
 #elif defined(__aarch64__)
-  if (version == 4) return {neon::run_blocks, neon::run_head, neon::adapt, neon::add_sparse};
+  if (version == 4) return {neon::run_blocks, neon::run_head, neon::run_attention, neon::adapt, neon::add_sparse};
 #endif
-  return {portable::run_blocks, portable::run_head, portable::adapt, portable::add_sparse};
+  return {portable::run_blocks, portable::run_head, portable::run_attention, portable::adapt, portable::add_sparse};
 }
 
 SamplingVersion sampling_version_of(int version) {
@@ -444,6 +449,14 @@ void tailorbird_run_head(const void* norm, const void* head, const float* hidden
   using namespace tailorbird;
   const auto run = block_version_of(version).run_head;
   run(*static_cast<const Norm*>(norm), *static_cast<const Linear*>(head), hidden, tokens, width, logits, threads);
+}
+
+// outputs[tokens][heads * head_dim] of a block's attention alone; projected[tokens][stride] has queries, keys, values.
+void tailorbird_run_attention(const void* block, const void* batch, float* projected, std::int64_t stride,
+                              float* outputs, int threads, int version) {
+  using namespace tailorbird;
+  const auto run = block_version_of(version).run_attention;
+  run(*static_cast<const Block*>(block), *static_cast<const Batch*>(batch), projected, stride, outputs, threads);
 }
 
 // y[tokens][rows] becomes what an adapter makes of it; all activations are float32.

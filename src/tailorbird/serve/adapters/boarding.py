@@ -10,7 +10,7 @@ from __future__ import annotations
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
-from tailorbird.kernels.adapters import Adapter
+from tailorbird.kernels.adapters import LaidOut
 from tailorbird.serve.adapters.store import AdapterStore, Handle, NoRoom, Reservation
 
 #: How many requests with adapters may run before one that was ahead of them and finds no room for its own.
@@ -36,7 +36,7 @@ class Ticket:
     ahead: bool = False
 
     @property
-    def adapter(self) -> Adapter:
+    def adapter(self) -> LaidOut:
         """For segments of a batch, of a request that may run."""
         assert self.handle is not None
         return self.handle.adapter

@@ -54,7 +54,7 @@ def open_adapter(
     directory : str or Path
         With adapter_config.json and adapter_model.safetensors.
     linears : mapping of str to PlacedLinear
-        Of the model (`FusedModel.linears`).
+        Of the model (`linears` of `FusedModel` or `PagedModel`).
     allowed : Path, optional
         The directory must lie below this one, links followed.
 
@@ -80,7 +80,7 @@ def open_adapter(
 
 
 def read_linears(adapter: Kind, folds: Folds | None = None) -> dict[tuple[int, str], LinearAdapter]:
-    """What an adapter makes of each linear by (block, role), for `FusedModel.adapter`.
+    """What an adapter makes of each linear by (block, role), for `adapter` of a model.
 
     Parameters
     ----------

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tailorbird.errors import ResourceError, SettingsError, UnknownAdapter
-from tailorbird.kernels.adapters import Adapter, LinearAdapter
+from tailorbird.kernels.adapters import LaidOut, LinearAdapter
 from tailorbird.run.parts import PlacedLinear
 from tailorbird.serve.adapters.folded import Folds
 from tailorbird.serve.adapters.kinds import open_adapter, read_linears
@@ -32,13 +32,13 @@ _SALT_BYTES = 16
 
 
 class Model(Protocol):
-    """What a store asks of a model; `FusedModel` has it."""
+    """What a store asks of a model; `FusedModel` and `PagedModel` have it."""
 
     @property
     def linears(self) -> Mapping[str, PlacedLinear]:
         """All linears of the blocks by the paths of their modules."""
 
-    def adapter(self, linears: Mapping[tuple[int, str], LinearAdapter]) -> Adapter:
+    def adapter(self, linears: Mapping[tuple[int, str], LinearAdapter]) -> LaidOut:
         """An adapter laid out for the model, from what it makes of linears by (block, role)."""
 
 
@@ -55,8 +55,8 @@ class _Version:
     #: what it takes in memory; until it was laid out once, what its file has
     nbytes: int
     salt: bytes = field(default_factory=lambda: secrets.token_bytes(_SALT_BYTES))
-    adapter: Adapter | None = None
-    loading: Future[Adapter] | None = None
+    adapter: LaidOut | None = None
+    loading: Future[LaidOut] | None = None
     pins: int = 0
     reserved: int = 0
     #: it is served, or the one before that
@@ -91,7 +91,7 @@ class Handle:
         Rises with each version that a store is given; no two have the same.
     salt : bytes
         16 bytes that no other version has, for hashes of prefixes in a cache.
-    adapter : Adapter
+    adapter : LaidOut
         For segments of a batch.
     invocation : tuple of int or None
         Tokens that invoke it (`activation`).
@@ -101,7 +101,7 @@ class Handle:
     version: int
     salt: bytes
     invocation: tuple[int, ...] | None
-    adapter: Adapter
+    adapter: LaidOut
     _version: _Version = field(repr=False)
 
 
@@ -110,8 +110,8 @@ class AdapterStore:
 
     Parameters
     ----------
-    model : FusedModel
-        Or what has its `linears` and `adapter`.
+    model : FusedModel or PagedModel
+        Or what has their `linears` and `adapter`.
     warm_bytes : int
         Most bytes of adapters that are laid out. While one is read it is there besides.
     allowed : Path, optional
@@ -469,7 +469,7 @@ class AdapterStore:
     def _fetch(self, version: _Version, spare: bool) -> None:
         self._laid_out(version, spare)
 
-    def _laid_out(self, version: _Version, spare: bool = False) -> Adapter:
+    def _laid_out(self, version: _Version, spare: bool = False) -> LaidOut:
         """The adapter of a version, read by one thread for all that ask; `spare` as in `fetch`."""
         while True:
             with self._lock:
@@ -479,7 +479,7 @@ class AdapterStore:
                 reading = version.loading
                 if reading is None:
                     self._refuse_without_room(version, spare)
-                    mine: Future[Adapter] = Future()
+                    mine: Future[LaidOut] = Future()
                     version.loading = mine
                     break
             try:
@@ -501,14 +501,14 @@ class AdapterStore:
         mine.set_result(adapter)
         return adapter
 
-    def _read(self, version: _Version) -> Adapter:
+    def _read(self, version: _Version) -> LaidOut:
         record = version.record
         opened = open_adapter(record.path, self._model.linears, None if record.trusted else self._allowed)
         if opened.source.fingerprint != record.fingerprint:
             raise changed(opened.source.directory)
         return self._model.adapter(read_linears(opened, self._folds))
 
-    def _admit(self, version: _Version, adapter: Adapter, spare: bool) -> None:
+    def _admit(self, version: _Version, adapter: LaidOut, spare: bool) -> None:
         """Keep what was read, in the place of the least recently used, with the lock held."""
         version.nbytes = adapter.nbytes
         if not (version.pins or version.kept or version.reserved):
