@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,18 @@ from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.load import load, load_tokenizer
 from tailorbird.run.generate import context_length, stop_tokens
 from tailorbird.serve.adapters.store import AdapterStore
-from tailorbird.serve.draft import Pace, lookup
 from tailorbird.serve.grammar import Compiler
+from tailorbird.serve.guess.check import Walk, choose_along
+from tailorbird.serve.guess.guessing import Guessing
+from tailorbird.serve.guess.open import open_guessers
+from tailorbird.serve.guess.tree import Guess
 from tailorbird.serve.interface import EngineOptions
 from tailorbird.serve.page_pool import PagePool
 from tailorbird.serve.request import Finish, Output, Request
 from tailorbird.serve.runner import FusedRunner, runner_for
-from tailorbird.serve.sampling import Choice, Sampler, choose
+from tailorbird.serve.sampling import Sampler
 from tailorbird.serve.scheduler import Piece, Scheduler
-from tailorbird.serve.sequence import FIRST_LUCK, Sequence
+from tailorbird.serve.sequence import Sequence
 
 logger = logging.getLogger("tailorbird")
 
@@ -42,25 +45,21 @@ logger = logging.getLogger("tailorbird")
 DEFAULT_CONTEXT = 4096
 #: Where no budget is stated: the share of the available memory for pages, and tokens of a sequence.
 SHARE_OF_MEMORY, USUAL_TOKENS = 0.25, 2048
-#: How fast what is thought of a sequence's guesses follows how many of them were right.
-LUCK_RATE = 0.2
 #: Most bytes of adapters that are laid out at once.
 WARM_BYTES = 2 << 30
-#: How fast guesses that were wrong are forgotten, with each token.
-RECOVERY = 0.01
 
 
 @dataclass(eq=False)
 class _Head:
     """A sequence for which tokens are chosen: after its piece, or after the prompt that it shares.
 
-    `rows` are the logits ``[1 + drafts, vocab_size]`` after its last token and after each of its drafts.
+    `hidden` is what left the last norm ``[1 + drafts, hidden_size]``, where a guesser wants to know.
     """
 
     sequence: Sequence
-    rows: Tensor
+    walk: Walk
+    hidden: Tensor | None = None
     piece: Piece | None = None
-    choices: list[Choice] = field(default_factory=list)
 
 
 class Engine:
@@ -103,16 +102,20 @@ class Engine:
         with self._part("tokenizer", log):
             self._tokenizer = load_tokenizer(options.model)
             self.stop = frozenset(stop_tokens(self.model, self._tokenizer))
+        with self._part("draft", log):
+            opened = open_guessers(options.draft, self._tokenizer, self.runner)
         with self._part("pages", log):
             stated = context_length(self.model)
             self.context = min(options.context or stated or DEFAULT_CONTEXT, stated or 1 << 30)
-            pages = self._page_count()
+            pages = self._page_count(opened.weight_bytes, opened.page_bytes)
             self.pool = PagePool(pages)
             self.runner.reserve(pages)
             self.scheduler = Scheduler(
                 self.pool, self.runner.page_tokens, options.step_tokens, options.max_sequences,
                 self.runner.shares_prefixes,
             )  # fmt: skip
+            self.guessing = Guessing(opened.make(pages, self.scheduler.has_room))
+            self.runner.keeps_hidden = self.guessing.wants_hidden
         self.store: AdapterStore | None = None
         if isinstance(self.runner, FusedRunner):
             self.store = AdapterStore(self.runner.model, WARM_BYTES)
@@ -123,9 +126,7 @@ class Engine:
         self._arrivals = 0
         self._outputs: list[Output] = []
         self._seeds = random.Random()
-        self._steps = self._found = self._drafted = self._accepted = 0
-        self._step_tokens = 0
-        self.pace = Pace()
+        self._steps = self._found = self._step_tokens = 0
         self._compiler: Compiler | None = None
         self.vocab_size: int = self.model.config.get_text_config().vocab_size
 
@@ -136,15 +137,19 @@ class Engine:
         self._startup[name] = time.perf_counter() - began
         log(f"{name}: {self._startup[name]:.2f} s")
 
-    def _page_count(self) -> int:
-        """How many pages the budget holds; raises where one sequence of the least use doesn't fit."""
-        size, tokens = self.runner.page_bytes, self.runner.page_tokens
+    def _page_count(self, more_weights: int, more_of_page: int) -> int:
+        """How many pages the budget holds; raises where one sequence of the least use doesn't fit.
+
+        Who guesses takes `more_weights` bytes, and `more_of_page` beside each page.
+        """
+        size, tokens = self.runner.page_bytes + more_of_page, self.runner.page_tokens
         of_sequence = -(-self.context // tokens)
         if self.options.memory_bytes is None:
             usual = -(-min(self.context, USUAL_TOKENS) // tokens) * self.options.max_sequences
             affordable = int(available_bytes() * SHARE_OF_MEMORY) // size
             return max(of_sequence, min(usual, affordable))
         weights = sum(t.nbytes for t in {t.data_ptr(): t for t in _tensors(self.model)}.values())
+        weights += more_weights
         pages = (self.options.memory_bytes - weights) // size
         if pages < 2:
             raise BudgetError(
@@ -176,7 +181,7 @@ class Engine:
             "waiting": len(self.scheduler.waiting), "running": len(self.scheduler.running),
             "kv_pages": self.pool.pages, "kv_pages_used": self.pool.used, "cached_tokens": self._found,
             "preemptions": self.scheduler.preemptions, "step_tokens": self._step_tokens, "steps": self._steps,
-            "drafted_tokens": self._drafted, "accepted_tokens": self._accepted,
+            **self.guessing.stats(),
         }  # fmt: skip
 
     def add(self, request: Request) -> None:
@@ -247,7 +252,7 @@ class Engine:
         for sequence in sequences:
             if sequence in self.scheduler.running or sequence in self.scheduler.waiting:
                 self.scheduler.remove(sequence)
-            self.runner.forget(sequence)
+            self._forget(sequence)
         if sequences:
             self._let_go(sequences[0].adapter)
 
@@ -259,7 +264,7 @@ class Engine:
             logits = self.runner.step(pieces)
             tokens = sum(piece.count + len(piece.drafts) for piece in pieces)
             if len(logits) == len(pieces):
-                self.pace.record(tokens, time.perf_counter() - began)
+                self.guessing.pace.record(tokens, time.perf_counter() - began)
             self._steps += 1
             self._step_tokens = tokens
             self._take(pieces, logits)
@@ -270,10 +275,8 @@ class Engine:
     def _may_draft(self) -> bool:
         return self.options.speculative and isinstance(self.runner, FusedRunner)
 
-    def _draft(self, sequence: Sequence, most: int) -> list[int]:
-        sequence.luck += RECOVERY * (FIRST_LUCK - sequence.luck)
-        worth = self.pace.worth(sequence.luck, len(self.scheduler.running))
-        return lookup(sequence.tokens, min(most, self._left(sequence) - 1, worth))
+    def _draft(self, sequences: Many[Sequence], most: int) -> dict[Sequence, Guess]:
+        return self.guessing.guess(sequences, most, self._left)
 
     def _limit(self) -> int:
         return min(self.context, self.pool.pages * self.runner.page_tokens)
@@ -290,56 +293,35 @@ class Engine:
 
     def _take(self, pieces: Many[Piece], logits: Many[Tensor]) -> None:
         """Choose tokens after the pieces that are read whole, and after those of their drafts that fit."""
-        heads, rows_of = [], iter(logits)
+        heads, rows_of, hidden_of = [], iter(logits), iter(self.runner.hidden_states)
         for piece in pieces:
             if not piece.chooses:
                 self.scheduler.done(piece)
                 continue
-            rows = next(rows_of)
-            heads.append(_Head(piece.sequence, rows, piece))
-            if piece.sequence.index == 0 and piece.sequence.written == 0:
-                siblings = self._sequences[piece.sequence.request.id][1:]
-                heads += [_Head(sibling, rows[:1]) for sibling in siblings]
-        choosing, depth = heads, 0
-        while choosing:
-            choices = choose(
-                torch.stack([head.rows[depth] for head in choosing]),
-                [head.sequence.sampler for head in choosing],
-                torch.get_num_threads(),
-            )
-            going_on = []
-            for head, choice in zip(choosing, choices, strict=True):
-                head.choices.append(choice)
-                if choice.error is not None:
-                    continue
-                head.sequence.sampler.accept(choice.token)
-                drafts = head.piece.drafts if head.piece is not None else ()
-                if (
-                    depth < len(drafts)
-                    and choice.token == drafts[depth]
-                    and depth + 1 < self._left(head.sequence)
-                    and not self._ends(head.sequence, choice.token)
-                ):
-                    going_on.append(head)
-            choosing, depth = going_on, depth + 1
+            sequence, rows, hidden = piece.sequence, next(rows_of), next(hidden_of, None)
+            heads.append(_Head(sequence, Walk(rows, sequence.sampler, piece.guess), hidden, piece))
+            if sequence.index == 0 and sequence.written == 0:
+                siblings = self._sequences[sequence.request.id][1:]
+                heads += [_Head(sibling, Walk(rows[:1], sibling.sampler), hidden) for sibling in siblings]
+        choose_along([head.walk for head in heads], [self._end_of(head.sequence) for head in heads])
         for head in reversed(heads):  # a first continuation may end, and its pages are needed until then
             self._extend(head)
 
+    def _end_of(self, sequence: Sequence) -> Callable[[int, int], bool]:
+        """Whether nothing may follow the n-th token that is chosen in this step."""
+        left = self._left(sequence)
+        return lambda number, token: number >= left or self._ends(sequence, token)
+
     def _extend(self, head: _Head) -> None:
         """Give a sequence the tokens that were chosen for it, and say so."""
-        sequence, choices = head.sequence, head.choices
+        sequence, choices = head.sequence, head.walk.choices
         prompt_read = sequence.written == 0
         error = choices[-1].error
         ended = error is None and self._ends(sequence, choices[-1].token)
         new = choices[:-1] if ended or error is not None else choices
         sequence.tokens += [choice.token for choice in new]
         if head.piece is not None:
-            accepted = len(choices) - 1
-            if head.piece.drafts:
-                sequence.luck += LUCK_RATE * (accepted / len(head.piece.drafts) - sequence.luck)
-                self._drafted += len(head.piece.drafts)
-                self._accepted += accepted
-            self.scheduler.done(head.piece, accepted)
+            self._settle(head, head.piece)
         finish: Finish | None = None
         if error is not None:
             finish = "error"
@@ -363,6 +345,19 @@ class Engine:
             self._branch(sequence)
         if finish is not None:
             self._end(sequence, running=head.piece is not None)
+        elif head.hidden is not None:
+            self.guessing.saw(sequence, head.hidden[head.walk.row])
+
+    def _settle(self, head: _Head, piece: Piece) -> None:
+        """Keep what was read of a piece: its tokens, and those of its drafts that were right."""
+        sequence, path = head.sequence, head.walk.path
+        first = piece.start + piece.count
+        if path != list(range(len(path))):
+            sources = [first + node for node in path]
+            self.runner.move(sequence.pages, sources, range(first, first + len(path)))
+        chosen = [choice.token for choice in head.walk.choices if choice.error is None]
+        self.guessing.checked(sequence, piece.guess, chosen)
+        self.scheduler.done(piece, len(path))
 
     def _branch(self, sequence: Sequence) -> None:
         """Let a continuation run on pages of the first one, with a copy of the page that isn't full."""
@@ -385,12 +380,17 @@ class Engine:
         """A sequence wrote its last token."""
         if running:
             self.scheduler.remove(sequence)
-        self.runner.forget(sequence)
+        self._forget(sequence)
         left = self._sequences[sequence.request.id]
         sequence.ended = True
         if all(other.ended for other in left):
             del self._sequences[sequence.request.id]
             self._let_go(sequence.adapter)
+
+    def _forget(self, sequence: Sequence) -> None:
+        """Let go of what is kept for a sequence beside its pages."""
+        self.runner.forget(sequence)
+        self.guessing.forget(sequence)
 
     def load_adapter(self, name: str, path: str) -> None:
         """Register an adapter, or a new version of it; requests that run keep the one that they began with.

@@ -36,7 +36,11 @@ class EngineOptions:
     threads : int or None
         CPU threads; None is all cores.
     speculative : bool
-        Whether tokens may be guessed from the text itself, several of which are then checked at once.
+        Whether tokens may be guessed, several of which are then checked at once: from the text itself, and by
+        `draft`.
+    draft : str or None
+        What guesses beside the text itself: a smaller model with the same vocabulary, ``self:skip`` for the
+        model with blocks left out, or heads that `tailorbird draft` made.
     """
 
     model: str
@@ -48,6 +52,7 @@ class EngineOptions:
     adapter_directory: str | None = None
     threads: int | None = None
     speculative: bool = True
+    draft: str | None = None
 
     def to_wire(self) -> dict[str, Any]:
         """As plain values, for a message."""

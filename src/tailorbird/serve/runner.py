@@ -8,7 +8,6 @@ all the same, so that memory stays within its bounds.
 from __future__ import annotations
 
 import logging
-from array import array
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from tailorbird.kernels.adapters import Segment
 from tailorbird.kernels.blocks import PAGE
-from tailorbird.run.fused import FusedModel
-from tailorbird.run.pages import SharedPages, page_bytes
+from tailorbird.run.fused import FusedModel, Trees
+from tailorbird.run.pages import SharedPages, page_bytes, page_table
 from tailorbird.run.parts import Unsuited
 from tailorbird.serve.scheduler import Piece
 
@@ -37,6 +36,8 @@ class Runner(Protocol):
     page_tokens, page_bytes : int
     shares_prefixes : bool
         Whether pages of one sequence can serve another.
+    hidden_states : list of Tensor
+        Of the last step, what left the last norm where its logits come from; kept where `keeps_hidden` is set.
     """
 
     path: str
@@ -44,6 +45,8 @@ class Runner(Protocol):
     page_tokens: int
     page_bytes: int
     shares_prefixes: bool
+    keeps_hidden: bool
+    hidden_states: list[Tensor]
 
     def reserve(self, pages: int) -> None:
         """Make room for so many pages, once, before anything runs."""
@@ -53,6 +56,9 @@ class Runner(Protocol):
 
     def copy(self, source: int, target: int) -> None:
         """Give page `target` what page `source` holds."""
+
+    def move(self, pages: Sequence[int], sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Let keys and values of one sequence, which has `pages`, change their places."""
 
     def forget(self, sequence: Any) -> None:
         """A sequence ended."""
@@ -80,6 +86,8 @@ class FusedRunner:
         self.model = model
         self.page_bytes = page_bytes(model.page_shapes, model.cache_dtype)
         self.cache = SharedPages(model.page_shapes, model.cache_dtype, 0)
+        self.keeps_hidden = False
+        self.hidden_states: list[Tensor] = []
 
     def reserve(self, pages: int) -> None:
         """See `Runner`."""
@@ -93,25 +101,21 @@ class FusedRunner:
         wanted: list[int] = []
         segments: list[Segment] = []
         rows = []
-        most = max(len(piece.sequence.pages) for piece in pieces)
-        table = array("i")
         for number, piece in enumerate(pieces):
             sequence, begin = piece.sequence, len(ids)
             end = piece.start + piece.count
             ids += sequence.tokens[piece.start : end]
             ids += piece.drafts
-            count = len(ids) - begin
-            positions += range(piece.start, piece.start + count)
-            of_sequence += [number] * count
+            positions += range(piece.start, end)
+            positions += (end - 1 + depth for depth in piece.guess.depths())
+            of_sequence += [number] * (len(ids) - begin)
             if piece.chooses:
                 rows.append(1 + len(piece.drafts))
                 wanted += range(len(ids) - rows[-1], len(ids))
             if sequence.adapter is not None:
                 segments.append(Segment(begin, len(ids), sequence.adapter.adapter))
-            table.extend(sequence.pages)
-            table.extend([0] * (most - len(sequence.pages)))
-        self.cache.tables = torch.frombuffer(table, dtype=torch.int32).view(len(pieces), most)
-        logits = self.model.step(
+        self.cache.tables = page_table([piece.sequence.pages for piece in pieces])
+        hidden = self.model.read(
             torch.tensor(ids),
             torch.tensor(positions, dtype=torch.int32),
             torch.tensor(of_sequence, dtype=torch.int32),
@@ -119,12 +123,19 @@ class FusedRunner:
             torch.tensor(wanted, dtype=torch.int64),
             segments,
             reach=max(positions) + 1,
+            trees=_trees(pieces),
         )
-        return list(logits.split(rows))
+        if self.keeps_hidden:
+            self.hidden_states = list(self.model.normed(hidden).split(rows))
+        return list(self.model.logits(hidden).split(rows))
 
     def copy(self, source: int, target: int) -> None:
         """See `Runner`."""
         self.cache.copy(source, target)
+
+    def move(self, pages: Sequence[int], sources: Sequence[int], targets: Sequence[int]) -> None:
+        """See `Runner`."""
+        self.cache.move(pages, sources, targets)
 
     def forget(self, sequence: Any) -> None:
         """See `Runner`; pages are all there is."""
@@ -138,7 +149,25 @@ class FusedRunner:
         segments = [] if adapter is None else [Segment(0, len(ids), adapter.adapter)]
         entered = self.model.embed(torch.tensor(list(ids)), positions)
         left = self.model.run(entered, positions, sequences, pages, adapters=segments)
-        return self.model.parts.norm(left).float()
+        return self.model.normed(left)
+
+
+def _trees(pieces: Sequence[Piece]) -> Trees | None:
+    """How the drafts of some pieces branch, where any do."""
+    if not any(piece.parents for piece in pieces):
+        return None
+    slots: list[int] = []
+    ancestors: list[int] = []
+    starts: list[int] = []
+    for piece in pieces:
+        end, guess = piece.start + piece.count, piece.guess
+        slots += range(piece.start, end + len(guess))
+        ancestors += [0] * piece.count
+        ancestors += guess.ancestors()
+        starts += [end] * (piece.count + len(guess))
+    return Trees(
+        torch.tensor(slots, dtype=torch.int32), torch.tensor(ancestors), torch.tensor(starts, dtype=torch.int32)
+    )  # fmt: skip
 
 
 class ModuleRunner:
@@ -150,6 +179,8 @@ class ModuleRunner:
     def __init__(self, model: Any, kv_bytes_per_token: int, note: str) -> None:
         self.model, self.note = model, note
         self.page_bytes = PAGE * kv_bytes_per_token
+        self.keeps_hidden = False
+        self.hidden_states: list[Tensor] = []
         self._caches: dict[Any, Any] = {}
 
     def reserve(self, pages: int) -> None:
@@ -175,6 +206,9 @@ class ModuleRunner:
 
     def copy(self, source: int, target: int) -> None:
         """See `Runner`; caches aren't shared."""
+
+    def move(self, pages: Sequence[int], sources: Sequence[int], targets: Sequence[int]) -> None:
+        """See `Runner`; there are no drafts."""
 
     def forget(self, sequence: Any) -> None:
         """See `Runner`."""
