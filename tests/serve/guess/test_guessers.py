@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from guessed import AlwaysAsked, engine, model, texts_of
-from peft_adapters import save_adapter
+from peft_adapters import save, wrapped
 from tailorbird.draft.heads import Heads, model_facts, write_heads
 from tailorbird.errors import SettingsError
 from tailorbird.kernels import native
@@ -20,7 +20,7 @@ from tailorbird.serve.engine import Engine
 from tailorbird.serve.guess.model import DraftModel
 from tailorbird.serve.guess.skip import SkippingSelf, evenly
 from tailorbird.serve.request import Request, Sampling
-from tiny import byte_tokenizer, save_model
+from tiny import byte_tokenizer, make_model, save_model
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
 
@@ -38,7 +38,7 @@ def drafts_of(kind: str, path: str, tmp_path: Path) -> str:
     if kind == "heads":
         return random_heads(tmp_path / "heads", path)
     if kind == "other":
-        return model(tmp_path / "other", num_hidden_layers=1, hidden_size=32, intermediate_size=64)
+        return model(tmp_path / "other", num_hidden_layers=1, intermediate_size=64)
     return {"same": path, "skip": "self:skip"}[kind]
 
 
@@ -89,8 +89,11 @@ def test_a_draft_model_that_is_the_model_is_always_right(sampling: Sampling, tmp
 
 
 def test_the_model_with_no_block_left_out_is_always_right_with_adapters_too(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
     path = model(tmp_path / "m")
-    adapter = save_adapter(tmp_path / "adapter", Path(path))
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    dense = make_model("llama", max_position_embeddings=256)
+    adapter = save(wrapped(dense, config), tmp_path / "adapter")
     made = engine(path, draft="self:skip", adapters={"a": str(adapter)})
     blocks = len(made.runner.model.blocks)
     whole = SkippingSelf("whole", made.runner, evenly(blocks, blocks), made.scheduler.has_room)  # type: ignore[arg-type]
