@@ -1,4 +1,4 @@
-"""What tests of guessers share: an engine on a small model, texts with and without guesses, random guesses."""
+"""What tests of guessers share: an engine on a small model, what it writes, and random guesses."""
 
 from __future__ import annotations
 

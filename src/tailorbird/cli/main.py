@@ -16,13 +16,25 @@ import typer
 from rich.text import Text
 
 import tailorbird
-from tailorbird.cli import batch, compress, evaluate, export, fit, generate, methods, probe, serve, speed
+from tailorbird.cli import (
+    batch,
+    compress,
+    draft,
+    evaluate,
+    export,
+    fit,
+    generate,
+    methods,
+    probe,
+    serve,
+    speed,
+)
 from tailorbird.cli.output import err
 from tailorbird.errors import TailorbirdError
 
 ISSUES = "the project's issue tracker"
 INTERRUPTED = 130
-_RESUMABLE = ("fit", "compress", "batch")
+_RESUMABLE = ("fit", "compress", "draft", "batch")
 
 app = typer.Typer(
     name="tailorbird",
@@ -41,6 +53,7 @@ app.command(epilog=speed.EXAMPLE)(speed.speed)
 app.command(epilog=generate.EXAMPLE)(generate.generate)
 app.command(epilog=serve.EXAMPLE)(serve.serve)
 app.command(epilog=batch.EXAMPLE)(batch.batch)
+app.command(epilog=draft.EXAMPLE)(draft.draft)
 app.command(epilog=export.EXAMPLE)(export.export)
 app.command(epilog=methods.EXAMPLE)(methods.methods)
 

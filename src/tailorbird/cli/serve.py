@@ -47,6 +47,7 @@ def serve(
     memory: options.ServingMemory = None,
     max_sequences: options.MaxSequences = 64,
     context: options.ServingContext = None,
+    draft: options.DraftFrom = None,
     threads: options.Threads = None,
     queue: Annotated[
         int, typer.Option("--queue", metavar="N", min=0, help="Answers that may wait beside those that run.")
@@ -77,6 +78,7 @@ def serve(
             memory=memory,
             max_sequences=max_sequences,
             context=context,
+            draft=draft,
             threads=threads,
             queue=queue,
             timeout=timeout,

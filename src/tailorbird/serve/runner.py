@@ -37,7 +37,8 @@ class Runner(Protocol):
     shares_prefixes : bool
         Whether pages of one sequence can serve another.
     hidden_states : list of Tensor
-        Of the last step, what left the last norm where its logits come from; kept where `keeps_hidden` is set.
+        Of the last step, what left the last norm where its logits come from; kept where `keeps_hidden` is
+        set.
     """
 
     path: str
@@ -166,8 +167,10 @@ def _trees(pieces: Sequence[Piece]) -> Trees | None:
         ancestors += guess.ancestors()
         starts += [end] * (piece.count + len(guess))
     return Trees(
-        torch.tensor(slots, dtype=torch.int32), torch.tensor(ancestors), torch.tensor(starts, dtype=torch.int32)
-    )  # fmt: skip
+        torch.tensor(slots, dtype=torch.int32),
+        torch.tensor(ancestors),
+        torch.tensor(starts, dtype=torch.int32),
+    )
 
 
 class ModuleRunner:

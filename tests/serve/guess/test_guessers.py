@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from guessed import AlwaysAsked, engine, model, texts_of
 from peft_adapters import save, wrapped
-from tailorbird.draft.heads import Heads, model_facts, write_heads
+from tailorbird.drafting.heads import Heads, model_facts, write_heads
 from tailorbird.errors import SettingsError
 from tailorbird.kernels import native
 from tailorbird.run.fused import FusedModel
@@ -126,7 +127,9 @@ def test_texts_that_begin_alike_are_read_once_by_the_draft_model_too(tmp_path: P
     assert read[0] == 101 + 1 - 96
 
 
-def test_long_prompts_are_read_by_the_draft_model_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_prompts_are_read_by_the_draft_model_bit_by_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tailorbird.serve.guess.model.CATCH_UP", 16)
     path = model(tmp_path / "m")
     requests = [Request(str(number), tuple(range(number, 90)), 40, SAMPLINGS[0]) for number in range(2)]
@@ -143,7 +146,7 @@ def test_blocks_that_run_are_spread_evenly() -> None:
             chosen = [block for span in evenly(blocks, kept) for block in span]
             assert len(chosen) == kept
             assert chosen == sorted(set(chosen))
-            gaps = [b - a for a, b in zip(chosen, chosen[1:], strict=False)]
+            gaps = [b - a for a, b in itertools.pairwise(chosen)]
             assert not gaps or max(gaps) - min(gaps) <= 1
             assert kept < 2 or (chosen[0], chosen[-1]) == (0, blocks - 1)
 
@@ -166,7 +169,9 @@ def test_what_does_not_fit_is_refused_and_says_why(tmp_path: Path) -> None:
 
 def test_the_memory_of_a_draft_model_counts(tmp_path: Path) -> None:
     path = model(tmp_path / "m")
-    weights = sum(t.nbytes for t in {t.data_ptr(): t for t in engine(path).model.state_dict().values()}.values())
+    weights = sum(
+        t.nbytes for t in {t.data_ptr(): t for t in engine(path).model.state_dict().values()}.values()
+    )
     memory = 4 * weights
     alone, both = engine(path, memory_bytes=memory), engine(path, memory_bytes=memory, draft=path)
     assert both.pool.pages < alone.pool.pages

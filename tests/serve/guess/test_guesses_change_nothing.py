@@ -26,7 +26,11 @@ def requests_of(rng: random.Random, count: int, grammars: bool = False) -> list[
                 Sampling(temperature=1.0, seed=rng.randrange(99)),
                 Sampling(temperature=0.8, top_p=0.9, seed=3, repetition_penalty=1.2, frequency_penalty=0.3),
                 Sampling(temperature=0.7, top_k=9, seed=number, logprobs=2, ignore_end=True),
-                *([Sampling(temperature=1.0, seed=1, grammar=Grammar("regex", "[ab]{3,40}"))] if grammars else []),
+                *(
+                    [Sampling(temperature=1.0, seed=1, grammar=Grammar("regex", "[ab]{3,40}"))]
+                    if grammars
+                    else []
+                ),
             ]
         )
         found.append(
@@ -62,7 +66,9 @@ def test_random_guesses_in_random_schedules(seed: int, chains: bool, tmp_path: P
 def test_trees_of_every_architecture(architecture: str, tmp_path: Path) -> None:
     path, rng = model(tmp_path / "m", architecture), random.Random(4)
     requests = [
-        Request(str(number), tuple(rng.randrange(200) for _ in range(28)), 40, Sampling(temperature=1.0, seed=5))
+        Request(
+            str(number), tuple(rng.randrange(200) for _ in range(28)), 40, Sampling(temperature=1.0, seed=5)
+        )
         for number in range(3)
     ]
     plain = texts_of(engine(path, speculative=False), requests)

@@ -13,7 +13,9 @@ from tailorbird.serve.guess.tree import Guess, comb
 from tailorbird.serve.guess.worth import MOST_PLACES, candidates, weigh
 
 
-def expected_rate(shapes: list[tuple[int, ...]], chances: list[list[float]], step: float, place: float) -> float:
+def expected_rate(
+    shapes: list[tuple[int, ...]], chances: list[list[float]], step: float, place: float
+) -> float:
     """Tokens per second with so many tokens for each place of each sequence."""
     owners, tokens = len(shapes), float(len(shapes))
     for shape, of in zip(shapes, chances, strict=True):

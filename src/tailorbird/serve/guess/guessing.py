@@ -17,7 +17,7 @@ from torch import Tensor
 from tailorbird.serve.guess.lookup import lookup
 from tailorbird.serve.guess.luck import Luck
 from tailorbird.serve.guess.pace import Pace
-from tailorbird.serve.guess.tree import MOST_GUESSES, NOTHING, Guess
+from tailorbird.serve.guess.tree import MOST_GUESSES, Guess
 from tailorbird.serve.guess.worth import MOST_PLACES, Worth, candidates, weigh
 from tailorbird.serve.sequence import Sequence
 
@@ -133,7 +133,7 @@ class Guessing:
         most: int,
         by: Guesser | None,
     ) -> Worth:
-        """What is expected where one guesser is asked for those sequences for which it is the likelier one."""
+        """What is expected where a guesser is asked for the sequences that the text itself serves worse."""
         possible, drafted = [], set()
         for owner, (sequence, text) in enumerate(zip(sequences, found, strict=True)):
             if self._drafts(by, sequence, text):

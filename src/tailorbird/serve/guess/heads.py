@@ -1,4 +1,4 @@
-"""Guesses of trained heads (`tailorbird.draft.heads`): what the model's last hidden state lets expect."""
+"""Guesses of trained heads (`tailorbird.drafting.heads`): what the model's last hidden state lets expect."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence as Many
 import torch
 from torch import Tensor
 
-from tailorbird.draft.heads import Heads
+from tailorbird.drafting.heads import Heads
 from tailorbird.run.fused import FusedModel
 from tailorbird.serve.guess.stepwise import guess_places
 from tailorbird.serve.guess.tree import NOTHING, Guess

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tailorbird.draft.heads import is_heads, read_heads
+from tailorbird.drafting.heads import is_heads, read_heads
 from tailorbird.errors import SettingsError
 from tailorbird.model.load import load, load_tokenizer
 from tailorbird.run.fused import FusedModel

@@ -1,8 +1,8 @@
 """Guesses of the model itself with blocks left out (https://arxiv.org/abs/2309.08168, Draft & Verify).
 
-What is left out is spread evenly and the same for all tokens (https://arxiv.org/abs/2404.06954, Unified Layer
-Skipping). There is no second memory: the blocks that run read what the whole model left in the pages, and what
-they write there for guessed tokens is written anew when these are checked.
+What is left out is spread evenly and the same for all tokens (https://arxiv.org/abs/2404.06954, Unified
+Layer Skipping). There is no second memory: the blocks that run read what the whole model left in the pages,
+and what they write there for guessed tokens is written anew when these are checked.
 """
 
 from __future__ import annotations

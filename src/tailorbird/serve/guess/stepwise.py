@@ -1,8 +1,8 @@
 """Guessing place after place, for many sequences at once, from logits that something cheap gives.
 
-What is guessed first for a place is what the sequence's own sampler chooses from these logits, with the random
-number that it will choose with when the guess is checked: where both distributions are alike, so are the
-tokens, at any temperature. The alternatives are the likeliest of the other tokens.
+What is guessed first for a place is what the sequence's own sampler chooses from these logits, with the
+random number that it will choose with when the guess is checked: where both distributions are alike, so are
+the tokens, at any temperature. The alternatives are the likeliest of the other tokens.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _choose(logits: Tensor, samplers: list[Sampler]) -> list[int | None]:
 
 
 def fitting(logits: Tensor, vocab_size: int) -> Tensor:
-    """Logits for a vocabulary that is padded otherwise: without those beyond it, −inf where there are none."""
+    """Logits for a vocabulary padded otherwise: without those beyond it, −inf where there are none."""
     missing = vocab_size - logits.shape[-1]
     if missing <= 0:
         return logits[:, :vocab_size].contiguous()

@@ -95,7 +95,7 @@ def is_heads(directory: str | Path) -> bool:
 
 
 def write_heads(directory: Path, heads: Heads, facts: dict[str, Any]) -> None:
-    """Write heads into a directory that exists; the description comes last, so that it means they are whole."""
+    """Write heads into a directory that exists; where the description is, the tensors are whole."""
     write_tensors(directory / TENSORS, heads.tensors())
     write_json(directory / DESCRIPTION, {"version": VERSION, "heads": heads.count, **facts})
 
