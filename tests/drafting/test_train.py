@@ -56,7 +56,7 @@ def test_trained_heads_guess_better_and_change_nothing(tmp_path: Path) -> None:
     ]  # fmt: skip
     plain = texts_of(engine("demo", speculative=False), requests)
     first = train_heads("demo", tmp_path / "none", **(SMALL | {"epochs": 1, "sequences": 2}))
-    trained = train_heads("demo", tmp_path / "heads", **(SMALL | {"sequences": 16, "length": 96}))
+    trained = train_heads("demo", tmp_path / "heads", **(SMALL | {"sequences": 16, "length": 80}))
     assert trained.acceptance[0] > 2 * first.acceptance[0]
     assert trained.tokens_per_step > first.tokens_per_step
     before, after = (
@@ -69,7 +69,7 @@ def test_an_interrupted_training_goes_on_to_the_same_heads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = model(tmp_path / "m")
-    settings = SMALL | {"sequences": 6}
+    settings = SMALL | {"sequences": 4, "length": 24}
     whole = train_heads(path, tmp_path / "whole", **settings)
     save = train._save
 

@@ -68,7 +68,7 @@ def test_luck_follows_what_was_right() -> None:
         luck.learn(Guess((1,)), [2])
     assert luck.chances[0] < 0.01
     for _ in range(1000):
-        luck.recover()
+        luck.approach(FIRST_CHANCES, 0.01)
     assert luck.chances == pytest.approx(list(FIRST_CHANCES), abs=1e-3)
 
 

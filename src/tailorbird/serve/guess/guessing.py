@@ -15,7 +15,7 @@ from typing import Protocol
 from torch import Tensor
 
 from tailorbird.serve.guess.lookup import lookup
-from tailorbird.serve.guess.luck import Luck
+from tailorbird.serve.guess.luck import FIRST_CHANCES, FORGETTING, RECOVERY, Luck
 from tailorbird.serve.guess.pace import Pace
 from tailorbird.serve.guess.tree import MOST_GUESSES, Guess
 from tailorbird.serve.guess.worth import MOST_PLACES, Worth, candidates, weigh
@@ -110,9 +110,9 @@ class Guessing:
         self._steps += 1
         places = [min(MOST_PLACES, left(sequence) - 1) for sequence in sequences]
         for record in self._records.values():
-            record.overall.recover()
+            record.overall.approach(FIRST_CHANCES, FORGETTING)
             for sequence in sequences:
-                record.luck(sequence).recover()
+                record.luck(sequence).approach(record.overall.chances, RECOVERY)
         if self._steps % PLAIN_EVERY == 0 or not self.pace.knows(len(sequences)):
             return {}
         found = [

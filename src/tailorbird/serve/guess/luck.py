@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tailorbird.serve.guess.tree import Guess
@@ -10,8 +11,10 @@ from tailorbird.serve.guess.tree import Guess
 FIRST_CHANCES = (0.6, 0.15, 0.07)
 #: How fast what is thought of a sequence's guesses follows how many of them were right.
 RATE = 0.1
-#: How fast what was found is forgotten, with each step, so that those are tried again who didn't pay.
+#: How fast a sequence's luck returns to that of all sequences, with each step.
 RECOVERY = 0.01
+#: How fast that of all returns to the first chances, so that who didn't pay is tried again, now and then.
+FORGETTING = 0.003
 
 
 @dataclass
@@ -20,11 +23,9 @@ class Luck:
 
     chances: list[float] = field(default_factory=lambda: list(FIRST_CHANCES))
 
-    def recover(self) -> None:
-        """A step passed."""
-        self.chances = [
-            now + RECOVERY * (first - now) for now, first in zip(self.chances, FIRST_CHANCES, strict=True)
-        ]
+    def approach(self, chances: Sequence[float], share: float) -> None:
+        """Go so much of the way to these chances."""
+        self.chances = [now + share * (to - now) for now, to in zip(self.chances, chances, strict=True)]
 
     def learn(self, guess: Guess, chosen: list[int]) -> None:
         """Tokens were chosen where these were guessed."""

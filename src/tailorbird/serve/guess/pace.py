@@ -7,7 +7,7 @@ from bisect import bisect_left, insort
 #: How fast what is thought of a step's time follows the last one.
 RATE = 0.2
 #: Steps after which a time that wasn't measured again is forgotten: it may have been an unlucky one.
-FORGOTTEN = 500
+FORGOTTEN = 100
 
 
 class Pace:
