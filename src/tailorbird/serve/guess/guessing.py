@@ -17,7 +17,7 @@ from torch import Tensor
 from tailorbird.serve.guess.lookup import lookup
 from tailorbird.serve.guess.luck import FIRST_CHANCES, FORGETTING, RECOVERY, Luck
 from tailorbird.serve.guess.pace import Pace
-from tailorbird.serve.guess.tree import MOST_GUESSES, Guess
+from tailorbird.serve.guess.tree import Guess
 from tailorbird.serve.guess.worth import MOST_PLACES, Worth, candidates, weigh
 from tailorbird.serve.sequence import Sequence
 
@@ -140,8 +140,7 @@ class Guessing:
                 assert by is not None
                 drafted.add(owner)
                 chances = self._records[by.name].luck(sequence).falling(by.ranks if self._trees else 1)
-                mine = candidates(owner, chances, places[owner])
-                possible += sorted(mine, key=lambda one: -one.value)[:MOST_GUESSES]
+                possible += candidates(owner, chances, places[owner])
             else:
                 chance = self._records[LOOKUP].luck(sequence).falling(1)
                 possible += candidates(owner, chance, min(places[owner], len(text)))

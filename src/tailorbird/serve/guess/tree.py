@@ -9,21 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: Guesses of a sequence in one step; what a token sees of a tree are 63 bits.
-MOST_GUESSES = 24
-
 
 @dataclass(frozen=True)
 class Guess:
-    """What may follow a sequence.
+    """What may follow a sequence: at most 63 tokens.
 
     Attributes
     ----------
     tokens : tuple of int
     parents : tuple of int
         Which of the guesses, all before it, each one follows; -1 is the sequence's last token. Empty where
-        each follows the one before. The first `n` follow one another wherever some chain is the longest, so
-        that their keys lie where they stay.
+        each follows the one before. A chain that stands first has its keys where they stay; what stands
+        beside it costs attention more, and is moved where it was right.
     """
 
     tokens: tuple[int, ...] = ()
