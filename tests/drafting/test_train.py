@@ -10,17 +10,15 @@ import pytest
 import torch
 
 from guessed import AlwaysAsked, engine, model, texts_of
-from tailorbird.calibrate.documents import read_documents
 from tailorbird.drafting import train
 from tailorbird.drafting.heads import Heads, model_facts, read_heads, write_heads
 from tailorbird.drafting.train import train_heads
 from tailorbird.errors import CheckpointError, ResumeError, SettingsError
 from tailorbird.kernels import native
-from tailorbird.model.load import load, load_tokenizer
-from tailorbird.model.location import demo_text
+from tailorbird.model.load import load
 from tailorbird.run.fused import FusedModel
 from tailorbird.serve.request import Request, Sampling
-from tiny import save_model
+from tiny import byte_tokenizer, make_model, save_model
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
 
@@ -45,26 +43,36 @@ def accepted_share(path: str, heads: Path, requests: list[Request], plain: Any) 
     return stats["accepted_tokens/heads"] / stats["drafted_tokens/heads"]
 
 
+def model_that_can_be_foreseen(directory: Path) -> str:
+    """One whose blocks add nothing: what follows depends on the last token alone, and is nearly certain."""
+    made = make_model("llama", max_position_embeddings=256)
+    for layer in made.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    made.model.embed_tokens.weight.data *= 40
+    made.lm_head.weight.data *= 15
+    made.save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
 def test_trained_heads_guess_better_and_change_nothing(tmp_path: Path) -> None:
-    prompts = read_documents(demo_text("held_out"), load_tokenizer("demo"))
+    path = model_that_can_be_foreseen(tmp_path / "m")
     requests = [
-        Request(
-            str(number), tuple(load_tokenizer("demo")(prompt.text[:200])["input_ids"]), 30,
-            Sampling(temperature=0, ignore_end=True),
-        )
-        for number, prompt in enumerate(prompts[:4])
-    ]  # fmt: skip
-    plain = texts_of(engine("demo", speculative=False), requests)
-    fused = FusedModel(load("demo"))
+        Request(str(number), (number, 7), 50, Sampling(temperature=number % 2, seed=3, ignore_end=True))
+        for number in range(6)
+    ]
+    plain = texts_of(engine(path, speculative=False), requests)
+    fused = FusedModel(load(path))
     (tmp_path / "none").mkdir()
     write_heads(tmp_path / "none", Heads(fused.width, 2), model_facts(fused))
-    trained = train_heads("demo", tmp_path / "heads", **(SMALL | {"length": 128, "epochs": 2}))
-    assert trained.acceptance[0] > 0.1
-    assert trained.tokens_per_step > 1.1
+    trained = train_heads(path, tmp_path / "heads", **(SMALL | {"sequences": 200, "epochs": 5}))
+    assert trained.acceptance[0] > 0.3
+    assert trained.tokens_per_step > 1.3
     before, after = (
-        accepted_share("demo", tmp_path / name, requests, plain) for name in ("none", "heads")
+        accepted_share(path, tmp_path / name, requests, plain) for name in ("none", "heads")
     )  # fmt: skip
-    assert after > 1.5 * before
+    assert after > 0.1 + before
 
 
 def test_an_interrupted_training_goes_on_to_the_same_heads(
