@@ -263,11 +263,12 @@ class Engine:
             began = time.perf_counter()
             logits = self.runner.step(pieces)
             tokens = sum(piece.count + len(piece.drafts) for piece in pieces)
-            if len(logits) == len(pieces):
-                self.guessing.pace.record(tokens, time.perf_counter() - began)
+            only_writes = all(piece.chooses and piece.count == 1 for piece in pieces)
             self._steps += 1
             self._step_tokens = tokens
             self._take(pieces, logits)
+            if only_writes:
+                self.guessing.pace.record(tokens, time.perf_counter() - began)
         outputs, self._outputs = self._outputs, []
         return outputs
 

@@ -82,7 +82,7 @@ def test_a_guesser_that_is_right_and_quick_is_asked_nearly_always(monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("right", "seconds", "per_token"), [(False, 0.1, 0.1), (True, 2.0, 0.1), (True, 0.1, 9.0)]
+    ("right", "seconds", "per_token"), [(False, 0.1, 0.1), (True, 2.0, 0.1), (True, 3.0, 9.0)]
 )
 def test_one_that_is_wrong_or_slow_is_seldom_asked(
     right: bool, seconds: float, per_token: float, monkeypatch: pytest.MonkeyPatch

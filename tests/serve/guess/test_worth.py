@@ -8,7 +8,7 @@ import random
 import pytest
 
 from tailorbird.serve.guess.luck import FIRST_CHANCES, Luck
-from tailorbird.serve.guess.pace import FORGOTTEN, Pace
+from tailorbird.serve.guess.pace import DOUBTED, Pace
 from tailorbird.serve.guess.tree import Guess, comb
 from tailorbird.serve.guess.worth import MOST_PLACES, candidates, weigh
 
@@ -83,6 +83,16 @@ def test_a_pace_lies_between_what_was_measured() -> None:
     assert [pace.seconds(count) for count in (1, 4, 5, 8, 99)] == [2.0, 2.0, 2.5, 4.0, 4.0]
     pace.record(8, 9.0)
     assert 4.0 < pace.seconds(8) < 9.0
-    for _ in range(2 * FORGOTTEN):
+
+
+def test_times_that_are_not_measured_again_are_doubted_and_measured_anew() -> None:
+    pace = Pace()
+    pace.record(4, 2.0)
+    pace.record(8, 16.0)
+    for _ in range(2 * DOUBTED):
+        pace.passed()
         pace.record(4, 2.0)
-    assert pace.seconds(8) == 2.0
+    assert pace.seconds(4) == pytest.approx(2.0)
+    assert pace.seconds(8) == 4.0
+    pace.record(8, 3.0)
+    assert pace.seconds(8) == 3.0

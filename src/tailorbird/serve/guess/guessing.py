@@ -109,7 +109,9 @@ class Guessing:
         self._by.clear()
         self._steps += 1
         places = [min(MOST_PLACES, left(sequence) - 1) for sequence in sequences]
+        self.pace.passed()
         for record in self._records.values():
+            record.pace.passed()
             record.overall.approach(FIRST_CHANCES, FORGETTING)
             for sequence in sequences:
                 record.luck(sequence).approach(record.overall.chances, RECOVERY)

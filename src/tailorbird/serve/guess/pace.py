@@ -6,8 +6,9 @@ from bisect import bisect_left, insort
 
 #: How fast what is thought of a step's time follows the last one.
 RATE = 0.2
-#: Steps after which a time that wasn't measured again is forgotten: it may have been an unlucky one.
-FORGOTTEN = 100
+#: Steps after which a time that wasn't measured again is taken for half of what it was: it may have been an
+#: unlucky one, and is measured anew once it looks worth a try.
+DOUBTED = 64
 
 
 class Pace:
@@ -15,23 +16,31 @@ class Pace:
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
-        self._measured: dict[int, int] = {}
+        self._measured: dict[int, int] = {}  # when, by the number of the step
+        self._doubted: set[int] = set()
         self._counts: list[int] = []  # the keys, rising
         self._steps = 0
 
+    def passed(self) -> None:
+        """A step passes, whether it is measured or not."""
+        self._steps += 1
+        if self._steps % DOUBTED:
+            return
+        for count in self._counts:
+            if self._measured[count] <= self._steps - DOUBTED:
+                self._seconds[count] /= 2
+                self._doubted.add(count)
+
     def record(self, tokens: int, seconds: float) -> None:
         """A step of so many tokens took so long."""
-        self._steps += 1
         known = self._seconds.get(tokens)
         if known is None:
             insort(self._counts, tokens)
-        self._seconds[tokens] = seconds if known is None else known + RATE * (seconds - known)
+        if known is None or tokens in self._doubted:
+            known = seconds
+        self._seconds[tokens] = known + RATE * (seconds - known)
         self._measured[tokens] = self._steps
-        if self._steps % FORGOTTEN == 0:
-            self._counts = [
-                count for count in self._counts if self._measured[count] > self._steps - FORGOTTEN
-            ]
-            self._seconds = {count: self._seconds[count] for count in self._counts}
+        self._doubted.discard(tokens)
 
     def knows(self, tokens: int) -> bool:
         """Whether a step of so many tokens or fewer was measured."""
