@@ -108,6 +108,7 @@ class FakeEngine:
         running = min(len(self.requests), self.options.max_sequences)
         waiting = len(self.requests) - running
         return {"waiting": waiting, "running": running, "kv_pages": 8, "kv_pages_used": running,
+                "drafted_tokens/lookup": 7, "accepted_tokens/lookup": 5,
                 "cached_tokens": 0, "preemptions": 2, "step_tokens": running,
                 "steps": self.steps}  # fmt: skip
 

@@ -7,7 +7,10 @@ import sys
 
 import pytest
 
-CALLS = ["compress", "evaluate", "export", "fit", "generate", "load", "methods", "probe", "serve", "speed"]
+CALLS = [
+    "compress", "draft", "evaluate", "export", "fit", "generate", "load", "methods", "probe", "serve",
+    "speed",
+]  # fmt: skip
 
 
 def run(code: str) -> str:

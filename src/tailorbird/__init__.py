@@ -1,7 +1,7 @@
 """Makes a neural network that somebody else trained fit a memory budget.
 
-The calls mirror the commands: `fit`, `compress`, `evaluate`, `speed`, `generate`, `serve`, `batch`,
-`export`, `methods`, `probe`, and `load` for what they made. After this import, transformers' own
+The calls mirror the commands: `fit`, `compress`, `evaluate`, `speed`, `generate`, `draft`, `serve`,
+`batch`, `export`, `methods`, `probe`, and `load` for what they made. After this import, transformers' own
 ``AutoModelForCausalLM.from_pretrained`` loads it too.
 """
 
@@ -12,13 +12,26 @@ from typing import TYPE_CHECKING, Any
 from tailorbird.model.registration import register_on_import
 
 if TYPE_CHECKING:
-    from tailorbird.api import batch, compress, evaluate, export, fit, generate, methods, probe, serve, speed
+    from tailorbird.api import (
+        batch,
+        compress,
+        draft,
+        evaluate,
+        export,
+        fit,
+        generate,
+        methods,
+        probe,
+        serve,
+        speed,
+    )
     from tailorbird.model.load import load
 
 __version__ = "0.1.0"
 __all__ = [
     "batch",
     "compress",
+    "draft",
     "evaluate",
     "export",
     "fit",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tailorbird.compress.job import Job
     from tailorbird.compress.result import DryRun, FitResult
     from tailorbird.compress.work import Work
+    from tailorbird.drafting.train import DraftResult
     from tailorbird.evaluate.speed import Speed
     from tailorbird.hardware.probe import Probe
     from tailorbird.plan.budget import Budget
@@ -396,6 +397,7 @@ def serve(
     swap_disk: str | None = None,
     max_sequences: int = 64,
     context: int | None = None,
+    draft: str | None = None,
     threads: int | None = None,
     queue: int = 256,
     timeout: float = 600.0,
@@ -426,6 +428,9 @@ def serve(
         Sequences that run at a time.
     context : int, optional
         Tokens of prompt and answer; the model's limit unless given.
+    draft : str, optional
+        What guesses tokens beside the text itself, which changes nothing but the speed: a model with the same
+        vocabulary, ``self:skip``, or a directory that `draft` wrote.
     threads : int, optional
         CPU threads; all cores unless given.
     queue : int
@@ -444,10 +449,52 @@ def serve(
     options = _engine_options(
         model, memory, swap_memory, swap_disk, adapters, max_sequences, context, threads
     )
+    options = replace(options, adapter_directory=adapter_directory, draft=draft)
     return server.serve(
-        replace(options, adapter_directory=adapter_directory), host, port, keys=keys, queue=queue,
-        timeout=timeout, requests_per_minute=requests_per_minute, hang_limit=hang_limit,
+        options, host, port, keys=keys, queue=queue, timeout=timeout,
+        requests_per_minute=requests_per_minute, hang_limit=hang_limit,
     )  # fmt: skip
+
+
+def draft(
+    model: str,
+    output: str | Path,
+    *,
+    data: str | None = None,
+    heads: int = 3,
+    epochs: int = 2,
+    sequences: int = 128,
+    length: int | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> DraftResult:
+    """Train heads that guess the next tokens of `model`, for ``serve(draft=...)``.
+
+    Parameters
+    ----------
+    model : str
+        Directory, Hugging Face id or ``demo``; it stays as it is.
+    output : str or Path
+        Directory to write; must not exist.
+    data : str, optional
+        File or directory of text; without it the model writes some.
+    heads : int
+        How many tokens are guessed, each by a head of its own.
+    epochs, sequences : int
+    length : int, optional
+        Tokens of each sequence; min(256, the model's context) unless given.
+    seed : int
+    resume : bool
+        Insist that there is something to resume.
+    """
+    _check_device(device)
+    from tailorbird.drafting.train import train_heads
+
+    return train_heads(
+        model, Path(output), data, heads, epochs, sequences, length, seed, resume, progress or Silent()
+    )
 
 
 def batch(

@@ -62,6 +62,17 @@ EXPORT = {
     "bytes_after": 2**22,
     "notes": ("scales were widened",),
 }
+DRAFT = {
+    "output": "out/heads",
+    "heads": 2,
+    "acceptance": (0.5, 0.25),
+    "tokens_per_step": 1.625,
+    "text": "x.txt",
+    "tokens": 4096,
+    "parameters": 1000,
+    "bytes": 4000,
+    "seconds": 60.0,
+}
 SERVED = {"url": "http://127.0.0.1:8000", "seconds": 60.0, "generated_tokens": 1234, "restarts": 1}
 BATCH = {
     "output": "out.jsonl",
@@ -97,6 +108,7 @@ class FakeApi:
             "evaluate": record(EVALUATION),
             "speed": record(SPEED),
             "generate": record(GENERATION),
+            "draft": record(DRAFT),
             "serve": record(SERVED),
             "batch": record(BATCH),
             "export": record(EXPORT),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +21,7 @@ from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.layout import ModelLayout
 from tailorbird.model.load import load
-from tailorbird.run.fused import FusedModel, obstacle
+from tailorbird.run.fused import FusedModel, Trees, obstacle
 from tailorbird.run.generate import FusedDecoding, ModuleDecoding, decode
 from tailorbird.run.parts import Unsuited, linear_shape
 from tiny import ARCHITECTURES, make_model
@@ -330,6 +331,35 @@ def test_branches_of_a_tree_see_their_ancestors_only(tmp_path: Path) -> None:
             node = tree[node][1]
         alone = by_modules(model, torch.cat([ids[:prompt], torch.tensor(path)])[None])[0, -1]
         torch.testing.assert_close(logits[end], alone, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "falcon"])
+def test_what_stands_on_a_branch_has_the_bits_of_the_branch_alone(architecture: str, tmp_path: Path) -> None:
+    """Whatever tree, wherever it crosses pages, and though others stand in the slots between."""
+    model = compressed(tmp_path / "m", architecture)
+    fused, ids, rng = FusedModel(model), tokens(1)[0], random.Random(0)
+    for prompt in (1, 27, 33):
+        count = rng.randrange(20, 40)
+        parents = [rng.randrange(max(-1, node - 3), node) for node in range(count)]
+        guesses = torch.tensor([rng.randrange(200) for _ in range(count)])
+        bits: list[int] = []
+        depths: list[int] = []
+        for node, parent in enumerate(parents):
+            bits.append(1 << node | (bits[parent] if parent >= 0 else 0))
+            depths.append(depths[parent] + 1 if parent >= 0 else 1)
+        pages = fused.pages(1)
+        pages.reach(prompt + count)
+        slots = torch.arange(prompt + count, dtype=torch.int32)
+        positions = torch.cat([slots[:prompt], prompt - 1 + torch.tensor(depths, dtype=torch.int32)])
+        trees = Trees(slots, torch.tensor([0] * prompt + bits), torch.full_like(slots, prompt))
+        logits = fused.step(
+            torch.cat([ids[:prompt], guesses]), positions, torch.zeros_like(slots), pages, trees=trees
+        )  # fmt: skip
+        for node in range(count):
+            way = [other for other in range(count) if bits[node] >> other & 1]
+            path = torch.cat([ids[:prompt], guesses[way]])
+            alone = in_pieces(model, path[None], [])[0, -1]
+            assert torch.equal(logits[prompt + node], alone)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from tailorbird.serve.guess.tree import Guess
 from tailorbird.serve.page_pool import PagePool
 from tailorbird.serve.request import Request
 from tailorbird.serve.scheduler import Piece, Scheduler
@@ -45,13 +46,16 @@ class TableEngine:
     def step(self, guess: random.Random | None = None) -> list[Piece]:
         """One step; guesses are right or wrong by chance."""
 
-        def draft(sequence: Sequence, most: int) -> list[int]:
+        def draft(sequences: list[Sequence], most: int) -> dict[Sequence, Guess]:
+            return {sequence: chain(sequence, most) for sequence in sequences}
+
+        def chain(sequence: Sequence, most: int) -> Guess:
             count = min(most, sequence.request.max_tokens - sequence.written - 1, guess.randrange(4))  # type: ignore[union-attr]
             text, found = list(sequence.tokens), []
             for _ in range(count):
                 found.append(next_token(text) if guess.random() < 0.7 else 9)  # type: ignore[union-attr]
                 text.append(found[-1])
-            return found
+            return Guess(tuple(found))
 
         pieces = self.scheduler.next_step(draft if guess else None)
         assert sum(piece.count + len(piece.drafts) for piece in pieces) <= self.scheduler.step_tokens

@@ -20,6 +20,7 @@ from tailorbird.cli import (
     adapters,
     batch,
     compress,
+    draft,
     evaluate,
     export,
     fit,
@@ -34,7 +35,7 @@ from tailorbird.errors import TailorbirdError
 
 ISSUES = "the project's issue tracker"
 INTERRUPTED = 130
-_RESUMABLE = ("fit", "compress", "batch")
+_RESUMABLE = ("fit", "compress", "draft", "batch")
 
 app = typer.Typer(
     name="tailorbird",
@@ -54,6 +55,7 @@ app.command(epilog=generate.EXAMPLE)(generate.generate)
 app.command(epilog=serve.EXAMPLE)(serve.serve)
 app.add_typer(adapters.app)
 app.command(epilog=batch.EXAMPLE)(batch.batch)
+app.command(epilog=draft.EXAMPLE)(draft.draft)
 app.command(epilog=export.EXAMPLE)(export.export)
 app.command(epilog=methods.EXAMPLE)(methods.methods)
 

@@ -111,6 +111,15 @@ ServingContext = Annotated[
         "--context", metavar="N", min=2, help="Most tokens of prompt and answer; else the model's limit."
     ),
 ]
+DraftFrom = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        metavar="DIR|self:skip",
+        help="What guesses tokens, which changes the speed and nothing else: a smaller model with the same "
+        "vocabulary, heads from `tailorbird draft`, or the model itself with blocks left out.",
+    ),
+]
 Threads = Annotated[
     int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads; all cores if not given.")
 ]

@@ -49,6 +49,7 @@ def serve(
     swap_disk: options.SwapDisk = None,
     max_sequences: options.MaxSequences = 64,
     context: options.ServingContext = None,
+    draft: options.DraftFrom = None,
     threads: options.Threads = None,
     queue: Annotated[
         int, typer.Option("--queue", metavar="N", min=0, help="Answers that may wait beside those that run.")
@@ -90,6 +91,7 @@ def serve(
             swap_disk=swap_disk,
             max_sequences=max_sequences,
             context=context,
+            draft=draft,
             threads=threads,
             queue=queue,
             timeout=timeout,

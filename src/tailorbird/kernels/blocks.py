@@ -175,8 +175,11 @@ def run_blocks(
     slots : Tensor[tokens], int32, optional
         Where in the pages a token's key lies; its position, unless given.
     ancestors, tree_start : Tensor[tokens], int64 and int32, optional
-        For trees of tokens, whose siblings share a position and not a slot: of the keys in slots
-        ``tree_start[i] + j`` token `i` sees those whose bit `j` is set. A tree has at most 63 tokens.
+        For trees of tokens, whose siblings share a position and not a slot. A token whose slot is its
+        position sees all slots up to it. Any other sees the slots before ``tree_start[i]``, and of the slots
+        ``tree_start[i] + j`` those whose bit `j` is set, its own among them, which stand for the positions
+        from ``tree_start[i]`` on: its results have the bits that they have where its branch is read alone.
+        A tree has at most 63 tokens.
     segments : iterable of Segment
         Which tokens have an adapter, which was made for `blocks`; others have none.
     version : int, optional

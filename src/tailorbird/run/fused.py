@@ -7,7 +7,8 @@ they don't suit (`parts`), `obstacle` says what stands in the way.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,6 +45,23 @@ def obstacle(model: Any) -> str | None:
     if not any(isinstance(module, CompressedLinear) for module in model.modules()):
         return "no linear is compressed"
     return None
+
+
+@dataclass(frozen=True)
+class Trees:
+    """Tokens that branch: several guesses of what follows the same token, read at once.
+
+    Attributes
+    ----------
+    slots : Tensor[tokens], int32
+        Where in its sequence's pages a token's key lies; its position, unless a sibling is there.
+    ancestors, starts : Tensor[tokens], int64 and int32
+        As `blocks.run_blocks` takes them; of no account for tokens whose slot is their position.
+    """
+
+    slots: Tensor
+    ancestors: Tensor
+    starts: Tensor
 
 
 class FusedModel:
@@ -123,6 +141,7 @@ class FusedModel:
         wanted: Tensor | None = None,
         adapters: Iterable[Segment] = (),
         reach: int | None = None,
+        trees: Trees | None = None,
     ) -> Tensor:
         """Logits after some of the tokens that are read now.
 
@@ -138,6 +157,8 @@ class FusedModel:
             Which tokens have an adapter, made by `adapter`; others have none.
         reach : int, optional
             What all positions lie below; found from these unless given.
+        trees : Trees, optional
+            Where tokens of a sequence branch.
 
         Returns
         -------
@@ -150,9 +171,37 @@ class FusedModel:
         ValueError
             For segments that overlap, leave the batch, or have an adapter of another model.
         """
+        return self.logits(
+            self.read(ids, positions, sequences, cache, wanted, adapters, reach, trees=trees)
+        )  # fmt: skip
+
+    def read(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        sequences: Tensor,
+        cache: Cache,
+        wanted: Tensor | None = None,
+        adapters: Iterable[Segment] = (),
+        reach: int | None = None,
+        spans: Sequence[range] | None = None,
+        trees: Trees | None = None,
+    ) -> Tensor:
+        """What leaves the last block, ``[n, hidden_size]`` float32, from which `logits` makes logits.
+
+        Parameters
+        ----------
+        spans : sequence of range, optional
+            Blocks that run, in order; all unless given.
+        ids, positions, sequences, cache, wanted, adapters, reach, trees
+            As in `step`, which raises the same.
+        """
         hidden = self.embed(ids, positions)
-        self._advance(hidden, positions, sequences, cache, 0, len(self.blocks), adapters, reach)
-        return self.logits(hidden if wanted is None else hidden[wanted])
+        for span in [range(len(self.blocks))] if spans is None else spans:
+            self._advance(
+                hidden, positions, sequences, cache, span.start, span.stop, adapters, reach, trees
+            )  # fmt: skip
+        return hidden if wanted is None else hidden[wanted]
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """What enters the first block, float32 ``[tokens, hidden_size]``; arguments as in `step`."""
@@ -222,6 +271,7 @@ class FusedModel:
         last: int,
         adapters: Iterable[Segment] = (),
         reach: int | None = None,
+        trees: Trees | None = None,
     ) -> None:
         """Take hidden states through blocks ``first`` to ``last - 1``, in place; arguments as in `step`."""
         tokens = len(positions)
@@ -236,16 +286,21 @@ class FusedModel:
         if self.parts.rotary is not None and reach > self._reached:
             self._reach(self.parts.rotary, reach)
         segments = check_segments(adapters, tokens, self.blocks) if adapters else []
-        if tokens <= MOST_TOKENS and not segments:
+        if tokens <= MOST_TOKENS and not segments and trees is None:
             batch = self._batch(positions.contiguous(), sequences.contiguous(), cache.tables)
             batch.run(self.blocks, hidden, first, last)
             return
         for start in range(0, tokens, MOST_TOKENS):
             here = slice(start, start + MOST_TOKENS)
+            slots, ancestors, starts = (
+                (None, None, None)
+                if trees is None
+                else (part[here].contiguous() for part in (trees.slots, trees.ancestors, trees.starts))
+            )
             native_blocks.run_blocks(
                 self.blocks, hidden[here], positions[here].contiguous(), sequences[here].contiguous(),
-                cache.tables, self.cache_dtype, first, last, segments=within(segments, start, here.stop),
-                seconds=self.seconds,
+                cache.tables, self.cache_dtype, first, last, slots, ancestors, starts,
+                within(segments, start, here.stop), seconds=self.seconds,
             )  # fmt: skip
 
     def _batch(self, positions: Tensor, sequences: Tensor, tables: Tensor) -> native_blocks.Batch:
@@ -264,8 +319,20 @@ class FusedModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``[tokens, vocab_size]`` float32 of hidden states that left the last block."""
+        return self._through_head(self.norm, hidden)
+
+    def logits_of_normed(self, hidden: Tensor) -> Tensor:
+        """Logits of what left the last norm, as `normed` gives it."""
+        return self._through_head(NormStructure(None, None, 0.0, NORM_KINDS["none"]), hidden)
+
+    @torch.no_grad()
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What leaves the last norm, float32, of hidden states that left the last block."""
+        return self.parts.norm(hidden).float()
+
+    def _through_head(self, norm: NormStructure, hidden: Tensor) -> Tensor:
         began = time.perf_counter()
-        logits = native_blocks.run_head(self.norm, self.head, hidden)
+        logits = native_blocks.run_head(norm, self.head, hidden)
         if self.seconds is not None:
             self.seconds[-1] += time.perf_counter() - began
         if self.final_softcap is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -30,6 +31,17 @@ class Cache(Protocol):
 def page_bytes(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> int:
     """Bytes of a page, over all blocks, of `PAGE` tokens; arguments as of `Pages`."""
     return 2 * PAGE * dtype.itemsize * sum(kv_heads * head_dim for kv_heads, head_dim in shapes)
+
+
+def page_table(pages: Sequence[Sequence[int]]) -> Tensor:
+    """The tables of a `Cache` for sequences that have these pages; shorter rows end in zeros."""
+    most, rows = max(map(len, pages), default=0), array("i")
+    for row in pages:
+        rows.extend(row)
+        rows.extend([0] * (most - len(row)))
+    if not rows:
+        return torch.empty(len(pages), 0, dtype=torch.int32, device="cpu")
+    return torch.frombuffer(rows, dtype=torch.int32).view(len(pages), most)
 
 
 def _pools(
@@ -127,6 +139,20 @@ class SharedPages:
         """Give page `target` what page `source` holds."""
         for pool in (*self.keys, *self.values):
             pool[target] = pool[source]
+
+    def move(self, pages: Sequence[int], sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Move keys and values of one sequence, which has `pages`, from slots to slots."""
+        places = torch.tensor([sources, targets], device="cpu")
+        (source_pages, target_pages), (sources_in, targets_in) = (
+            torch.tensor(pages)[places // PAGE],
+            places % PAGE,
+        )
+        for pool in self.keys:
+            columns = pool.view(*pool.shape[:2], -1, PAGE)
+            columns[target_pages, :, :, targets_in] = columns[source_pages, :, :, sources_in]
+        for pool in self.values:
+            rows = pool.view(*pool.shape[:2], PAGE, -1)
+            rows[target_pages, :, targets_in] = rows[source_pages, :, sources_in]
 
     def discard(self, pages: Sequence[int]) -> None:
         """Give the memory of some pages back to the system, as far as it is whole pages of the system's.

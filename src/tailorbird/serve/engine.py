@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Many
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,18 @@ from tailorbird.serve.adapters.room import AdapterRoom
 from tailorbird.serve.adapters.store import AdapterStore
 from tailorbird.serve.beam import Search
 from tailorbird.serve.beam_sequences import BeamSequences
-from tailorbird.serve.draft import Pace, lookup
 from tailorbird.serve.grammar import Compiler, Matcher
+from tailorbird.serve.guess.check import Walk, choose_along
+from tailorbird.serve.guess.guessing import Guessing
+from tailorbird.serve.guess.open import open_guessers
+from tailorbird.serve.guess.tree import Guess
 from tailorbird.serve.interface import EngineOptions
 from tailorbird.serve.page_pool import PagePool
 from tailorbird.serve.request import BeamSearch, Finish, Output, Request
 from tailorbird.serve.runner import runner_for
-from tailorbird.serve.sampling import Choice, Sampler, choose
+from tailorbird.serve.sampling import Sampler
 from tailorbird.serve.scheduler import Piece, Scheduler
-from tailorbird.serve.sequence import FIRST_LUCK, Sequence
+from tailorbird.serve.sequence import Sequence
 from tailorbird.serve.swap import Swap
 
 logger = logging.getLogger("tailorbird")
@@ -54,26 +57,22 @@ logger = logging.getLogger("tailorbird")
 DEFAULT_CONTEXT = 4096
 #: Where no budget is stated: the share of the available memory for pages, and tokens of a sequence.
 SHARE_OF_MEMORY, USUAL_TOKENS = 0.25, 2048
-#: How fast what is thought of a sequence's guesses follows how many of them were right.
-LUCK_RATE = 0.2
 #: Bytes for adapters beyond what all texts could ever fill, at most; and the share of the pages that they may
 #: take even if that shortens the longest text.
 ADAPTER_BYTES, SHARE_OF_ADAPTERS = 2 << 30, 0.25
-#: How fast guesses that were wrong are forgotten, with each token.
-RECOVERY = 0.01
 
 
 @dataclass(eq=False)
 class _Head:
     """A sequence for which tokens are chosen: after its piece, or after the prompt that it shares.
 
-    `rows` are the logits ``[1 + drafts, vocab_size]`` after its last token and after each of its drafts.
+    `hidden` is what left the last norm ``[1 + drafts, hidden_size]``, where a guesser wants to know.
     """
 
     sequence: Sequence
-    rows: Tensor
+    walk: Walk
+    hidden: Tensor | None = None
     piece: Piece | None = None
-    choices: list[Choice] = field(default_factory=list)
 
 
 class Engine:
@@ -118,10 +117,12 @@ class Engine:
         with self._part("tokenizer", log):
             self._tokenizer = load_tokenizer(options.model)
             self.stop = frozenset(stop_tokens(self.model, self._tokenizer))
+        with self._part("draft", log):
+            opened = open_guessers(options.draft, self._tokenizer, self.runner)
         with self._part("pages", log):
             stated = context_length(self.model)
             self.context = min(options.context or stated or DEFAULT_CONTEXT, stated or 1 << 30)
-            pages = self._page_count()
+            pages = self._page_count(opened.weight_bytes, opened.page_bytes)
             self.swap = self._swap(log)
             self.pool = PagePool(pages, None if self.swap is None else self.swap.put)
             self.runner.reserve(pages)
@@ -135,6 +136,8 @@ class Engine:
                 self.runner.discard,
             )  # fmt: skip
             log(self._split(room))
+            self.guessing = Guessing(opened.make(pages, self.scheduler.has_room))
+            self.runner.keeps_hidden = self.guessing.wants_hidden
         self.store: AdapterStore | None = None
         self.boarding: Boarding | None = None
         with self._part("adapters", log):
@@ -155,9 +158,7 @@ class Engine:
         self._arrivals = 0
         self._outputs: list[Output] = []
         self._seeds = random.Random()
-        self._steps = self._found = self._drafted = self._accepted = 0
-        self._step_tokens = 0
-        self.pace = Pace()
+        self._steps = self._found = self._step_tokens = 0
         self._compiler: Compiler | None = None
         self._compiler_lock = threading.Lock()
         self.vocab_size: int = self.model.config.get_text_config().vocab_size
@@ -169,16 +170,19 @@ class Engine:
         self._startup[name] = time.perf_counter() - began
         log(f"{name}: {self._startup[name]:.2f} s")
 
-    def _page_count(self) -> int:
-        """How many pages the budget holds; raises where one sequence of the least use doesn't fit."""
-        size, tokens = self.runner.page_bytes, self.runner.page_tokens
+    def _page_count(self, more_weights: int, more_of_page: int) -> int:
+        """How many pages the budget holds; raises where one sequence of the least use doesn't fit.
+
+        Who guesses takes `more_weights` bytes, and `more_of_page` beside each page.
+        """
+        size, tokens = self.runner.page_bytes + more_of_page, self.runner.page_tokens
         of_sequence = -(-self.context // tokens)
         of_adapters = ADAPTER_BYTES // size if self.runner.adaptable is not None else 0
         if self.options.memory_bytes is None:
             usual = -(-min(self.context, USUAL_TOKENS) // tokens) * self.options.max_sequences
             affordable = int(available_bytes() * SHARE_OF_MEMORY) // size
             return max(of_sequence, min(usual, affordable)) + min(of_adapters, affordable)
-        weights = self._weight_bytes()
+        weights = self._weight_bytes() + more_weights
         pages = (self.options.memory_bytes - weights) // size
         if pages < 2:
             raise BudgetError(
@@ -245,7 +249,7 @@ class Engine:
             "kv_pages": self.pool.pages, "kv_pages_used": self.pool.used, "adapter_pages": self.pool.lent,
             "cached_tokens": self._found,
             "preemptions": self.scheduler.preemptions, "step_tokens": self._step_tokens, "steps": self._steps,
-            "drafted_tokens": self._drafted, "accepted_tokens": self._accepted, **swap,
+            **self.guessing.stats(), **swap,
         }  # fmt: skip
 
     def prepare(self, request: Request) -> Matcher | None:
@@ -364,7 +368,7 @@ class Engine:
         for sequence in sequences:
             if sequence in self.scheduler.running or sequence in self.scheduler.waiting:
                 self.scheduler.remove(sequence)
-            self.runner.forget(sequence)
+            self._forget(sequence)
         if sequences:
             self._let_go(sequences[0].adapter)
 
@@ -380,13 +384,14 @@ class Engine:
             began = time.perf_counter()
             logits = self.runner.step(pieces)
             tokens = sum(piece.count + len(piece.drafts) for piece in pieces)
-            if len(logits) == len(pieces):
-                self.pace.record(tokens, time.perf_counter() - began)
             if self.swap is not None:
                 self.swap.costs.stepped(tokens, time.perf_counter() - began)
+            only_writes = all(piece.chooses and piece.count == 1 for piece in pieces)
             self._steps += 1
             self._step_tokens = tokens
             self._take(pieces, logits)
+            if only_writes:
+                self.guessing.pace.record(tokens, time.perf_counter() - began)
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -413,12 +418,9 @@ class Engine:
     def _may_draft(self) -> bool:
         return self.options.speculative and self.runner.takes_drafts
 
-    def _draft(self, sequence: Sequence, most: int) -> list[int]:
-        if sequence.beams is not None:
-            return []
-        sequence.luck += RECOVERY * (FIRST_LUCK - sequence.luck)
-        worth = self.pace.worth(sequence.luck, len(self.scheduler.running))
-        return lookup(sequence.tokens, min(most, self._left(sequence) - 1, worth))
+    def _draft(self, sequences: Many[Sequence], most: int) -> dict[Sequence, Guess]:
+        alone = [sequence for sequence in sequences if sequence.beams is None]
+        return self.guessing.guess(alone, most, self._left)
 
     def _left(self, sequence: Sequence) -> int:
         """Tokens that a sequence may still write."""
@@ -432,41 +434,20 @@ class Engine:
 
     def _take(self, pieces: Many[Piece], logits: Many[Tensor]) -> None:
         """Choose tokens after the pieces that are read whole, and after those of their drafts that fit."""
-        heads, rows_of = [], iter(logits)
+        heads, rows_of, hidden_of = [], iter(logits), iter(self.runner.hidden_states)
         for piece in pieces:
             if not piece.chooses:
                 self.scheduler.done(piece)
                 continue
-            rows = next(rows_of)
-            if piece.sequence.beams is not None:
+            sequence, rows, hidden = piece.sequence, next(rows_of), next(hidden_of, None)
+            if sequence.beams is not None:
                 self._search(piece, rows[0])
                 continue
-            heads.append(_Head(piece.sequence, rows, piece))
-            if piece.sequence.index == 0 and piece.sequence.written == 0:
-                siblings = self._sequences[piece.sequence.request.id][1:]
-                heads += [_Head(sibling, rows[:1]) for sibling in siblings]
-        choosing, depth = heads, 0
-        while choosing:
-            choices = choose(
-                torch.stack([head.rows[depth] for head in choosing]),
-                [head.sequence.sampler for head in choosing],
-                torch.get_num_threads(),
-            )
-            going_on = []
-            for head, choice in zip(choosing, choices, strict=True):
-                head.choices.append(choice)
-                if choice.error is not None:
-                    continue
-                head.sequence.sampler.accept(choice.token)
-                drafts = head.piece.drafts if head.piece is not None else ()
-                if (
-                    depth < len(drafts)
-                    and choice.token == drafts[depth]
-                    and depth + 1 < self._left(head.sequence)
-                    and not self._ends(head.sequence, choice.token)
-                ):
-                    going_on.append(head)
-            choosing, depth = going_on, depth + 1
+            heads.append(_Head(sequence, Walk(rows, sequence.sampler, piece.guess), hidden, piece))
+            if sequence.index == 0 and sequence.written == 0:
+                siblings = self._sequences[sequence.request.id][1:]
+                heads += [_Head(sibling, Walk(rows[:1], sibling.sampler), hidden) for sibling in siblings]
+        choose_along([head.walk for head in heads], [self._end_of(head.sequence) for head in heads])
         for head in reversed(heads):  # a first continuation may end, and its pages are needed until then
             self._extend(head)
 
@@ -479,21 +460,21 @@ class Engine:
             self._outputs += outputs
             self.cancel(outputs[0].id)
 
+    def _end_of(self, sequence: Sequence) -> Callable[[int, int], bool]:
+        """Whether nothing may follow the n-th token that is chosen in this step."""
+        left = self._left(sequence)
+        return lambda number, token: number >= left or self._ends(sequence, token)
+
     def _extend(self, head: _Head) -> None:
         """Give a sequence the tokens that were chosen for it, and say so."""
-        sequence, choices = head.sequence, head.choices
+        sequence, choices = head.sequence, head.walk.choices
         prompt_read = sequence.written == 0
         error = choices[-1].error
         ended = error is None and self._ends(sequence, choices[-1].token)
         new = choices[:-1] if ended or error is not None else choices
         sequence.tokens += [choice.token for choice in new]
         if head.piece is not None:
-            accepted = len(choices) - 1
-            if head.piece.drafts:
-                sequence.luck += LUCK_RATE * (accepted / len(head.piece.drafts) - sequence.luck)
-                self._drafted += len(head.piece.drafts)
-                self._accepted += accepted
-            self.scheduler.done(head.piece, accepted)
+            self._settle(head, head.piece)
         finish: Finish | None = None
         if error is not None:
             finish = "error"
@@ -517,6 +498,19 @@ class Engine:
             self._branch(sequence)
         if finish is not None:
             self._end(sequence, running=head.piece is not None)
+        elif head.hidden is not None:
+            self.guessing.saw(sequence, head.hidden[head.walk.row])
+
+    def _settle(self, head: _Head, piece: Piece) -> None:
+        """Keep what was read of a piece: its tokens, and those of its drafts that were right."""
+        sequence, path = head.sequence, head.walk.path
+        first = piece.start + piece.count
+        if path != list(range(len(path))):
+            sources = [first + node for node in path]
+            self.runner.move(sequence.pages, sources, range(first, first + len(path)))
+        chosen = [choice.token for choice in head.walk.choices if choice.error is None]
+        self.guessing.checked(sequence, piece.guess, chosen)
+        self.scheduler.done(piece, len(path))
 
     def _branch(self, sequence: Sequence) -> None:
         """Let a continuation run on pages of the first one, with a copy of the page that isn't full."""
@@ -539,12 +533,17 @@ class Engine:
         """A sequence wrote its last token."""
         if running:
             self.scheduler.remove(sequence)
-        self.runner.forget(sequence)
+        self._forget(sequence)
         left = self._sequences[sequence.request.id]
         sequence.ended = True
         if all(other.ended for other in left):
             del self._sequences[sequence.request.id]
             self._let_go(sequence.adapter)
+
+    def _forget(self, sequence: Sequence) -> None:
+        """Let go of what is kept for a sequence beside its pages."""
+        self.runner.forget(sequence)
+        self.guessing.forget(sequence)
 
     def load_adapter(self, name: str, path: str) -> None:
         """Register an adapter, or a new version of it; requests that run keep the one that they began with.

@@ -39,7 +39,11 @@ class EngineOptions:
     threads : int or None
         CPU threads; None is all cores.
     speculative : bool
-        Whether tokens may be guessed from the text itself, several of which are then checked at once.
+        Whether tokens may be guessed, several of which are then checked at once: from the text itself, and by
+        `draft`.
+    draft : str or None
+        What guesses beside the text itself: a smaller model with the same vocabulary, ``self:skip`` for the
+        model with blocks left out, or heads that `tailorbird draft` made.
     swap_memory_bytes, swap_disk_bytes : int
         For copies of pages that others needed, in RAM and in a file, beside `memory_bytes`; 0 is none.
     """
@@ -54,6 +58,7 @@ class EngineOptions:
     adapter_state: str | None = None
     threads: int | None = None
     speculative: bool = True
+    draft: str | None = None
     swap_memory_bytes: int = 0
     swap_disk_bytes: int = 0
 

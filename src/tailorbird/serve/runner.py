@@ -8,18 +8,17 @@ cache of its own in one piece; pages are counted all the same, so that memory st
 from __future__ import annotations
 
 import logging
-from array import array
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tailorbird.kernels.adapters import Segment
 from tailorbird.kernels.blocks import PAGE, STEPS
-from tailorbird.run.fused import FusedModel
+from tailorbird.run.fused import FusedModel, Trees
 from tailorbird.run.paged import PagedModel
-from tailorbird.run.pages import Cache, Pages, SharedPages, page_bytes
+from tailorbird.run.pages import Cache, Pages, SharedPages, page_bytes, page_table
 from tailorbird.run.parts import Unsuited
 from tailorbird.serve.adapters.store import Model
 from tailorbird.serve.scheduler import Piece
@@ -43,6 +42,9 @@ class Runner(Protocol):
         Whether pieces may have drafts.
     adaptable : Model or None
         What adapters are laid out for; None where there can't be any.
+    hidden_states : list of Tensor
+        Of the last step, what left the last norm where its logits come from; kept where `keeps_hidden` is
+        set.
     """
 
     path: str
@@ -52,6 +54,8 @@ class Runner(Protocol):
     shares_prefixes: bool
     takes_drafts: bool
     adaptable: Model | None
+    keeps_hidden: bool
+    hidden_states: list[Tensor]
 
     def reserve(self, pages: int) -> None:
         """Make room for so many pages, once, before anything runs."""
@@ -61,6 +65,9 @@ class Runner(Protocol):
 
     def copy(self, source: int, target: int) -> None:
         """Give page `target` what page `source` holds."""
+
+    def move(self, pages: Sequence[int], sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Let keys and values of one sequence, which has `pages`, change their places."""
 
     def discard(self, pages: Sequence[int]) -> None:
         """Give back the memory of pages, which hold anything until they are written again."""
@@ -129,9 +136,7 @@ def runner_for(model: Any, kv_bytes_per_token: Callable[[], int]) -> Runner:
         Asked where the model runs through its modules alone.
     """
     try:
-        fused = FusedModel(model)
-        fused.seconds = torch.zeros(len(STEPS) + 1, dtype=torch.float64)  # for its progress
-        return PageRunner(fused, "fused")
+        return FusedRunner(FusedModel(model))
     except Unsuited as reason:
         not_fused = str(reason)
     try:
@@ -162,6 +167,8 @@ class PageRunner:
         self.adaptable: Model | None = model
         self.page_bytes = page_bytes(model.page_shapes, model.cache_dtype)
         self.cache = SharedPages(model.page_shapes, model.cache_dtype, 0, model.device)
+        self.keeps_hidden = False
+        self.hidden_states: list[Tensor] = []
 
     def reserve(self, pages: int) -> None:
         """See `Runner`."""
@@ -169,44 +176,20 @@ class PageRunner:
 
     def step(self, pieces: Sequence[Piece]) -> list[Tensor]:
         """See `Runner`."""
-        ids: list[int] = []
-        positions: list[int] = []
-        of_sequence: list[int] = []
-        wanted: list[int] = []
-        segments: list[Segment] = []
-        rows = []
-        most = max(len(piece.sequence.pages) for piece in pieces)
-        table = array("i")
-        for number, piece in enumerate(pieces):
-            sequence, begin = piece.sequence, len(ids)
-            end = piece.start + piece.count
-            ids += sequence.tokens[piece.start : end]
-            ids += piece.drafts
-            count = len(ids) - begin
-            positions += range(piece.start, piece.start + count)
-            of_sequence += [number] * count
-            if piece.chooses:
-                rows.append(1 + len(piece.drafts))
-                wanted += range(len(ids) - rows[-1], len(ids))
-            adapted = begin + max(0, sequence.adapted_from - piece.start)
-            if sequence.adapter is not None and adapted < len(ids):
-                segments.append(Segment(adapted, len(ids), sequence.adapter.adapter))
-            table.extend(sequence.pages)
-            table.extend([0] * (most - len(sequence.pages)))
-        self.cache.tables = torch.frombuffer(table, dtype=torch.int32).view(len(pieces), most)
-        logits = self.model.step(
-            torch.tensor(ids),
-            torch.tensor(positions, dtype=torch.int32),
-            torch.tensor(of_sequence, dtype=torch.int32),
-            self.cache,
-            torch.tensor(wanted, dtype=torch.int64),
-            segments,
-        )
-        return list(logits.split(rows))
+        row = _packed(pieces)
+        self.cache.tables = page_table([piece.sequence.pages for piece in pieces])
+        return list(self._logits(row, pieces).split(row.counts))
+
+    def _logits(self, row: _Row, pieces: Sequence[Piece]) -> Tensor:
+        return self.model.step(row.ids, row.positions, row.sequences, self.cache, row.wanted, row.segments)
 
     def copy(self, source: int, target: int) -> None:
         """See `Runner`."""
         self.cache.copy(source, target)
+
+    def move(self, pages: Sequence[int], sources: Sequence[int], targets: Sequence[int]) -> None:
+        """See `Runner`."""
+        self.cache.move(pages, sources, targets)
 
     def discard(self, pages: Sequence[int]) -> None:
         """See `Runner`."""
@@ -237,6 +220,95 @@ class PageRunner:
         return self.model.progress()
 
 
+class FusedRunner(PageRunner):
+    """Compiled blocks over shared pages; drafts may branch, and hidden states be kept.
+
+    Parameters
+    ----------
+    model : FusedModel
+    """
+
+    model: FusedModel
+
+    def __init__(self, model: FusedModel) -> None:
+        super().__init__(model, "fused")
+        model.seconds = torch.zeros(len(STEPS) + 1, dtype=torch.float64)  # for its progress
+
+    def _logits(self, row: _Row, pieces: Sequence[Piece]) -> Tensor:
+        hidden = self.model.read(
+            row.ids, row.positions, row.sequences, self.cache, row.wanted, row.segments, row.reach,
+            trees=_trees(pieces),
+        )  # fmt: skip
+        if self.keeps_hidden:
+            self.hidden_states = list(self.model.normed(hidden).split(row.counts))
+        return self.model.logits(hidden)
+
+
+class _Row(NamedTuple):
+    """The tokens of a step, as `FusedModel.step` takes them, and how many logits each piece gets."""
+
+    ids: Tensor
+    positions: Tensor
+    sequences: Tensor
+    wanted: Tensor
+    segments: list[Segment]
+    reach: int
+    counts: list[int]
+
+
+def _packed(pieces: Sequence[Piece]) -> _Row:
+    """All tokens of some pieces, one piece after the other."""
+    ids: list[int] = []
+    positions: list[int] = []
+    of_sequence: list[int] = []
+    wanted: list[int] = []
+    segments: list[Segment] = []
+    counts = []
+    for number, piece in enumerate(pieces):
+        sequence, begin = piece.sequence, len(ids)
+        end = piece.start + piece.count
+        ids += sequence.tokens[piece.start : end]
+        ids += piece.drafts
+        positions += range(piece.start, end)
+        positions += (end - 1 + depth for depth in piece.guess.depths())
+        of_sequence += [number] * (len(ids) - begin)
+        if piece.chooses:
+            counts.append(1 + len(piece.drafts))
+            wanted += range(len(ids) - counts[-1], len(ids))
+        adapted = begin + max(0, sequence.adapted_from - piece.start)
+        if sequence.adapter is not None and adapted < len(ids):
+            segments.append(Segment(adapted, len(ids), sequence.adapter.adapter))
+    return _Row(
+        torch.tensor(ids),
+        torch.tensor(positions, dtype=torch.int32),
+        torch.tensor(of_sequence, dtype=torch.int32),
+        torch.tensor(wanted, dtype=torch.int64),
+        segments,
+        max(positions) + 1,
+        counts,
+    )
+
+
+def _trees(pieces: Sequence[Piece]) -> Trees | None:
+    """How the drafts of some pieces branch, where any do."""
+    if not any(piece.parents for piece in pieces):
+        return None
+    slots: list[int] = []
+    ancestors: list[int] = []
+    starts: list[int] = []
+    for piece in pieces:
+        end, guess = piece.start + piece.count, piece.guess
+        slots += range(piece.start, end + len(guess))
+        ancestors += [0] * piece.count
+        ancestors += guess.ancestors()
+        starts += [end] * (piece.count + len(guess))
+    return Trees(
+        torch.tensor(slots, dtype=torch.int32),
+        torch.tensor(ancestors),
+        torch.tensor(starts, dtype=torch.int32),
+    )
+
+
 class ModuleRunner:
     """A model's own modules, with a cache in one piece for every sequence; no adapters."""
 
@@ -248,6 +320,8 @@ class ModuleRunner:
     def __init__(self, model: Any, kv_bytes_per_token: int, note: str) -> None:
         self.model, self.note = model, note
         self.page_bytes = PAGE * kv_bytes_per_token
+        self.keeps_hidden = False
+        self.hidden_states: list[Tensor] = []
         self._caches: dict[Any, Any] = {}
         self._left = 0
         for group in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
@@ -277,6 +351,9 @@ class ModuleRunner:
 
     def copy(self, source: int, target: int) -> None:
         """See `Runner`; caches aren't shared."""
+
+    def move(self, pages: Sequence[int], sources: Sequence[int], targets: Sequence[int]) -> None:
+        """See `Runner`; there are no drafts."""
 
     def discard(self, pages: Sequence[int]) -> None:
         """See `Runner`; pages are numbers only."""

@@ -9,9 +9,10 @@ served least goes first (https://arxiv.org/abs/2401.00588, virtual token counter
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from tailorbird.serve.guess.tree import NOTHING, Guess
 from tailorbird.serve.page_pool import PagePool
 from tailorbird.serve.sequence import Sequence
 from tailorbird.serve.swap import Swap
@@ -31,12 +32,20 @@ class Piece:
         Of the sequence's own tokens.
     drafts : tuple of int
         Guesses of what follows its last token.
+    parents : tuple of int
+        Which draft each one follows, as of `guess.tree.Guess`; empty where each follows the one before.
     """
 
     sequence: Sequence
     start: int
     count: int
     drafts: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+
+    @property
+    def guess(self) -> Guess:
+        """The drafts, and how they branch."""
+        return Guess(self.drafts, self.parents)
 
     @property
     def chooses(self) -> bool:
@@ -119,31 +128,34 @@ class Scheduler:
         self.pool.release(sequence.pages)
         sequence.pages = []
 
-    def next_step(self, draft: Callable[[Sequence, int], Iterable[int]] | None = None) -> list[Piece]:
+    def next_step(
+        self, draft: Callable[[list[Sequence], int], Mapping[Sequence, Guess]] | None = None
+    ) -> list[Piece]:
         """The pieces that are read now, with pages for all of them; empty when there is nothing to do.
 
         Parameters
         ----------
         draft : callable, optional
-            Guesses at most so many tokens that follow a sequence.
+            Guesses at most so many tokens that follow these sequences, which all write.
         """
         room, pieces = self.step_tokens, []
         self.pool.wanted = 0  # whoever waits says so again
         writing = [sequence for sequence in self.running if sequence.pending == 1]
         spare = max(0, room - len(writing) - sum(s.pending > 1 for s in self.running) - bool(self.waiting))
-        for sequence in sorted(writing, key=_urgency):
-            if sequence not in self.running:  # it gave its pages to one before it
-                continue
-            if not self._reach(sequence, len(sequence.tokens)):
-                continue
-            drafts: tuple[int, ...] = ()
-            if draft is not None and spare > 0:
-                drafts = tuple(draft(sequence, spare))
-                if drafts and not self._has_room(sequence, len(sequence.tokens) + len(drafts)):
-                    drafts = ()
-                spare -= len(drafts)
-            pieces.append(Piece(sequence, sequence.computed, 1, drafts))
-            room -= 1 + len(drafts)
+        ready = [
+            sequence
+            for sequence in sorted(writing, key=_urgency)
+            # it may have given its pages to one before it
+            if sequence in self.running and self._reach(sequence, len(sequence.tokens))
+        ]
+        guesses = draft(ready, spare) if draft is not None and ready and spare > 0 else {}
+        for sequence in ready:
+            guess = guesses.get(sequence, NOTHING).first(spare)
+            if len(guess) and not self.has_room(sequence, len(sequence.tokens) + len(guess)):
+                guess = NOTHING
+            spare -= len(guess)
+            pieces.append(Piece(sequence, sequence.computed, 1, guess.tokens, guess.parents))
+            room -= 1 + len(guess)
         for sequence in sorted((s for s in self.running if s.pending > 1), key=_urgency):
             count = min(room, sequence.pending)
             if count == 0:
@@ -231,7 +243,7 @@ class Scheduler:
     def _pages_of(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)
 
-    def _has_room(self, sequence: Sequence, tokens: int) -> bool:
+    def has_room(self, sequence: Sequence, tokens: int) -> bool:
         """Whether so many tokens have pages, or get them without taking anybody's."""
         needed = self._pages_of(tokens) - len(sequence.pages)
         taken = self.pool.take(max(0, needed))
@@ -242,7 +254,7 @@ class Scheduler:
 
     def _reach(self, sequence: Sequence, tokens: int) -> bool:
         """Pages for so many tokens, from those who are less urgent if need be; False: it gave up its own."""
-        while not self._has_room(sequence, tokens):
+        while not self.has_room(sequence, tokens):
             if self._reclaim():
                 continue
             last = max(self.running, key=_urgency)

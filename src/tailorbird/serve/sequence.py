@@ -8,9 +8,6 @@ from typing import Any
 from tailorbird.serve.page_pool import prefix_key
 from tailorbird.serve.request import Request
 
-#: Which share of its guesses is expected to be right before any was checked.
-FIRST_LUCK = 0.6
-
 
 @dataclass(eq=False)
 class Sequence:
@@ -42,8 +39,6 @@ class Sequence:
         Of the leading full pages.
     cached : int
         Tokens of the prompt that were found in pages when it first ran.
-    luck : float
-        Which share of the guesses of its tokens turned out right lately.
     ended : bool
     beams : object or None
         The search that it is a beam of (`beam_sequences.BeamSequences`).
@@ -60,7 +55,6 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     cached: int | None = None
-    luck: float = FIRST_LUCK
     ended: bool = False
     beams: Any = None
     adapted_from: int = 0

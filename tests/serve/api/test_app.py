@@ -354,6 +354,8 @@ def test_metrics_count_what_happened(server: Any) -> None:
     assert float(read[f'tailorbird_requests_total{{route="{COMPLETIONS}",status="400"}}']) == 1
     assert float(read["tailorbird_kv_pages"]) == 8
     assert float(read["tailorbird_preemptions_total"]) == 2
+    assert float(read['tailorbird_drafted_tokens_total{guesser="lookup"}']) == 7
+    assert float(read['tailorbird_accepted_tokens_total{guesser="lookup"}']) == 5
     assert float(read["tailorbird_ready"]) == 1
 
 

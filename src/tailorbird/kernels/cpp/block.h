@@ -93,7 +93,8 @@ struct Batch {
   const std::int32_t* slots;      // [tokens], where its key lies in the pages; tokens of a tree differ here only
   const std::int32_t* sequences;  // [tokens], whose it is; neighbours of one sequence stand together
   const std::int32_t* pages;      // [sequences][most_pages]
-  const std::uint64_t* ancestors; // [tokens] or null: of the slots from tree_start on those with a set bit are seen
+  const std::uint64_t* ancestors; // [tokens] or null: of the slots from tree_start on those with a set bit are seen by a
+                                  // token whose slot isn't its position; others see all up to theirs
   const std::int32_t* tree_start; // [tokens], beside `ancestors`
   std::int64_t tokens, most_pages, width;
   const Segment* segments;        // [segment_count], by their first token; none share a token

@@ -41,6 +41,11 @@ ENGINE_STATS = {
     ),
     "steps": ("tailorbird_steps", "counter", "Steps of the engine since it was started"),
 }
+#: Numbers of each guesser, whose names follow these fields and a slash.
+GUESSER_STATS = {
+    "drafted_tokens": ("tailorbird_drafted_tokens", "Guessed tokens that were checked"),
+    "accepted_tokens": ("tailorbird_accepted_tokens", "Guessed tokens that were right"),
+}
 _FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -163,3 +168,9 @@ class _EngineNumbers(Collector):
             if field in stats:
                 family: Any = GaugeMetricFamily if kind == "gauge" else CounterMetricFamily
                 yield family(name, text, stats[field])
+        for field, (name, text) in GUESSER_STATS.items():
+            counter = CounterMetricFamily(name, text, labels=["guesser"])
+            for key, value in stats.items():
+                if key.startswith(f"{field}/"):
+                    counter.add_metric([key.removeprefix(f"{field}/")], value)
+            yield counter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from tailorbird.serve.draft import LENGTHS, lookup
+from tailorbird.serve.guess.lookup import LENGTHS, lookup
 
 
 def test_a_text_that_repeats_itself_is_continued() -> None:
