@@ -28,6 +28,8 @@ from tailorbird.serve.wire import WireError, error_from_wire, pack, read_message
 
 #: How many engines a request may outlive; one that ended so many is taken for the cause.
 MOST_ATTEMPTS = 3
+#: Calls of which a second one does no harm, where an engine died before it answered.
+REPEATABLE = ("load_adapter", "unload_adapter", "adapters", "embed")
 #: Seconds before a dead engine is started again: the first time, and at most.
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
 #: An engine that lived so long, in seconds, died of something new: pauses begin anew.
@@ -58,6 +60,25 @@ class _Pending:
     outputs: asyncio.Queue[Output | TailorbirdError]
     open: set[int]
     begun: bool = False
+    attempts: int = 0
+
+
+@dataclass
+class _Call:
+    """A call of one of the engine's methods.
+
+    Attributes
+    ----------
+    name : str
+    arguments : tuple
+    answer : asyncio.Future
+    attempts : int
+        Engines that it was given to.
+    """
+
+    name: str
+    arguments: tuple[Any, ...]
+    answer: asyncio.Future[Any]
     attempts: int = 0
 
 
@@ -154,7 +175,7 @@ class Supervisor:
         self._watching: asyncio.Task[None] | None = None
         self._ready = False
         self._pending: dict[str, _Pending] = {}
-        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._calls: dict[int, _Call] = {}
         self._numbers = itertools.count()
 
     @property
@@ -266,8 +287,9 @@ class Supervisor:
         try:
             return await self._call(call, *arguments)
         finally:
-            with contextlib.suppress(EngineError):
-                self.info["adapters"] = await self._call("adapters")
+            if self._ready:  # else the next engine tells
+                with contextlib.suppress(EngineError):
+                    self.info["adapters"] = await self._call("adapters")
 
     async def embed(self, ids: Sequence[int], adapter: str | None) -> list[float]:
         """One vector for these tokens; raises what the engine refuses them with, or that it died."""
@@ -275,18 +297,25 @@ class Supervisor:
         return value
 
     async def _call(self, name: str, *arguments: Any) -> Any:
-        if not self._ready:
-            raise _stopped("the engine is being started")
+        """What a call gives, of the next engine where none runs now."""
+        if self._watching is None or self._watching.done():
+            raise _stopped("the server is stopping")
         number = next(self._numbers)
-        answer = self._calls[number] = asyncio.get_running_loop().create_future()
+        call = self._calls[number] = _Call(name, arguments, asyncio.get_running_loop().create_future())
         try:
-            self._send({"do": "call", "number": number, "name": name, "arguments": list(arguments)})
-            return await answer
+            self._give(number, call)
+            return await call.answer
         except asyncio.CancelledError:
             self._send({"do": "drop", "number": number})
             raise
         finally:
             self._calls.pop(number, None)
+
+    def _give(self, number: int, call: _Call) -> None:
+        if self._ready:
+            call.attempts += 1
+            arguments = list(call.arguments)
+            self._send({"do": "call", "number": number, "name": call.name, "arguments": arguments})
 
     def _send(self, message: dict[str, Any]) -> None:
         """Send unless there is no engine, in which case nothing needs to be sent."""
@@ -327,6 +356,8 @@ class Supervisor:
                     self._ready = True
                     for pending in self._pending.values():
                         self._add(pending)
+                    for number, call in self._calls.items():
+                        self._give(number, call)
                     return
         raise _stopped(f"the engine ended while it loaded the model, {await child.end()}")
 
@@ -361,6 +392,7 @@ class Supervisor:
                     break
                 except (TailorbirdError, ConnectionError) as error:
                     self._log(f"the engine couldn't be started: {error}")
+                    self._fail_calls(_stopped(f"the engine couldn't be started: {error}"))
                     if isinstance(error, CheckpointError):
                         # Perhaps what is known of adapters is damaged: the next engine begins anew.
                         self._state.unlink(missing_ok=True)
@@ -404,13 +436,21 @@ class Supervisor:
             pending.outputs.put_nowait(error)
 
     def _answer(self, message: dict[str, Any]) -> None:
-        answer = self._calls.get(message["number"])
-        if answer is None or answer.done():
+        call = self._calls.get(message["number"])
+        if call is None or call.answer.done():
             return
+        answer = call.answer
         if "error" in message:
             answer.set_exception(error_from_wire(message["error"]))
         else:
             answer.set_result(message["value"])
+
+    def _fail_calls(self, error: EngineError, keep: bool = False) -> None:
+        """End calls with an error; with `keep`, not those that the next engine may be asked."""
+        for call in self._calls.values():
+            again = not call.attempts or (call.name in REPEATABLE and call.attempts < MOST_ATTEMPTS)
+            if not call.answer.done() and not (keep and again):
+                call.answer.set_exception(error)
 
     def _bereave(self, reason: str, keep: bool) -> None:
         """End what an engine that is gone can't end: calls, texts that have begun, requests that killed it.
@@ -419,11 +459,9 @@ class Supervisor:
         ----------
         reason : str
         keep : bool
-            Requests that have sent nothing wait for the next engine.
+            Requests that have sent nothing, and calls that may be made twice, wait for the next engine.
         """
-        for answer in self._calls.values():
-            if not answer.done():
-                answer.set_exception(_stopped(reason))
+        self._fail_calls(_stopped(reason), keep)
         for id, pending in list(self._pending.items()):
             if not keep or pending.begun or pending.attempts >= MOST_ATTEMPTS:
                 again = keep and pending.attempts < MOST_ATTEMPTS
