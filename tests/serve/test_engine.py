@@ -19,6 +19,7 @@ from tailorbird.kernels import native
 from tailorbird.run.generate import ModuleDecoding
 from tailorbird.run.parts import ARCHITECTURES
 from tailorbird.serve.engine import Engine
+from tailorbird.serve.guess.pace import Pace
 from tailorbird.serve.request import Request, Sampling
 from tiny import byte_tokenizer, make_model, save_model
 
@@ -193,7 +194,8 @@ def test_seeds_give_the_same_text_whatever_else_is_served(tmp_path: Path) -> Non
     assert texts[0] == texts[1]
 
 
-def test_guesses_are_checked_many_at_once(tmp_path: Path) -> None:
+def test_guesses_are_checked_many_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pace, "seconds", lambda self, tokens: 1.0)  # as if more tokens took no longer
     made = engine(served(tmp_path / "m"), max_sequences=2)
     run = Watched(made)
     made.add(greedy("a", (1, 2, 3) * 8, 90))

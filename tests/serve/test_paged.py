@@ -17,6 +17,7 @@ from tailorbird.run.generate import ModuleDecoding
 from tailorbird.run.parts import Unsuited
 from tailorbird.serve import runner
 from tailorbird.serve.engine import Engine
+from tailorbird.serve.guess.pace import Pace
 from tailorbird.serve.interface import EngineOptions
 from tailorbird.serve.request import Output, Request, Sampling
 from tiny import BASE, DECODER, byte_tokenizer, make_model
@@ -153,7 +154,8 @@ def test_few_pages_small_steps_and_guesses_change_nothing(seed: int, tmp_path: P
     assert made.stats()["preemptions"] > 0
 
 
-def test_guesses_are_checked_many_at_once(tmp_path: Path) -> None:
+def test_guesses_are_checked_many_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pace, "seconds", lambda self, tokens: 1.0)  # as if more tokens took no longer
     made = engine(saved(tmp_path / "m", "granite"), max_sequences=2)
     prompt, found = (1, 2, 3) * 8, list[Output]()
     made.add(greedy("a", prompt, 90))
