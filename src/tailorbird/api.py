@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tailorbird.plan.budget import Budget
     from tailorbird.plan.predict import Prediction
     from tailorbird.run.generate import Generation
+    from tailorbird.serve.adapters.share import ShareResult
     from tailorbird.serve.batch import BatchResult
     from tailorbird.serve.interface import EngineOptions
     from tailorbird.serve.server import Served
@@ -495,6 +496,38 @@ def draft(
     return train_heads(
         model, Path(output), data, heads, epochs, sequences, length, seed, resume, progress or Silent()
     )
+
+
+def share_adapters(
+    model: str,
+    directories: Sequence[str | Path],
+    output: str | Path,
+    *,
+    rank: int = 16,
+    clusters: int = 1,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> ShareResult:
+    """Put many adapters of `model` into a basis that they share, or into a few; all are in memory meanwhile.
+
+    Parameters
+    ----------
+    model : str
+        Directory, Hugging Face id or ``demo``; it stays as it is.
+    directories : sequence of str or Path
+        Of adapters, whose names are those of the directories; they stay as they are.
+    output : str or Path
+        Directory to write, with one for each adapter beside the bases; must not exist.
+    rank : int
+        Of the bases.
+    clusters : int
+        How many bases; each adapter goes where it loses least.
+    """
+    _check_device(device)
+    from tailorbird.serve.adapters.share import share_for_model
+
+    paths = [Path(directory) for directory in directories]
+    return share_for_model(model, paths, Path(output), rank, clusters, progress)
 
 
 def batch(
