@@ -14,9 +14,9 @@ from torch import Tensor
 from peft_adapters import change_config, logits, opened, pair, prompt, save, wrapped
 from tailorbird.errors import CheckpointError, ResourceError, SettingsError
 from tailorbird.kernels import native
+from tailorbird.kernels.adapters import BasisPart
 from tailorbird.run.fused import FusedModel
 from tailorbird.serve.adapters import share as sharing
-from tailorbird.serve.adapters.basis import BasisPart
 from tailorbird.serve.adapters.kinds import open_adapter, read_linears
 from tailorbird.serve.adapters.share import share, share_for_model
 
