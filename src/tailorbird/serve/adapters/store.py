@@ -24,6 +24,7 @@ from tailorbird.run.parts import PlacedLinear
 from tailorbird.serve.adapters.folded import Folds
 from tailorbird.serve.adapters.kinds import open_adapter, read_linears
 from tailorbird.serve.adapters.room import AdapterRoom
+from tailorbird.serve.adapters.rounded import rounded_bytes, rounded_linears
 from tailorbird.serve.adapters.source import changed
 from tailorbird.serve.adapters.versions import Record, read_records, write_records
 
@@ -52,7 +53,7 @@ class _Version:
 
     name: str
     record: Record
-    #: what it takes in memory, with what it shares; until it was laid out once, what its file has
+    #: what it takes in memory, with what it shares; until it was laid out once, what its file tells
     nbytes: int
     #: as of `LaidOut`; nothing until it was laid out once
     shared: Mapping[Hashable, int] = field(default_factory=dict)
@@ -134,6 +135,8 @@ class AdapterStore:
         The memory that adapters share with others.
     folds : Folds, optional
         Of the model's checkpoint.
+    bits : int, optional
+        8: matrices are rounded to bytes (`rounded`); else they are as they are stored.
 
     Raises
     ------
@@ -149,9 +152,10 @@ class AdapterStore:
         state: Path | None = None,
         room: AdapterRoom | None = None,
         folds: Folds | None = None,
+        bits: int | None = None,
     ) -> None:
         self._model, self._warm_bytes, self._allowed, self._state = model, warm_bytes, allowed, state
-        self._room, self._folds = room, folds
+        self._room, self._folds, self._bits = room, folds, bits
         self._lock = threading.Lock()
         self._saving = threading.Lock()  # held while the state file is written, so that the last change wins
         self._names: dict[str, list[_Version]] = {}  # the one that is served, then the one before
@@ -390,7 +394,7 @@ class AdapterStore:
         source = opened.source
         if self._folds is not None:
             self._folds.needed(source, opened.adapted)
-        size = source.weights.total_bytes
+        size = source.weights.total_bytes if self._bits is None else rounded_bytes(source.weights)
         if size > self._warm_bytes:
             raise self._too_large(source.directory, size)
         with self._lock:
@@ -517,7 +521,8 @@ class AdapterStore:
         opened = open_adapter(record.path, self._model.linears, None if record.trusted else self._allowed)
         if opened.source.fingerprint != record.fingerprint:
             raise changed(opened.source.directory)
-        return self._model.adapter(read_linears(opened, self._folds))
+        linears = read_linears(opened, self._folds)
+        return self._model.adapter(linears if self._bits is None else rounded_linears(linears))
 
     def _admit(self, version: _Version, adapter: LaidOut, spare: bool) -> None:
         """Keep what was read, in the place of the least recently used, with the lock held."""
