@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tailorbird.plan.budget import Budget
     from tailorbird.plan.predict import Prediction
     from tailorbird.run.generate import Generation
+    from tailorbird.serve.adapters.share import ShareResult
     from tailorbird.serve.batch import BatchResult
     from tailorbird.serve.interface import EngineOptions
     from tailorbird.serve.server import Served
@@ -392,6 +393,7 @@ def serve(
     keys: Sequence[str] = (),
     adapters: Mapping[str, str] | None = None,
     adapter_directory: str | None = None,
+    adapter_bits: int | None = None,
     memory: str | None = None,
     swap_memory: str | None = None,
     swap_disk: str | None = None,
@@ -419,6 +421,8 @@ def serve(
         Name -> directory.
     adapter_directory : str, optional
         Where clients may load adapters from.
+    adapter_bits : int, optional
+        8 rounds adapters' matrices to bytes when they are read, which halves their memory at least.
     memory : str, optional
         ``4GiB``, ``800MB`` or ``60%``; weights, keys, values and adapters together.
     swap_memory, swap_disk : str, optional
@@ -447,7 +451,7 @@ def serve(
     from tailorbird.serve import server
 
     options = _engine_options(
-        model, memory, swap_memory, swap_disk, adapters, max_sequences, context, threads
+        model, memory, swap_memory, swap_disk, adapters, adapter_bits, max_sequences, context, threads
     )
     options = replace(options, adapter_directory=adapter_directory, draft=draft)
     return server.serve(
@@ -497,12 +501,45 @@ def draft(
     )
 
 
+def share_adapters(
+    model: str,
+    directories: Sequence[str | Path],
+    output: str | Path,
+    *,
+    rank: int = 16,
+    clusters: int = 1,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> ShareResult:
+    """Put many adapters of `model` into a basis that they share, or into a few; all are in memory meanwhile.
+
+    Parameters
+    ----------
+    model : str
+        Directory, Hugging Face id or ``demo``; it stays as it is.
+    directories : sequence of str or Path
+        Of adapters, whose names are those of the directories; they stay as they are.
+    output : str or Path
+        Directory to write, with one for each adapter beside the bases; must not exist.
+    rank : int
+        Of the bases.
+    clusters : int
+        How many bases; each adapter goes where it loses least.
+    """
+    _check_device(device)
+    from tailorbird.serve.adapters.share import share_for_model
+
+    paths = [Path(directory) for directory in directories]
+    return share_for_model(model, paths, Path(output), rank, clusters, progress)
+
+
 def batch(
     model: str,
     source: str | Path,
     output: str | Path,
     *,
     adapters: Mapping[str, str] | None = None,
+    adapter_bits: int | None = None,
     memory: str | None = None,
     swap_memory: str | None = None,
     swap_disk: str | None = None,
@@ -521,7 +558,7 @@ def batch(
         Directory, Hugging Face id or ``demo``; requests name it, or an adapter, in their field `model`.
     source, output : str or Path
         Lines of JSON; `output` must not exist.
-    adapters, memory, swap_memory, swap_disk, max_sequences, context, threads
+    adapters, adapter_bits, memory, swap_memory, swap_disk, max_sequences, context, threads
         As in `serve`.
     timeout : float
         Seconds that one answer may take.
@@ -531,7 +568,7 @@ def batch(
     from tailorbird.serve.batch import run_batch
 
     options = _engine_options(
-        model, memory, swap_memory, swap_disk, adapters, max_sequences, context, threads
+        model, memory, swap_memory, swap_disk, adapters, adapter_bits, max_sequences, context, threads
     )
     return run_batch(options, Path(source), Path(output), progress or Silent(), timeout=timeout)
 
@@ -542,6 +579,7 @@ def _engine_options(
     swap_memory: str | None,
     swap_disk: str | None,
     adapters: Mapping[str, str] | None,
+    adapter_bits: int | None,
     max_sequences: int,
     context: int | None,
     threads: int | None,
@@ -561,6 +599,7 @@ def _engine_options(
     return EngineOptions(
         model=model,
         adapters=dict(adapters or {}),
+        adapter_bits=adapter_bits,
         memory_bytes=None if memory is None else size(memory),
         swap_memory_bytes=0 if swap_memory is None else size(swap_memory),
         swap_disk_bytes=0 if swap_disk is None else size(swap_disk),

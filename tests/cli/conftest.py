@@ -73,6 +73,14 @@ DRAFT = {
     "bytes": 4000,
     "seconds": 60.0,
 }
+SHARED = {
+    "output": "out/shared",
+    "rank": 8,
+    "clusters": 2,
+    "adapters": [{"name": "fr", "cluster": 0, "lost": 0.125}, {"name": "de", "cluster": 1, "lost": 0.0}],
+    "bytes_before": 2**22,
+    "bytes_after": 2**20,
+}
 SERVED = {"url": "http://127.0.0.1:8000", "seconds": 60.0, "generated_tokens": 1234, "restarts": 1}
 BATCH = {
     "output": "out.jsonl",
@@ -110,6 +118,7 @@ class FakeApi:
             "generate": record(GENERATION),
             "draft": record(DRAFT),
             "serve": record(SERVED),
+            "share_adapters": record(SHARED),
             "batch": record(BATCH),
             "export": record(EXPORT),
             "methods": [record(METHOD)],

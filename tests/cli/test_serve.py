@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ def test_flags_reach_the_call(command: Any, api: Any, monkeypatch: pytest.Monkey
     flags = (
         "--host 0.0.0.0 --port 0 --api-key one --api-key two --adapter a=x/y=z --adapter b=y --memory 4GiB "
         "--adapter-directory d --max-sequences 3 --context 99 --threads 1 --queue 0 --timeout 2.5 "
-        "--requests-per-minute 30 --swap-memory 1GiB --swap-disk 2GiB --hang-limit 90 --draft d2"
+        "--requests-per-minute 30 --swap-memory 1GiB --swap-disk 2GiB --hang-limit 90 --draft d2 "
+        "--adapter-bits 8"
     )
     done = command("serve", "m", *flags.split())
     assert done.status == 0
@@ -20,7 +22,7 @@ def test_flags_reach_the_call(command: Any, api: Any, monkeypatch: pytest.Monkey
         "model": "m", "host": "0.0.0.0", "port": 0, "keys": ["one", "two", "third"], "memory": "4GiB",
         "adapters": {"a": "x/y=z", "b": "y"}, "adapter_directory": "d", "max_sequences": 3, "context": 99,
         "draft": "d2", "threads": 1, "queue": 0, "timeout": 2.5, "requests_per_minute": 30.0,
-        "hang_limit": 90.0, "device": "cpu", "swap_memory": "1GiB", "swap_disk": "2GiB",
+        "hang_limit": 90.0, "device": "cpu", "swap_memory": "1GiB", "swap_disk": "2GiB", "adapter_bits": 8,
     }  # fmt: skip
     for fact in ("http://127.0.0.1:8000", "1234", "1 min"):
         assert fact in done.out
@@ -54,3 +56,14 @@ def test_a_size_that_is_none_is_refused_before_anything_is_started() -> None:
 
     with pytest.raises(SettingsError, match="4G"):
         api.serve("demo", memory="4G", port=0)
+
+
+def test_adapters_have_eight_bits_or_what_they_were_stored_with(tmp_path: Path) -> None:
+    from tailorbird import api
+    from tailorbird.errors import SettingsError
+
+    for bits in (4, 0, 16):
+        with pytest.raises(SettingsError, match=f"adapters of {bits} bits .* 8, or none"):
+            api.serve("demo", adapter_bits=bits, port=0)
+        with pytest.raises(SettingsError, match=f"adapters of {bits} bits .* 8, or none"):
+            api.batch("demo", tmp_path / "in", tmp_path / "out", adapter_bits=bits)

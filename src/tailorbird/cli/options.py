@@ -80,6 +80,14 @@ Adapters = Annotated[
         "--adapter", metavar="NAME=DIR", help="An adapter that is asked for by NAME; may be repeated."
     ),
 ]
+AdapterBits = Annotated[
+    int | None,
+    typer.Option(
+        "--adapter-bits",
+        metavar="8",
+        help="8 rounds adapters' matrices to bytes, for memory; else they stay as they are stored.",
+    ),
+]
 ServingMemory = Annotated[
     str | None,
     typer.Option(

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -77,6 +77,30 @@ class TiledRows:
     def times(self, low: Tensor) -> Tensor:
         """``low @ matrix.T`` for ``low [tokens, rank]``, float32."""
         return torch.einsum("tr,nrl->tnl", low, self.tiles.float()).flatten(1)[:, : self.shape[0]]
+
+
+class BasisPart(TiledRows):
+    """A and B of one linear, which many adapters share.
+
+    Parameters
+    ----------
+    up : Tensor[out_features, rank]
+        B, which is tiled.
+    down : Tensor[rank, in_features]
+        A.
+    key : hashable
+        The same for those with the same content, and for no others.
+    """
+
+    def __init__(self, up: Tensor, down: Tensor, key: Hashable) -> None:
+        super().__init__(up)
+        self.down, self.key = down, key
+
+
+def shared_bytes(linears: Iterable[LinearAdapter]) -> dict[Hashable, int]:
+    """Bytes of what other adapters may have, too, by the keys of the parts."""
+    parts = (linear.up for linear in linears if isinstance(linear.up, BasisPart))
+    return {part.key: part.nbytes + part.down.nbytes for part in parts}
 
 
 class SegmentStructure(ctypes.Structure):
@@ -178,6 +202,8 @@ class Adapter:
     def __init__(self, blocks: Any, linears: Mapping[tuple[int, int], LinearAdapter]) -> None:
         self.blocks = blocks
         self.rank = 0
+        #: as of `LaidOut`
+        self.shared = shared_bytes(linears.values())
         self._kept: list[Tensor | TiledRows] = []
         self._table = (BlockAdapterStructure * len(blocks))()
         for (block, number), linear in linears.items():
@@ -218,7 +244,11 @@ class LaidOut(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes."""
+        """Bytes that it takes, with those that it shares."""
+
+    @property
+    def shared(self) -> Mapping[Hashable, int]:
+        """Bytes of each part that is in memory once for all adapters that have its key."""
 
 
 class Segment(NamedTuple):

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tailorbird.kernels.adapters import LinearAdapter, Segment, TiledRows
+from tailorbird.kernels.adapters import LinearAdapter, Segment, TiledRows, shared_bytes
 from tailorbird.run.parts import PlacedLinear, linear_shape
 
 #: first row, the one after the last, and what happens to them
@@ -60,6 +60,10 @@ class ModuleAdapter:
             linear.check(*linear_shape(module), f"block {block}, `{role}`")
             self.linears[module] = _moved(linear, device, moved)
         self.nbytes = sum(one.nbytes for one in moved.values())
+        #: as of `LaidOut`; what had to be moved is this adapter's own
+        self.shared = shared_bytes(
+            linear for linear in linears.values() if moved.get(id(linear.up)) is linear.up
+        )
 
 
 def _moved(

@@ -148,8 +148,9 @@ class Engine:
             goes_on = state is not None and state.exists()
             if self.runner.adaptable is not None:
                 self.store = AdapterStore(
-                    self.runner.adaptable, room.most_bytes, allowed, state, room, folds_of(checkpoint)
-                )
+                    self.runner.adaptable, room.most_bytes, allowed, state, room, folds_of(checkpoint),
+                    options.adapter_bits,
+                )  # fmt: skip
                 self.boarding = Boarding(self.store)
             for name, path in () if goes_on else options.adapters.items():
                 self.adapters_of_model().register(name, path, trusted=True)

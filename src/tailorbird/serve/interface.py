@@ -6,10 +6,13 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from tailorbird.errors import SettingsError
 from tailorbird.serve.request import Output, Request
 
 #: Where the engine is found that a server runs, unless it is told another: ``module:callable``.
 ENGINE = "tailorbird.serve.engine:Engine"
+#: Bits that adapters' matrices can be rounded to.
+ADAPTER_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class EngineOptions:
         Where adapters may be loaded from while the server runs.
     adapter_state : str or None
         A file in which the adapters that are served, and their versions, outlive an engine.
+    adapter_bits : int or None
+        8: adapters' matrices are rounded to bytes when they are read; None: they stay as they are stored.
     threads : int or None
         CPU threads; None is all cores.
     speculative : bool
@@ -46,6 +51,11 @@ class EngineOptions:
         model with blocks left out, or heads that `tailorbird draft` made.
     swap_memory_bytes, swap_disk_bytes : int
         For copies of pages that others needed, in RAM and in a file, beside `memory_bytes`; 0 is none.
+
+    Raises
+    ------
+    SettingsError
+        `adapter_bits` is neither 8 nor None.
     """
 
     model: str
@@ -56,11 +66,20 @@ class EngineOptions:
     context: int | None = None
     adapter_directory: str | None = None
     adapter_state: str | None = None
+    adapter_bits: int | None = None
     threads: int | None = None
     speculative: bool = True
     draft: str | None = None
     swap_memory_bytes: int = 0
     swap_disk_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.adapter_bits not in (None, ADAPTER_BITS):
+            raise SettingsError(
+                f"adapters of {self.adapter_bits} bits",
+                f"{ADAPTER_BITS}, or none to leave them as they are stored",
+                f"use --adapter-bits {ADAPTER_BITS}, or leave it out",
+            )
 
     def to_wire(self) -> dict[str, Any]:
         """As plain values, for a message."""

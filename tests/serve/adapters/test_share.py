@@ -14,19 +14,25 @@ from torch import Tensor
 from peft_adapters import change_config, logits, opened, pair, prompt, save, wrapped
 from tailorbird.errors import CheckpointError, ResourceError, SettingsError
 from tailorbird.kernels import native
+from tailorbird.kernels.adapters import BasisPart
 from tailorbird.run.fused import FusedModel
 from tailorbird.serve.adapters import share as sharing
-from tailorbird.serve.adapters.basis import BasisPart
 from tailorbird.serve.adapters.kinds import open_adapter, read_linears
-from tailorbird.serve.adapters.share import share
+from tailorbird.serve.adapters.share import share, share_for_model
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[FusedModel, Any]:
-    return pair(tmp_path_factory.mktemp("share") / "m", "llama")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the model."""
+    return tmp_path_factory.mktemp("share") / "m"
+
+
+@pytest.fixture(scope="module")
+def model(directory: Path) -> tuple[FusedModel, Any]:
+    return pair(directory, "llama")
 
 
 def adapters(model: Any, folder: Path, count: int, **config: Any) -> list[Path]:
@@ -136,3 +142,16 @@ def test_an_adapter_without_its_basis_is_refused(model: Any, tmp_path: Path) -> 
         change_config(adapter, config | {"basis": name})
         with pytest.raises(SettingsError, match="`basis`"):
             open_adapter(adapter, fused.linears)
+
+
+def test_bytes_are_those_of_all_tensors_before_and_after(model: Any, directory: Path, tmp_path: Path) -> None:
+    output, count, rank = tmp_path / "out", 4, 3
+    directories = adapters(model[1], tmp_path, count)
+    result = share_for_model(str(directory), directories, output, rank=rank, clusters=2)
+    assert (result.output, result.rank, result.clusters) == (str(output), rank, 2)
+    assert [one.name for one in result.adapters] == ["a0", "a1", "a2", "a3"]
+    linears = open_adapter(directories[0], model[0].linears).adapted
+    sizes = [sum(placed.module.weight.shape) for placed in linears.values()]
+    assert result.bytes_before == count * 4 * 2 * sum(sizes)  # float32, rank 2
+    cores = count * 4 * rank * rank * len(sizes)
+    assert result.bytes_after == 2 * 2 * rank * sum(sizes) + cores  # two bases in bfloat16

@@ -13,30 +13,14 @@ from pathlib import Path
 from typing import ClassVar
 from weakref import WeakValueDictionary
 
-from torch import Tensor
-
 from tailorbird.errors import CheckpointError
-from tailorbird.kernels.adapters import LinearAdapter, TiledRows
+from tailorbird.kernels.adapters import BasisPart, LinearAdapter
 from tailorbird.model.weights import Weights
 from tailorbird.run.parts import PlacedLinear, linear_shape
 from tailorbird.serve.adapters.source import Shapes, Source, within
 
 #: How the config calls this kind, and the tensor that each linear has.
 PEFT_TYPE, CORE = "SHARED_BASIS", "shared_core"
-
-
-class BasisPart(TiledRows):
-    """A and B of one linear.
-
-    Attributes
-    ----------
-    down : Tensor[rank, in_features]
-        A; B is what is tiled.
-    """
-
-    def __init__(self, up: Tensor, down: Tensor) -> None:
-        super().__init__(up)
-        self.down = down
 
 
 _parts: WeakValueDictionary[tuple[str, str], BasisPart] = WeakValueDictionary()
@@ -100,5 +84,5 @@ class SharedBasis:
             part = _parts.get(key)
             if part is None:
                 up, down = (self._basis.read(f"{path}.{name}") for name in ("up", "down"))
-                part = _parts[key] = BasisPart(up, down)
+                part = _parts[key] = BasisPart(up, down, key)
             return part

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from tailorbird.errors import ResourceError, SettingsError
 from tailorbird.kernels.adapters import LinearAdapter
+from tailorbird.model.anatomy import read_anatomy
+from tailorbird.model.checkpoint import open_checkpoint
+from tailorbird.model.load import load
 from tailorbird.model.weights import Weights
 from tailorbird.model.writing import write_json, write_tensors
 from tailorbird.progress import Progress, Silent
@@ -20,6 +23,7 @@ from tailorbird.serve.adapters.basis import CORE, PEFT_TYPE
 from tailorbird.serve.adapters.joint import MOVES, Basis, Product, shared_basis
 from tailorbird.serve.adapters.kinds import open_adapter
 from tailorbird.serve.adapters.source import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from tailorbird.serve.runner import runner_for
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,28 @@ class Shared:
     lost: float
 
 
+@dataclass(frozen=True)
+class ShareResult:
+    """Adapters that were written anew.
+
+    Attributes
+    ----------
+    output : str
+    rank, clusters : int
+    adapters : list of Shared
+        By name.
+    bytes_before, bytes_after : int
+        Of the tensors of all adapters; after, of all cores and bases.
+    """
+
+    output: str
+    rank: int
+    clusters: int
+    adapters: list[Shared]
+    bytes_before: int
+    bytes_after: int
+
+
 @dataclass(frozen=True, eq=False)
 class _Member:
     """An adapter: what it adds to linears, by module path."""
@@ -47,6 +73,35 @@ class _Member:
     name: str
     products: dict[str, Product]
     base: object
+
+
+def share_for_model(
+    model: str,
+    directories: Sequence[Path],
+    output: Path,
+    rank: int = 16,
+    clusters: int = 1,
+    progress: Progress | None = None,
+) -> ShareResult:
+    """`share` for a model by name; SettingsError, too, where it takes no adapters."""
+    progress = progress or Silent()
+    progress.stage("model", 0)
+    runner = runner_for(load(model), lambda: read_anatomy(open_checkpoint(model)).kv_bytes_per_token)
+    if runner.adaptable is None:
+        raise SettingsError(
+            f"{model}, which takes no adapters: {runner.note}", "a model that is served with adapters",
+            "merge each adapter into a checkpoint of its own",
+        )  # fmt: skip
+    found = share(runner.adaptable.linears, directories, output, rank, clusters, progress)
+    written = [*output.glob("*.safetensors"), *(output / one.name / WEIGHTS_FILE for one in found)]
+    return ShareResult(
+        str(output), rank, clusters, found,
+        _tensor_bytes(directory / WEIGHTS_FILE for directory in directories), _tensor_bytes(written),
+    )  # fmt: skip
+
+
+def _tensor_bytes(files: Iterable[Path]) -> int:
+    return sum(Weights.open_file(file).total_bytes for file in files)
 
 
 def share(

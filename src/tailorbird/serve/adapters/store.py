@@ -12,7 +12,7 @@ import re
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from tailorbird.run.parts import PlacedLinear
 from tailorbird.serve.adapters.folded import Folds
 from tailorbird.serve.adapters.kinds import open_adapter, read_linears
 from tailorbird.serve.adapters.room import AdapterRoom
+from tailorbird.serve.adapters.rounded import rounded_bytes, rounded_linears
 from tailorbird.serve.adapters.source import changed
 from tailorbird.serve.adapters.versions import Record, read_records, write_records
 
@@ -52,8 +53,10 @@ class _Version:
 
     name: str
     record: Record
-    #: what it takes in memory; until it was laid out once, what its file has
+    #: what it takes in memory, with what it shares; until it was laid out once, what its file tells
     nbytes: int
+    #: as of `LaidOut`; nothing until it was laid out once
+    shared: Mapping[Hashable, int] = field(default_factory=dict)
     salt: bytes = field(default_factory=lambda: secrets.token_bytes(_SALT_BYTES))
     adapter: LaidOut | None = None
     loading: Future[LaidOut] | None = None
@@ -61,6 +64,15 @@ class _Version:
     reserved: int = 0
     #: it is served, or the one before that
     kept: bool = True
+
+
+def _together(versions: Iterable[_Version]) -> int:
+    """Bytes of versions in memory; what several share counts once."""
+    own, shared = 0, dict[Hashable, int]()
+    for version in versions:
+        own += version.nbytes - sum(version.shared.values())
+        shared |= version.shared
+    return own + sum(shared.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +135,8 @@ class AdapterStore:
         The memory that adapters share with others.
     folds : Folds, optional
         Of the model's checkpoint.
+    bits : int, optional
+        8: matrices are rounded to bytes (`rounded`); else they are as they are stored.
 
     Raises
     ------
@@ -138,9 +152,10 @@ class AdapterStore:
         state: Path | None = None,
         room: AdapterRoom | None = None,
         folds: Folds | None = None,
+        bits: int | None = None,
     ) -> None:
         self._model, self._warm_bytes, self._allowed, self._state = model, warm_bytes, allowed, state
-        self._room, self._folds = room, folds
+        self._room, self._folds, self._bits = room, folds, bits
         self._lock = threading.Lock()
         self._saving = threading.Lock()  # held while the state file is written, so that the last change wins
         self._names: dict[str, list[_Version]] = {}  # the one that is served, then the one before
@@ -282,7 +297,7 @@ class AdapterStore:
                 return False
             if version.nbytes > self._warm_bytes:
                 return True  # reading it tells so
-            wanted = self._used(spare) + version.nbytes
+            wanted = _together([*self._needed(spare), version])
             if wanted > self._warm_bytes:
                 return False
             return self._room is None or self._room.fits(wanted, insist=not spare)
@@ -379,7 +394,7 @@ class AdapterStore:
         source = opened.source
         if self._folds is not None:
             self._folds.needed(source, opened.adapted)
-        size = source.weights.total_bytes
+        size = source.weights.total_bytes if self._bits is None else rounded_bytes(source.weights)
         if size > self._warm_bytes:
             raise self._too_large(source.directory, size)
         with self._lock:
@@ -450,7 +465,7 @@ class AdapterStore:
 
     @property
     def _warm_now(self) -> int:
-        return sum(version.nbytes for version in self._warm)
+        return _together(self._warm)
 
     def _pinned(self, version: _Version) -> Handle:
         """A handle of a version that was pinned for it."""
@@ -506,38 +521,39 @@ class AdapterStore:
         opened = open_adapter(record.path, self._model.linears, None if record.trusted else self._allowed)
         if opened.source.fingerprint != record.fingerprint:
             raise changed(opened.source.directory)
-        return self._model.adapter(read_linears(opened, self._folds))
+        linears = read_linears(opened, self._folds)
+        return self._model.adapter(linears if self._bits is None else rounded_linears(linears))
 
     def _admit(self, version: _Version, adapter: LaidOut, spare: bool) -> None:
         """Keep what was read, in the place of the least recently used, with the lock held."""
-        version.nbytes = adapter.nbytes
+        version.nbytes, version.shared = adapter.nbytes, adapter.shared
         if not (version.pins or version.kept or version.reserved):
             return
         self._refuse_without_room(version, spare)
-        while not self._holds(self._warm_now + version.nbytes):
+        while not self._holds(_together([*self._warm, version])):
             if not self._drop_oldest(spare):
                 raise self._no_room(version)
         version.adapter = adapter
         self._warm[version] = None
 
-    def _used(self, spare: bool) -> int:
-        """Bytes that can't be had, with the lock held; `spare` as in `fetch`."""
-        return sum(other.nbytes for other in self._warm if other.pins or (spare and other.reserved))
+    def _needed(self, spare: bool) -> list[_Version]:
+        """Those whose room can't be had, with the lock held; `spare` as in `fetch`."""
+        return [other for other in self._warm if other.pins or (spare and other.reserved)]
 
     def _refuse_without_room(self, version: _Version, spare: bool) -> None:
         """With the lock held."""
         if version.nbytes > self._warm_bytes:
             raise self._too_large(version.record.path, version.nbytes)
-        used = self._used(spare)
-        if used + version.nbytes > self._warm_bytes:
+        if _together([*self._needed(spare), version]) > self._warm_bytes:
             raise self._no_room(version)
 
     def _no_room(self, version: _Version) -> NoRoom:
         """With the lock held."""
-        used = sum(other.nbytes for other in self._warm if other.pins)
+        pinned = self._needed(spare=False)
+        used = _together(pinned)
         return NoRoom(
             f"adapters in use take {used} of {self._warm_bytes} bytes, and `{version.name}` needs "
-            f"{version.nbytes}",
+            f"{_together([*pinned, version]) - used}",
             "room for every adapter that is in use at the same time, beside the texts that are written",
             "try again when other requests have ended, or allow more memory",
         )
