@@ -2,7 +2,8 @@
 
 A random 110 M Llama at 4 bits with 1,000 registered random LoRA adapters, ranks 8, 16, 32 and 64 in turn. 64
 sequences decode at once: without adapters, with 64 different ones on the query and value projections, with 64
-different ones on all linears, and with adapters drawn from a Zipf distribution. The bound is the base's step
+different ones on all linears, with adapters drawn from a Zipf distribution, with adapters of 8 bits, and with
+64 adapters in one basis of rank 64 that they share. The bound is the base's step
 and the adapters' bytes at the read bandwidth of this run. PEFT's batch of mixed adapters (`adapter_names`,
 the same adapters on the bf16 model) runs beside them. Last, the time to the first token of a request for an
 adapter that nobody has used yet, on an idle engine, after a prompt of 32 tokens.
@@ -31,6 +32,7 @@ from cpu_speed import GROUP, SIZES, read_bandwidth
 from machine import add_quiet_option, require_quiet, write_result
 from packed_models import round_plainly
 from random_models import write_random
+from tailorbird.serve.adapters.share import share
 
 RANKS = (8, 16, 32, 64)
 SEQUENCES, PROMPT, NEW = 64, 32, 32
@@ -78,11 +80,13 @@ def write_adapter(
 class Engine:
     """An engine whose sequences decode together."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, adapter_bits: int | None = None) -> None:
         from tailorbird.serve.engine import Engine as Served
         from tailorbird.serve.interface import EngineOptions
 
-        options = EngineOptions(str(model), max_sequences=SEQUENCES, speculative=False)
+        options = EngineOptions(
+            str(model), max_sequences=SEQUENCES, speculative=False, adapter_bits=adapter_bits
+        )
         self.engine = Served(options, log=lambda _: None)
         self.requests = 0
 
@@ -179,6 +183,14 @@ def main() -> None:
                 folder / "all" / str(number), source, RANKS[number % 4], TARGETS["all linears"], number
             )
             engine.engine.adapters_of_model().register(f"all{number}", path)
+        rounded = Engine(folder / "4-bits", adapter_bits=8)
+        for kind in ("qv", "all"):
+            for number in range(SEQUENCES):
+                rounded.engine.adapters_of_model().register(f"{kind}{number}", folder / kind / str(number))
+        members = [folder / "qv" / str(number) for number in range(SEQUENCES)]
+        share(engine.engine.runner.model.linears, members, folder / "shared", rank=max(RANKS))
+        for number in range(SEQUENCES):
+            engine.engine.adapters_of_model().register(f"shared{number}", folder / "shared" / str(number))
         rng = random.Random(0)
         shares = [1 / (rank + 1) ** ZIPF for rank in range(arguments.registered)]
         batches: dict[str, list[str | None]] = {
@@ -188,11 +200,15 @@ def main() -> None:
             "Zipf, q and v": [
                 f"qv{number}" for number in rng.choices(range(arguments.registered), shares, k=SEQUENCES)
             ],
+            "64 adapters, q and v, 8 bits": [f"qv{number}" for number in range(SEQUENCES)],
+            "64 adapters, all linears, 8 bits": [f"all{number}" for number in range(SEQUENCES)],
+            "64 adapters, q and v, one basis": [f"shared{number}" for number in range(SEQUENCES)],
         }
+        of_batch = {name: rounded if name.endswith("8 bits") else engine for name in batches}
         seconds: dict[str, list[float]] = {name: [] for name in batches}
         for number in range(arguments.rounds + 1):
             for name, batch in batches.items():
-                found = engine.decode_seconds(batch)
+                found = of_batch[name].decode_seconds(batch)
                 if number:  # the first round warms up, and reads the adapters
                     seconds[name].append(found)
         cold = [
@@ -201,8 +217,7 @@ def main() -> None:
         ]
         base = statistics.median(seconds["base"])
         for name, batch in batches.items():
-            store = engine.engine.adapters_of_model()
-            size = sum(_bytes(store, adapter) for adapter in set(batch) if adapter is not None)
+            size = _bytes(of_batch[name].engine.adapters_of_model(), set(batch) - {None})
             taken, bound = statistics.median(seconds[name]), base + size / bandwidth
             rows.append(
                 {
@@ -233,13 +248,16 @@ def main() -> None:
     )  # fmt: skip
 
 
-def _bytes(store: Any, name: str) -> int:
-    """What an adapter takes in memory."""
-    handle = store.acquire(name)
+def _bytes(store: Any, names: set[str]) -> int:
+    """What adapters take in memory; what they share counts once."""
+    handles = [store.acquire(name) for name in names]
     try:
-        return int(handle.adapter.nbytes)
+        shared = {key: size for handle in handles for key, size in handle.adapter.shared.items()}
+        own = sum(handle.adapter.nbytes - sum(handle.adapter.shared.values()) for handle in handles)
+        return int(own + sum(shared.values()))
     finally:
-        store.release(handle)
+        for handle in handles:
+            store.release(handle)
 
 
 if __name__ == "__main__":
