@@ -2,7 +2,7 @@
 
 A step reads the pieces that the scheduler picked, in one packed row, and chooses a token for each sequence
 that has read all it has. It knows tokens only; text, sockets and clients are elsewhere. Nothing here waits,
-but for an adapter where there is nothing else to do.
+but a moment for an adapter where there is nothing else to do.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ SHARE_OF_MEMORY, USUAL_TOKENS = 0.25, 2048
 #: Bytes for adapters beyond what all texts could ever fill, at most; and the share of the pages that they may
 #: take even if that shortens the longest text.
 ADAPTER_BYTES, SHARE_OF_ADAPTERS = 2 << 30, 0.25
+#: Seconds that a step without anything to read waits for an adapter: then there may be messages.
+SETTLE_SECONDS = 0.01
 
 
 @dataclass(eq=False)
@@ -380,7 +382,7 @@ class Engine:
         if self.boarding is not None:
             self.boarding.look_ahead()
             if not pieces and not self._outputs:
-                self.boarding.settle()
+                self.boarding.settle(SETTLE_SECONDS)
         if pieces:
             began = time.perf_counter()
             logits = self.runner.step(pieces)
@@ -454,6 +456,8 @@ class Engine:
 
     def _search(self, piece: Piece, row: Tensor) -> None:
         """Let a beam choose with the others; at the end, say what was found."""
+        if piece.sequence.request.id not in self._sequences:
+            return  # another beam's logits have ended the search in this step
         self.scheduler.done(piece)
         outputs: list[Output] = piece.sequence.beams.take(piece.sequence, row)
         if outputs:
