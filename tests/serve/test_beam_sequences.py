@@ -13,6 +13,7 @@ from engines import Watched, alone, engine, greedy, served
 from peft_adapters import save, wrapped
 from tailorbird.errors import SettingsError
 from tailorbird.kernels import native
+from tailorbird.kernels.blocks import PAGE
 from tailorbird.model.load import load, load_tokenizer
 from tailorbird.serve.engine import Engine
 from tailorbird.serve.request import BeamSearch, Grammar, Output, Request, Sampling
@@ -221,6 +222,26 @@ def test_logits_that_are_no_numbers_end_the_search(tmp_path: Path) -> None:
     outputs = made.step()
     assert [(output.index, output.finish) for output in outputs] == [(0, "error"), (1, "error")]
     assert not made.busy
+    assert made.pool.used == 0
+
+
+@compiled
+def test_a_search_that_fails_late_fails_once_and_alone(tmp_path: Path) -> None:
+    """All beams fill a page in the step whose logits are bad."""
+    made = engine(served(tmp_path / "m"), max_sequences=8)
+    made.add(greedy("other", (9, 8, 7), 50))
+    made.add(search("a", (1, 2), 60, BeamSearch(3), n=2, sampling=Sampling(ignore_end=True)))
+    run, step = Watched(made), made.runner.step
+
+    def bad(pieces: Any) -> list[torch.Tensor]:
+        broken = [piece.sequence.beams and len(piece.sequence.tokens) == PAGE for piece in pieces]
+        rows = step(pieces)
+        return [row * torch.nan if is_bad else row for row, is_bad in zip(rows, broken, strict=True)]
+
+    made.runner.step = bad  # type: ignore[method-assign]
+    run.run()
+    assert [output.finish for output in finished(run, "a")] == ["error", "error"]
+    assert run.tokens["other", 0] == alone(made, (9, 8, 7), 50)[0]
     assert made.pool.used == 0
 
 

@@ -157,6 +157,22 @@ def test_a_model_that_neither_blocks_nor_pages_suit_is_served_by_its_modules(tmp
         made.load_adapter("a", str(tmp_path))
 
 
+def test_who_gives_up_pages_gives_up_the_cache_of_the_modules(tmp_path: Path) -> None:
+    path = str(save_model(tmp_path / "m", "falcon", alibi=True, new_decoder_architecture=False))
+    made = engine(path, max_sequences=3)
+    made.pool.take(made.pool.pages - 4)
+    run = Watched(made)
+    requests = [greedy(str(i), tuple(range(i, i + 20)), 50) for i in range(3)]
+    for request in requests:
+        made.add(request)
+    while made.busy:
+        run.step()
+        assert len(made.runner._caches) <= 3 - len(made.scheduler.waiting)  # type: ignore[attr-defined]
+    assert made.scheduler.preemptions
+    for request in requests:
+        assert run.tokens[request.id, 0] == alone(made, request.prompt, 50)[0]
+
+
 @pytest.mark.parametrize(
     ("kind", "architecture", "changes"),
     [

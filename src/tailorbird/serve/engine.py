@@ -2,7 +2,7 @@
 
 A step reads the pieces that the scheduler picked, in one packed row, and chooses a token for each sequence
 that has read all it has. It knows tokens only; text, sockets and clients are elsewhere. Nothing here waits,
-but for an adapter where there is nothing else to do.
+but a moment for an adapter where there is nothing else to do.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tailorbird.errors import BudgetError, SettingsError, TailorbirdError
-from tailorbird.hardware.memory import available_bytes
+from tailorbird.errors import SettingsError, TailorbirdError
 from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.load import load, load_tokenizer
@@ -43,6 +42,7 @@ from tailorbird.serve.guess.guessing import Guessing
 from tailorbird.serve.guess.open import open_guessers
 from tailorbird.serve.guess.tree import Guess
 from tailorbird.serve.interface import EngineOptions
+from tailorbird.serve.memory import Needs, longest_text, page_count, weight_bytes
 from tailorbird.serve.page_pool import PagePool
 from tailorbird.serve.request import BeamSearch, Finish, Output, Request
 from tailorbird.serve.runner import runner_for
@@ -55,11 +55,8 @@ logger = logging.getLogger("tailorbird")
 
 #: Context where neither model nor options state one.
 DEFAULT_CONTEXT = 4096
-#: Where no budget is stated: the share of the available memory for pages, and tokens of a sequence.
-SHARE_OF_MEMORY, USUAL_TOKENS = 0.25, 2048
-#: Bytes for adapters beyond what all texts could ever fill, at most; and the share of the pages that they may
-#: take even if that shortens the longest text.
-ADAPTER_BYTES, SHARE_OF_ADAPTERS = 2 << 30, 0.25
+#: Seconds that a step without anything to read waits for an adapter: then there may be messages.
+SETTLE_SECONDS = 0.01
 
 
 @dataclass(eq=False)
@@ -122,7 +119,11 @@ class Engine:
         with self._part("pages", log):
             stated = context_length(self.model)
             self.context = min(options.context or stated or DEFAULT_CONTEXT, stated or 1 << 30)
-            pages = self._page_count(opened.weight_bytes, opened.page_bytes)
+            needs = Needs(
+                weight_bytes(self.model) + opened.weight_bytes, self.runner.page_bytes + opened.page_bytes,
+                self.runner.page_tokens, self.context, self.runner.adaptable is not None,
+            )  # fmt: skip
+            pages = page_count(options, needs)
             self.swap = self._swap(log)
             self.pool = PagePool(pages, None if self.swap is None else self.swap.put)
             self.runner.reserve(pages)
@@ -130,12 +131,16 @@ class Engine:
                 self.pool, self.runner.page_tokens, options.step_tokens, options.max_sequences,
                 self.runner.shares_prefixes, self.swap, self._reclaim, self._ready,
             )  # fmt: skip
-            self._longest = self._longest_text()
+            self._longest = longest_text(options, needs, pages)
             room = AdapterRoom(
                 self.pool, self.runner.page_bytes, pages - -(-self._longest // self.runner.page_tokens),
                 self.runner.discard,
             )  # fmt: skip
-            log(self._split(room))
+            log(
+                f"memory: {needs.weight_bytes:,} bytes of weights, {pages * needs.page_bytes:,} of keys, "
+                f"values and adapters; adapters may take {room.most_bytes:,} of it, "
+                f"a text {self._longest:,} tokens"
+            )
             self.guessing = Guessing(opened.make(pages, self.scheduler.has_room))
             self.runner.keeps_hidden = self.guessing.wants_hidden
         self.store: AdapterStore | None = None
@@ -170,45 +175,6 @@ class Engine:
         yield
         self._startup[name] = time.perf_counter() - began
         log(f"{name}: {self._startup[name]:.2f} s")
-
-    def _page_count(self, more_weights: int, more_of_page: int) -> int:
-        """How many pages the budget holds; raises where one sequence of the least use doesn't fit.
-
-        Who guesses takes `more_weights` bytes, and `more_of_page` beside each page.
-        """
-        size, tokens = self.runner.page_bytes + more_of_page, self.runner.page_tokens
-        of_sequence = -(-self.context // tokens)
-        of_adapters = ADAPTER_BYTES // size if self.runner.adaptable is not None else 0
-        if self.options.memory_bytes is None:
-            usual = -(-min(self.context, USUAL_TOKENS) // tokens) * self.options.max_sequences
-            affordable = int(available_bytes() * SHARE_OF_MEMORY) // size
-            return max(of_sequence, min(usual, affordable)) + min(of_adapters, affordable)
-        weights = self._weight_bytes() + more_weights
-        pages = (self.options.memory_bytes - weights) // size
-        if pages < 2:
-            raise BudgetError(
-                f"{self.options.memory_bytes:,} bytes of memory",
-                f"at least {weights + 2 * size:,}: {weights:,} of weights, and {2 * size:,} for a text of "
-                f"{2 * tokens} tokens",
-                "allow more memory, or compress the model (`tailorbird fit`)",
-            )
-        return min(pages, of_sequence * self.options.max_sequences + of_adapters)
-
-    def _weight_bytes(self) -> int:
-        return sum(t.nbytes for t in {t.data_ptr(): t for t in _tensors(self.model)}.values())
-
-    def _longest_text(self) -> int:
-        """Tokens that a text may have, for which there is room whatever adapters are in use."""
-        expected = bool(self.options.adapters) or self.options.adapter_directory is not None
-        pages = self.pool.pages - int(self.pool.pages * SHARE_OF_ADAPTERS if expected else 0)
-        return min(self.context, pages * self.runner.page_tokens)
-
-    def _split(self, room: AdapterRoom) -> str:
-        size = self.runner.page_bytes
-        return (
-            f"memory: {self._weight_bytes():,} bytes of weights, {self.pool.pages * size:,} of keys, values "
-            f"and adapters; adapters may take {room.most_bytes:,} of it, a text {self._longest:,} tokens"
-        )
 
     def _reclaim(self) -> bool:
         """Give the pages of an adapter that nobody uses back to the pool; False where there is none."""
@@ -380,7 +346,7 @@ class Engine:
         if self.boarding is not None:
             self.boarding.look_ahead()
             if not pieces and not self._outputs:
-                self.boarding.settle()
+                self.boarding.settle(SETTLE_SECONDS)
         if pieces:
             began = time.perf_counter()
             logits = self.runner.step(pieces)
@@ -454,6 +420,8 @@ class Engine:
 
     def _search(self, piece: Piece, row: Tensor) -> None:
         """Let a beam choose with the others; at the end, say what was found."""
+        if piece.sequence.request.id not in self._sequences:
+            return  # another beam's logits have ended the search in this step
         self.scheduler.done(piece)
         outputs: list[Output] = piece.sequence.beams.take(piece.sequence, row)
         if outputs:
@@ -667,9 +635,3 @@ class Engine:
             if handle is not None:
                 self.adapters_of_model().release(handle)
         return (mean / mean.norm().clamp(min=1e-12)).tolist()
-
-
-def _tensors(model: Any) -> Iterator[Tensor]:
-    """Every tensor that a model stores."""
-    for module in model.modules():
-        yield from (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)

@@ -134,11 +134,3 @@ class PagePool:
                 self._users[page] += 1
                 found.append(page)
         return found
-
-    def forget(self) -> None:
-        """Nothing is findable any more; pages in use stay with their users."""
-        with self._lock:
-            self._blank.extend(self._idle)
-            self._idle.clear()
-            self._key_of.clear()
-            self._page_of.clear()

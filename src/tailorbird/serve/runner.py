@@ -336,6 +336,8 @@ class ModuleRunner:
         """See `Runner`; there are no drafts."""
         from transformers import DynamicCache
 
+        for sequence in [sequence for sequence in self._caches if not sequence.pages]:
+            self.forget(sequence)  # it gave its pages to others
         found = []
         for piece in pieces:
             if piece.start == 0:

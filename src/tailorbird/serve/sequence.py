@@ -29,7 +29,7 @@ class Sequence:
     adapted_from : int
         The first token on which its adapter acts.
     adapter_salt : bytes
-        What the keys of pages depend on besides, from the page of that token on.
+        What the keys of pages depend on besides, from the page of that token on, beside its place there.
     tokens : list of int
         Prompt and output.
     computed : int
@@ -74,8 +74,9 @@ class Sequence:
         """Keys of the full pages among the first `until` tokens."""
         for number in range(len(self.keys), until // page_tokens):
             before = self.keys[-1] if self.keys else self.salt
-            if number == self.adapted_from // page_tokens:
-                before += self.adapter_salt
+            full, rest = divmod(self.adapted_from, page_tokens)
+            if self.adapter_salt and number == full:
+                before += self.adapter_salt + rest.to_bytes(4, "little")
             here = self.tokens[number * page_tokens : (number + 1) * page_tokens]
             self.keys.append(prefix_key(before, here))
         return self.keys[: until // page_tokens]

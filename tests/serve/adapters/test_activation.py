@@ -24,7 +24,9 @@ from tailorbird.serve.adapters.held_out import Example, mean_loss
 from tailorbird.serve.adapters.versions import read_records
 from tailorbird.serve.engine import Engine
 from tailorbird.serve.interface import EngineOptions
+from tailorbird.serve.page_pool import prefix_key
 from tailorbird.serve.request import Output, Request, Sampling
+from tailorbird.serve.sequence import Sequence
 from tiny import byte_tokenizer, make_model
 
 peft = pytest.importorskip("peft")
@@ -211,6 +213,20 @@ def test_pages_before_the_invocation_are_shared_with_the_base_both_ways(made: tu
     other = engine(folder)
     assert first_output(other, greedy("a", invoked)).cached_tokens == 0
     assert first_output(other, greedy("base", (*shared, 7), None)).cached_tokens == 2 * PAGE
+
+
+def test_a_page_is_shared_only_where_the_adapter_acts_from_the_same_token_on() -> None:
+    """What an answer repeats of an invocation was read with the adapter; in the next prompt it invokes."""
+    once, again = (*prompt(4), *INVOCATION), (*prompt(5, 1), *INVOCATION)
+    tokens = (*once, *again, *prompt(PAGE, 2))
+    request = Request("x", tokens)
+    answered, asked, plain = (
+        Sequence(request, 0, 0, None, None, b"", list(tokens), adapted_from=start, adapter_salt=salt)
+        for start, salt in ((4, b"a"), (12, b"a"), (0, b""))
+    )
+    keys = [text.keys_of_full_pages(PAGE, PAGE)[0] for text in (answered, asked, plain)]
+    assert len(set(keys)) == 3
+    assert keys[2] == prefix_key(b"", tokens[:PAGE])
 
 
 def test_embeddings_and_losses_are_adapted_from_the_invocation_on(made: tuple[Path, Any]) -> None:

@@ -18,9 +18,11 @@ from tailorbird.formats.packed import IntegerCoding
 from tailorbird.kernels import native
 from tailorbird.run.fused import FusedModel
 from tailorbird.serve.adapters.boarding import MOST_PASSES, Boarding, Ticket
+from tailorbird.serve.adapters.room import AdapterRoom
 from tailorbird.serve.adapters.store import AdapterStore
 from tailorbird.serve.engine import Engine
 from tailorbird.serve.interface import EngineOptions
+from tailorbird.serve.page_pool import PagePool
 from tailorbird.serve.request import Output, Request, Sampling
 from tiny import byte_tokenizer, make_model
 
@@ -68,7 +70,7 @@ def run(boarding: Boarding, ticket: Ticket) -> None:
         if boarding.ready(ticket):
             return
         boarding.look_ahead()
-        boarding.settle()
+        boarding.settle(20)
     raise AssertionError("it may never run")
 
 
@@ -77,7 +79,7 @@ def blocked(boarding: Boarding, ticket: Ticket) -> bool:
     for _ in range(3):
         if boarding.ready(ticket):
             return False
-        boarding.settle()
+        boarding.settle(20)
     return True
 
 
@@ -151,12 +153,12 @@ def test_adapters_are_laid_out_ahead_in_room_that_nobody_waiting_needs(
     waiting = [boarding.take(str(i)) for i in (1, 2, 3)]
     for _ in range(4):
         boarding.look_ahead()
-        boarding.settle()
+        boarding.settle(20)
     assert read == ["0", "1"]  # for 2 and 3 there is no room beside what runs and what waits
     boarding.give_back(running)
     for _ in range(4):
         boarding.look_ahead()
-        boarding.settle()
+        boarding.settle(20)
     assert read == ["0", "1", "2"]
     assert boarding.ready(waiting[0])
     assert boarding.ready(waiting[1])  # at once, as they are there
@@ -180,6 +182,36 @@ def test_reading_ahead_does_not_stop_who_asks(store: AdapterStore, monkeypatch: 
     assert not boarding.ready(ticket)
     go.set()
     run(boarding, ticket)
+
+
+def test_pages_are_left_for_an_adapter_while_it_is_read(
+    fused: FusedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, begun = threading.Event(), threading.Event()
+    plain = AdapterStore._read
+
+    def slow(self: AdapterStore, version: Any) -> Any:
+        begun.set()
+        assert go.wait(20)
+        return plain(self, version)
+
+    monkeypatch.setattr(AdapterStore, "_read", slow)
+    pool, size = PagePool(8), opened(fused, folder / "adapters" / "0").nbytes
+    room = AdapterRoom(pool, -(-size // 4), 6, lambda pages: None)
+    store = AdapterStore(fused, room.most_bytes, room=room)
+    store.register("0", folder / "adapters" / "0")
+    boarding = Boarding(store)
+    ticket = boarding.take("0")
+    assert not boarding.ready(ticket)
+    assert begun.wait(20)
+    pool.wanted = 0  # the next step
+    assert not boarding.ready(ticket)
+    assert pool.wanted == 4
+    boarding.settle(0.01)  # returns, though nothing was read: there may be messages meanwhile
+    go.set()
+    run(boarding, ticket)
+    assert pool.lent == 4
+    store.close()
 
 
 # --- in the engine -------------------------------------------------------------------------------

@@ -110,21 +110,19 @@ class Boarding:
                 self._ahead = self._store.fetch(ticket.reservation, spare=True)
                 return
 
-    def settle(self) -> None:
-        """Wait until something that is being read is there, if anything is."""
+    def settle(self, seconds: float) -> None:
+        """Wait until something that is being read is there, if anything is, but no longer than so long."""
         reading = [future for future in (self._reading, self._ahead) if future is not None]
         if reading:
-            wait(reading, return_when=FIRST_COMPLETED)
+            wait(reading, seconds, FIRST_COMPLETED)
 
     def _read(self, ticket: Ticket) -> None:
         """Let an adapter be laid out whose turn it is, as soon as there is room."""
         if self._next is None:
             self._next, self._passes = ticket, 0
-        if self._reading is not None:
-            if not self._reading.done():
-                return
+        if self._reading is not None and self._reading.done():
             error, self._reading = self._reading.exception(), None
             if error is not None and not isinstance(error, NoRoom):
                 raise error
-        if self._store.has_room(ticket.reservation, spare=False):
+        if self._store.has_room(ticket.reservation, spare=False) and self._reading is None:
             self._reading = self._store.fetch(ticket.reservation, spare=False)

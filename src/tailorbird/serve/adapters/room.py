@@ -47,12 +47,12 @@ class AdapterRoom:
         ----------
         nbytes : int
         insist : bool
-            Where it wouldn't, texts that begin leave it so many pages (`PagePool.wanted`).
+            Texts that begin leave it so many pages until the next step (`PagePool.wanted`).
         """
         pages = -(-nbytes // self._page_bytes)
         short = pages - len(self._pages) - self._pool.available
         if insist and pages <= self._most:
-            self._pool.wanted = max(0, pages - len(self._pages)) if short > 0 else 0
+            self._pool.wanted = max(0, pages - len(self._pages))
         return pages <= self._most and short <= 0
 
     def hold(self, nbytes: int) -> bool:

@@ -290,17 +290,21 @@ class AdapterStore:
         return self._pinned(version)
 
     def has_room(self, reservation: Reservation, spare: bool) -> bool:
-        """Whether what was reserved is cold, nobody reads it, and it would find room (see `fetch`)."""
+        """Whether what was reserved is cold, nobody reads it, and it would find room (see `fetch`).
+
+        Unless `spare`, texts that begin leave it that room until the next step, while it is read, too.
+        """
         with self._lock:
             version = reservation._version
-            if version.adapter is not None or version.loading is not None:
+            if version.adapter is not None:
                 return False
+            unread = version.loading is None
             if version.nbytes > self._warm_bytes:
-                return True  # reading it tells so
+                return unread  # reading it tells so
             wanted = _together([*self._needed(spare), version])
             if wanted > self._warm_bytes:
                 return False
-            return self._room is None or self._room.fits(wanted, insist=not spare)
+            return (self._room is None or self._room.fits(wanted, insist=not spare)) and unread
 
     def fetch(self, reservation: Reservation, spare: bool) -> Future[None]:
         """Lay out in a background thread what was reserved, for `pin`.

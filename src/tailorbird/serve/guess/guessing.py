@@ -81,14 +81,11 @@ class Guessing:
     ----------
     guessers : sequence of Guesser
         Beside the text itself.
-    trees : bool
-        Whether the model can check alternatives for the same place.
     """
 
-    def __init__(self, guessers: Many[Guesser] = (), trees: bool = True) -> None:
+    def __init__(self, guessers: Many[Guesser] = ()) -> None:
         self.guessers, self.pace = tuple(guessers), Pace()
         self.wants_hidden = any(guesser.wants_hidden for guesser in guessers)
-        self._trees = trees
         self._records = {name: _Record() for name in (LOOKUP, *(guesser.name for guesser in guessers))}
         self._by: dict[Sequence, str] = {}  # whose guesses are being checked
         self._steps = 0
@@ -141,7 +138,7 @@ class Guessing:
             if self._drafts(by, sequence, text):
                 assert by is not None
                 drafted.add(owner)
-                chances = self._records[by.name].luck(sequence).falling(by.ranks if self._trees else 1)
+                chances = self._records[by.name].luck(sequence).falling(by.ranks)
                 possible += candidates(owner, chances, places[owner])
             else:
                 chance = self._records[LOOKUP].luck(sequence).falling(1)

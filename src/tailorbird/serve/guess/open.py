@@ -18,6 +18,7 @@ from tailorbird.serve.guess.guessing import Guesser
 from tailorbird.serve.guess.heads import DraftHeads
 from tailorbird.serve.guess.model import DraftModel
 from tailorbird.serve.guess.skip import SkippingSelf, evenly
+from tailorbird.serve.memory import weight_bytes
 from tailorbird.serve.runner import FusedRunner, Runner
 from tailorbird.serve.sequence import Sequence
 
@@ -94,9 +95,8 @@ def _model(named: str, tokenizer: Any) -> Opened:
             "choose another one",
         ) from reason
     context = context_length(model) or 1 << 30
-    tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
     return Opened(
-        sum(tensor.nbytes for tensor in tensors.values()),
+        weight_bytes(model),
         page_bytes(fused.page_shapes, fused.cache_dtype),
         lambda pages, room: [DraftModel("model", fused, pages, context)],
     )

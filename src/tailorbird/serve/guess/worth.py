@@ -39,11 +39,6 @@ class Worth:
     rate: float
     widths: list[list[int]]
 
-    @property
-    def guesses(self) -> int:
-        """How many there are."""
-        return sum(map(sum, self.widths))
-
 
 def candidates(owner: int, chances: Sequence[float], places: int) -> list[Candidate]:
     """What may be guessed for one sequence, whose places have tokens with these falling chances."""
