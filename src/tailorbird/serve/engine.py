@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Many
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tailorbird.errors import SettingsError, TailorbirdError
+from tailorbird.errors import SettingsError, TailorbirdError, UnknownAdapter
 from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.load import load, load_tokenizer
@@ -591,8 +591,9 @@ class Engine:
         return store
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter; requests that run keep it until they end."""
-        self.adapters_of_model().unregister(name)
+        """Forget an adapter, if it is known; requests that run keep it until they end."""
+        with suppress(UnknownAdapter):
+            self.adapters_of_model().unregister(name)
 
     def adapters(self) -> list[str]:
         """Names of the adapters."""

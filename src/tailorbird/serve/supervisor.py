@@ -393,12 +393,21 @@ class Supervisor:
                 except (TailorbirdError, ConnectionError) as error:
                     self._log(f"the engine couldn't be started: {error}")
                     self._fail_calls(_stopped(f"the engine couldn't be started: {error}"))
-                    if isinstance(error, CheckpointError):
-                        # Perhaps what is known of adapters is damaged: the next engine begins anew.
-                        self._state.unlink(missing_ok=True)
+                    self._drop_damaged_state()
                     child.kill()
                     await child.end()
             self._log("the engine is ready again")
+
+    def _drop_damaged_state(self) -> None:
+        """Where what is known of adapters is damaged, let the next engine begin anew."""
+        from tailorbird.serve.adapters.versions import read_records
+
+        try:
+            if self._state.exists():
+                read_records(self._state)
+        except CheckpointError as error:
+            self._log(f"what was known of adapters is lost: {error}")
+            self._state.unlink(missing_ok=True)
 
     def _hear(self, message: dict[str, Any]) -> None:
         match message["kind"]:

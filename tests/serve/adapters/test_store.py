@@ -173,6 +173,14 @@ def test_a_handle_is_released_once(folder: Path, store: AdapterStore) -> None:
         store.serve(other, None)
 
 
+def test_files_that_are_served_already_are_no_new_version(fused: FusedModel, folder: Path) -> None:
+    store = AdapterStore(fused, 1 << 20)
+    before = store.register("a", folder / "0")
+    number = store.register("a", folder / "1")
+    assert store.register("a", folder / "1") == number == store.version("a")
+    assert store.rollback("a") == before
+
+
 def test_a_rollback_serves_the_version_before(
     folder: Path, fused: FusedModel, store: AdapterStore, expected: list[Tensor]
 ) -> None:

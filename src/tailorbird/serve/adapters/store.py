@@ -171,6 +171,8 @@ class AdapterStore:
     def register(self, name: str, path: str | Path, trusted: bool = False) -> int:
         """Serve the adapter in a directory under a name, from now on, in place of any that has it.
 
+        Where just these files are served under it already, nothing changes.
+
         Config and headers are read and checked; tensors are read when they are needed.
 
         Parameters
@@ -199,9 +201,12 @@ class AdapterStore:
         """
         version = self._checked(name, path, trusted)
         with self._lock:
-            self._install(version)
+            known = self._names.get(name)
+            if known is None or not known[0].record.same_files(version.record):
+                self._install(version)
+            number = self._names[name][0].record.number
         self._save()
-        return version.record.number
+        return number
 
     def unregister(self, name: str) -> None:
         """Forget a name and its versions; requests that run keep theirs. UnknownAdapter if it is unknown."""

@@ -38,6 +38,10 @@ class Record:
     trusted: bool = False
     invocation: tuple[int, ...] | None = None
 
+    def same_files(self, other: Record) -> bool:
+        """Whether both are of the same files."""
+        return (self.path, self.fingerprint) == (other.path, other.fingerprint)
+
 
 def write_records(file: Path, last: int, records: Mapping[str, Sequence[Record]]) -> None:
     """Write the versions of every name, the one that is served first, in place of what is there.
