@@ -157,13 +157,16 @@ class Chosen:
 
 
 def choose(
-    logits: Tensor, rules: Sequence[Rule], num_threads: int = 1, version: int | None = None
+    logits: Tensor | Sequence[Tensor],
+    rules: Sequence[Rule],
+    num_threads: int = 1,
+    version: int | None = None,
 ) -> list[Chosen]:
     """A token for each row; a row gets the same one alone and among others.
 
     Parameters
     ----------
-    logits : Tensor[rows, vocab], float32 on the CPU
+    logits : Tensor[rows, vocab] or sequence of Tensor[vocab], float32 on the CPU
         Values of a row lie side by side. Not changed.
     rules : sequence of Rule
         One per row, none twice; their tokens are within the vocabulary.
@@ -180,29 +183,35 @@ def choose(
     ValueError
         For other shapes or dtypes.
     """
-    if logits.dim() != 2 or len(logits) != len(rules) or logits.shape[1] == 0:
-        raise ValueError(f"logits {list(logits.shape)} for {len(rules)} rules; expected a row for each")
-    if logits.dtype != torch.float32 or logits.device.type != "cpu" or logits.stride(1) != 1:
-        raise ValueError(
-            f"logits {logits.dtype} on {logits.device}, {logits.stride(1)} apart; "
-            "expected float32 on the CPU, side by side"
-        )
-    words = -(-logits.shape[1] // 32)
+    rows = list(logits) if not isinstance(logits, Tensor) or logits.dim() else []
+    shapes = {row.shape for row in rows}
+    if len(rows) != len(rules) or len(shapes) > 1 or any(len(shape) != 1 or not shape[0] for shape in shapes):
+        given = [list(shape) for shape in shapes]
+        raise ValueError(f"{len(rows)} rows of logits {given} for {len(rules)} rules; expected one for each")
+    if not rows:
+        return []
+    for row in rows:
+        if row.dtype != torch.float32 or row.device.type != "cpu" or row.stride(0) != 1:
+            raise ValueError(
+                f"logits {row.dtype} on {row.device}, {row.stride(0)} apart; "
+                "expected float32 on the CPU, side by side"
+            )
+    vocabulary = len(rows[0])
+    words = -(-vocabulary // 32)
     if any(rule.allowed is not None and len(rule.allowed) < words for rule in rules):
-        raise ValueError(f"a mask of less than {words} numbers for {logits.shape[1]} tokens")
+        raise ValueError(f"a mask of less than {words} numbers for {vocabulary} tokens")
     if len(set(map(id, rules))) < len(rules):
         raise ValueError("a rule for two rows; expected one for each")
     if not available():
         _say_slow()
-        return [reference(row, rule) for row, rule in zip(logits, rules, strict=True)]
-    start, stride = logits.data_ptr(), logits.stride(0) * 4
-    rows = [rule.describe(start + i * stride) for i, rule in enumerate(rules)]
-    addresses = (ctypes.c_void_p * len(rows))(*map(ctypes.addressof, rows))
+        return [reference(row, rule) for row, rule in zip(rows, rules, strict=True)]
+    described = [rule.describe(row.data_ptr()) for row, rule in zip(rows, rules, strict=True)]
+    addresses = (ctypes.c_void_p * len(rows))(*map(ctypes.addressof, described))
     library().tailorbird_choose(
-        addresses, len(rows), logits.shape[1], max(1, min(num_threads, len(rows))),
+        addresses, len(rows), vocabulary, max(1, min(num_threads, len(rows))),
         best_version() if version is None else version,
     )  # fmt: skip
-    return [_chosen(row) for row in rows]
+    return [_chosen(row) for row in described]
 
 
 @functools.cache

@@ -159,12 +159,14 @@ class Sampler:
         self._rule.counts[slot] += in_output
 
 
-def choose(logits: Tensor, samplers: Sequence[Sampler], num_threads: int = 1) -> list[Choice]:
+def choose(
+    logits: Tensor | Sequence[Tensor], samplers: Sequence[Sampler], num_threads: int = 1
+) -> list[Choice]:
     """The next token of each sequence; none is accepted yet.
 
     Parameters
     ----------
-    logits : Tensor[n, vocab_size], float32
+    logits : Tensor[n, vocab_size] or sequence of Tensor[vocab_size], float32
         On any device; chosen from on the CPU. Not changed.
     samplers : sequence of Sampler
         One per row, none twice.
@@ -182,10 +184,10 @@ def choose(logits: Tensor, samplers: Sequence[Sampler], num_threads: int = 1) ->
     ValueError
         Rows of another size than the samplers' vocabulary, or another number of them.
     """
-    other = [sampler.vocab_size for sampler in samplers if sampler.vocab_size != logits.shape[-1]]
-    if other:
-        raise ValueError(f"logits {list(logits.shape)} for a vocabulary of {other[0]}")
-    rows = logits.to("cpu", torch.float32)
+    rows = [row.to("cpu", torch.float32) for row in logits]
+    for row, sampler in zip(rows, samplers, strict=True):
+        if row.shape != (sampler.vocab_size,):
+            raise ValueError(f"logits {list(row.shape)} for a vocabulary of {sampler.vocab_size}")
     found = kernel.choose(rows, [sampler.rule() for sampler in samplers], num_threads)
     return [_choice(chosen) for chosen in found]
 

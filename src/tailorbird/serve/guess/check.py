@@ -54,7 +54,7 @@ def choose_along(walks: Sequence[Walk], ends: Sequence[Callable[[int, int], bool
     choosing = list(zip(walks, ends, strict=True))
     while choosing:
         chosen = choose(
-            torch.stack([walk.rows[walk.row] for walk, _ in choosing]),
+            [walk.rows[walk.row] for walk, _ in choosing],
             [walk.sampler for walk, _ in choosing],
             torch.get_num_threads(),
         )
