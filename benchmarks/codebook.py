@@ -13,6 +13,7 @@ what levels of one byte cost beside the quantiles themselves, with the largest w
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -22,16 +23,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from all_at_once import AllAtOnce
 from fit_quality import ASSETS, Subject, subjects
 from machine import write_result
-from sensitivity import RECIPE, SEQUENCES, TEST_LENGTH, collect_statistics, divergence_of_all, weights
-from tailorbird.calibrate.stream import StreamingModel
-from tailorbird.compress.work import open_work
+from sensitivity import SEQUENCES
 from tailorbird.formats import codebooks
-from tailorbird.formats.packed import CodebookCoding, GroupedCoding, IntegerCoding, stored_bytes
+from tailorbird.formats.packed import CodebookCoding, GroupedCoding, IntegerCoding
 from tailorbird.linear import LINEAR_METHODS
-from tailorbird.linear.error import output_error
-from tailorbird.plan.candidates import geometric_mean, spread
 
 GROUPS = (32, 64, 128)
 CODINGS: tuple[GroupedCoding, ...] = (
@@ -46,37 +44,18 @@ TEST_TOKENS = 16_384
 @torch.no_grad()
 def run(subject: Subject) -> dict[str, Any]:
     """All numbers of one model."""
-    work = open_work(
-        subject.model, RECIPE, calibration=subject.calibration, evaluation=subject.held_out,
-        sequences=SEQUENCES, length=None, context=None, target=None, seed=0, progress=None,
-    )  # fmt: skip
-    model = StreamingModel(work.checkpoint, work.anatomy)
-    held_out = work.texts.held_out.ids
-    length = min(held_out.shape[1], TEST_LENGTH)
-    test = held_out[spread(TEST_TOKENS // length, len(held_out)), :length]
-    known = collect_statistics(model, work.texts.calibration.ids)
-    judges = collect_statistics(model, test)
-    ends = (model.anatomy.embedding, model.anatomy.head)
-    linears = {name: weight for name, weight in weights(model) if name not in ends}
-    count = sum(weight.numel() for weight in linears.values())
-    rows = []
-    for method, rounds in METHODS.items():
-        for coding in CODINGS:
-            rounded = {n: rounds(w, known[n], coding).dequantize() for n, w in linears.items()}
-            errors = [output_error(w, rounded[n], judges[n].gram) for n, w in linears.items()]
-            size = sum(stored_bytes(coding, *weight.shape) for weight in linears.values())
-            rows.append(
-                {
-                    "model": subject.name, "method": method, "coding": coding.label,
-                    "bits_per_weight": 8 * size / count, "error": geometric_mean(errors),
-                    "kl": divergence_of_all(model, test, lambda n, w, r=rounded: r.get(n, w)),
-                }
-            )  # fmt: skip
+    every = AllAtOnce(subject, SEQUENCES, TEST_TOKENS)
+    rows = [
+        {"model": subject.name, "method": method, "coding": coding.label}
+        | every.row(functools.partial(rounds, coding=coding))
+        for method, rounds in METHODS.items()
+        for coding in CODINGS
+    ]
     quantiles = torch.tensor(codebooks.normal_quantiles())
     levels = codebooks.LEVELS["nf4"].float() / codebooks.LARGEST
     exact, stored = (
-        geometric_mean([output_error(w, by_largest(w, v), judges[n].gram) for n, w in linears.items()])
-        for v in (quantiles, levels)
+        every.error(lambda name, weight, values=values: by_largest(weight, values))
+        for values in (quantiles, levels)
     )
     return {"rows": rows, "of_bytes": {"model": subject.name, "quantiles": exact, "bytes": stored}}
 

@@ -1,9 +1,10 @@
-"""Tables of rows against grids: the error of every linear and the KL of all together, at their true bytes.
+"""Tables and outliers against grids: errors of every linear and the KL of all together, at their true bytes.
 
-For each language model at hand the linears of all blocks are rounded with the source's inputs, to integers in
-groups and in whole rows, and to tables of a row's own values. Errors are relative output errors on held-out
-text, their geometric mean over the linears; KL is that of all linears rounded at once, embedding and head
-left alone. Rows of other models and bits that a file of results has already stay.
+For each language model at hand the linears of all blocks are rounded with the source's inputs, to integers
+in groups and in whole rows, to tables of a row's own values, and to integers beside outliers in 16 bits.
+Errors are relative output errors on held-out text, their geometric mean over the linears; KL is that of all
+linears rounded at once, embedding and head left alone. Rows of other models and bits that a file of results
+has already stay.
 
     python benchmarks/tables.py [--assets DIR] [--only MODEL ...] [--bits N ...]
 """
@@ -11,6 +12,7 @@ left alone. Rows of other models and bits that a file of results has already sta
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from all_at_once import AllAtOnce
 from fit_quality import ASSETS, Subject, subjects
 from machine import RESULTS, write_result
-from sensitivity import RECIPE, TEST_LENGTH, collect_statistics, divergence_of_all, weights
-from tailorbird.calibrate.stream import StreamingModel
-from tailorbird.compress.work import open_work
-from tailorbird.formats.packed import Coding, IntegerCoding, TableCoding, stored_bytes
+from tailorbird.formats.packed import Coding, IntegerCoding, TableCoding
 from tailorbird.linear import LINEAR_METHODS
-from tailorbird.linear.error import output_error
-from tailorbird.plan.candidates import geometric_mean, spread
 
 #: calibration windows; the rest as in `sensitivity`
 SEQUENCES = 24
@@ -42,39 +40,22 @@ def cases(bits: int) -> list[tuple[str, dict[str, Any], Coding]]:
     tables = TableCoding(bits)
     found += [("rtn", {}, tables), ("leanquant", exact, tables)]
     found += [("leanquant", {**exact, "exponent": 3.0}, tables), ("ganq", exact, tables)]
+    outliers = [("spqr", 0.005), ("spqr", 0.01), ("quantease", 0.0), ("quantease", 0.01)]
+    found += [(name, {**exact, "outliers": share}, IntegerCoding(bits, 64)) for name, share in outliers]
     return found
 
 
 @torch.no_grad()
 def run(subject: Subject, widths: list[int]) -> list[dict[str, Any]]:
     """All numbers of one model."""
-    work = open_work(
-        subject.model, RECIPE, calibration=subject.calibration, evaluation=subject.held_out,
-        sequences=SEQUENCES, length=None, context=None, target=None, seed=0, progress=None,
-    )  # fmt: skip
-    model = StreamingModel(work.checkpoint, work.anatomy)
-    held_out = work.texts.held_out.ids
-    length = min(held_out.shape[1], TEST_LENGTH)
-    test = held_out[spread(TEST_TOKENS // length, len(held_out)), :length]
-    known = collect_statistics(model, work.texts.calibration.ids)
-    judges = collect_statistics(model, test)
-    ends = (model.anatomy.embedding, model.anatomy.head)
-    linears = {name: weight for name, weight in weights(model) if name not in ends}
-    count = sum(weight.numel() for weight in linears.values())
+    every = AllAtOnce(subject, SEQUENCES, TEST_TOKENS)
     rows = []
     for bits in widths:
         for method, settings, coding in cases(bits):
-            rounds = LINEAR_METHODS[method](**settings)
-            rounded = {n: rounds(w, known[n], coding).dequantize() for n, w in linears.items()}
-            errors = [output_error(w, rounded[n], judges[n].gram) for n, w in linears.items()]
-            size = sum(stored_bytes(coding, *weight.shape) for weight in linears.values())
-            row = {
-                "model": subject.name, "bits": bits, "method": method, "settings": settings,
-                "coding": coding.label, "bits_per_weight": 8 * size / count, "error": geometric_mean(errors),
-                "kl": divergence_of_all(model, test, lambda n, w, r=rounded: r.get(n, w)),
-            }  # fmt: skip
-            print(row, flush=True)
-            rows.append(row)
+            stated = {"method": method, "settings": settings, "coding": coding.label}
+            rounds = functools.partial(LINEAR_METHODS[method](**settings), coding=coding)
+            rows.append({"model": subject.name, "bits": bits} | stated | every.row(rounds))
+            print(rows[-1], flush=True)
     return rows
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from results import text_file
 from tailorbird import api
 from tailorbird.compress.recipe import STAGES, parse_recipe
 from tailorbird.errors import UserError
@@ -139,11 +138,6 @@ class Source:
     def divergence(self, logits: torch.Tensor) -> float:
         own, other = self.logits.log_softmax(-1), logits.log_softmax(-1)
         return float((own.exp() * (own - other)).sum(-1).mean())
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return text_file(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")

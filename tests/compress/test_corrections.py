@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from compressed import linears
-from results import digests, text_file
+from compressing import compress, killed_at_block
+from results import digests
 from tailorbird import api
-from tailorbird.compress.pipeline import Pipeline
 from tailorbird.errors import CheckpointError, ExportError, SettingsError
 from tailorbird.formats.modules import CompressedLinear
 from tailorbird.formats.packed import LowRank
@@ -25,23 +25,6 @@ from tailorbird.run.generate import decode
 from tiny import save_model
 
 EORA = "gptq+eora:bits=2,group=32,eora.rank=8"
-
-
-def compress(model: Path, text: Path, output: Path, recipe: str | None = None, **settings: Any) -> Any:
-    return api.compress(
-        str(model), output, recipe=recipe, calibration=str(text), sequences=8, length=32,
-        measure_speed=False, measure_spread=False, max_kl=100.0, max_perplexity_increase=1e9, **settings,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return text_file(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -77,19 +60,10 @@ def test_every_linear_is_nearer_and_the_bytes_are_those_of_the_parts(
 
 
 def test_a_killed_run_ends_with_the_same_bytes(
-    model: Path, corrected: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, corrected: Path, text: Path, tmp_path: Path
 ) -> None:
-    whole = Pipeline._block
-
-    def killed(self: Pipeline, anatomy: Any) -> Any:
-        if anatomy.index:
-            raise KeyboardInterrupt
-        return whole(self, anatomy)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Pipeline, "_block", killed)
-        with pytest.raises(KeyboardInterrupt):
-            compress(model, text, tmp_path / "out", EORA)
+    with killed_at_block(1):
+        compress(model, text, tmp_path / "out", EORA)
     compress(model, text, tmp_path / "out", EORA, resume=True)
     assert digests(tmp_path / "out") == digests(corrected)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from results import digests, text_file
+from results import digests
 from tailorbird import api
 from tailorbird.compress.whole import stage
 from tailorbird.model.writing import write_tensors
@@ -20,11 +20,6 @@ def compress(model: Path, text: Path, output: Path, recipe: str, **settings: Any
         str(model), output, recipe=recipe, calibration=str(text), sequences=24, length=48,
         measure_speed=False, measure_spread=False, max_kl=100.0, max_perplexity_increase=1e9, **settings,
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return text_file(tmp_path_factory.mktemp("text"))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

@@ -13,9 +13,9 @@ import yaml
 from safetensors.torch import load_file
 
 import tailorbird
+from compressing import killed_at_block
 from results import digests, text_file
 from tailorbird.adapt.merge.pipeline import packed_places
-from tailorbird.compress import pipeline
 from tailorbird.compress.recipe import make_recipe, parse_recipe, planned_recipe
 from tailorbird.compress.stored_model import StoredModel
 from tailorbird.errors import ExportError, SettingsError
@@ -91,20 +91,11 @@ def test_its_plan_gives_the_same_files(made: tuple[Path, Path, Path], tmp_path: 
 
 @pytest.mark.parametrize("stop_at", [0, 1])
 def test_a_run_stopped_at_a_block_ends_with_the_same_bytes(
-    made: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+    made: tuple[Path, Path, Path], tmp_path: Path, stop_at: int
 ) -> None:
     source, text, output = made
-    whole_block = pipeline.Pipeline._block
-
-    def stop(self: Any, anatomy: Any) -> Any:
-        if anatomy.index == stop_at:
-            raise KeyboardInterrupt
-        return whole_block(self, anatomy)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline.Pipeline, "_block", stop)
-        with pytest.raises(KeyboardInterrupt):
-            compress(source, tmp_path / "out", text)
+    with killed_at_block(stop_at):
+        compress(source, tmp_path / "out", text)
     compress(source, tmp_path / "out", text, resume=True)
     assert digests(tmp_path / "out") == digests(output)
 

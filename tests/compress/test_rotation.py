@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from compressing import compress, killed_at_block
 from results import digests, text_file
 from tailorbird import api
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.compress import rotation
 from tailorbird.compress.gate import examine
-from tailorbird.compress.pipeline import Pipeline
 from tailorbird.compress.rotation import Rotated, rotate
 from tailorbird.errors import SettingsError, UnsupportedArchitecture
 from tailorbird.linear.rotate import weights as rotated_weights
@@ -236,17 +236,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"), "qwen2", dtype=torch.bfloat16)
 
 
-def compress(model: Path, text: Path, output: Path, recipe: str | None = RECIPE, **settings: Any) -> Any:
-    return api.compress(
-        str(model), output, recipe=recipe, calibration=str(text), sequences=8, length=32,
-        measure_speed=False, measure_spread=False, max_kl=100.0, max_perplexity_increase=1e9, **settings,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def made(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     output = tmp_path_factory.mktemp("made") / "out"
-    return output, compress(model, text, output)
+    return output, compress(model, text, output, RECIPE)
 
 
 def test_the_result_is_a_plain_checkpoint_near_its_source(model: Path, made: tuple[Path, Any]) -> None:
@@ -279,20 +272,11 @@ def test_the_gate_holds_the_result_to_its_own_rotation(
 
 
 def test_a_killed_run_ends_with_the_same_bytes(
-    model: Path, made: tuple[Path, Any], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, made: tuple[Path, Any], text: Path, tmp_path: Path
 ) -> None:
-    whole = Pipeline._block
-
-    def killed(self: Pipeline, anatomy: Any) -> Any:
-        if anatomy.index:
-            raise KeyboardInterrupt
-        return whole(self, anatomy)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Pipeline, "_block", killed)
-        with pytest.raises(KeyboardInterrupt):
-            compress(model, text, tmp_path / "out")
-    compress(model, text, tmp_path / "out", resume=True)
+    with killed_at_block(1):
+        compress(model, text, tmp_path / "out", RECIPE)
+    compress(model, text, tmp_path / "out", RECIPE, resume=True)
     assert digests(tmp_path / "out") == digests(made[0])
 
 
@@ -301,7 +285,7 @@ def test_a_plan_gives_the_same_bytes(model: Path, made: tuple[Path, Any], text: 
     plan = load_plan(output / "plan.yaml")
     assert plan.method is not None
     assert plan.method.name == "hadamard+gptq"
-    compress(model, text, tmp_path / "again", None, plan=output / "plan.yaml")
+    compress(model, text, tmp_path / "again", plan=output / "plan.yaml")
     assert digests(tmp_path / "again") == digests(output)
 
 

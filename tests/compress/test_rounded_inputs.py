@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from compressed import linears
-from results import digests, text_file
-from tailorbird import api
+from compressing import compress
+from results import digests
 from tailorbird.compress import planning
 from tailorbird.errors import ResourceError, SettingsError
 from tailorbird.formats.modules import CompressedLinear
@@ -25,18 +24,6 @@ from tailorbird.plan.planfile import load_plan
 from tiny import save_model
 
 built = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
-
-
-def compress(model: Path, text: Path, output: Path, recipe: str | None = None, **settings: Any) -> Any:
-    return api.compress(
-        str(model), output, recipe=recipe, calibration=str(text), sequences=8, length=32,
-        measure_speed=False, measure_spread=False, max_kl=100.0, max_perplexity_increase=1e9, **settings,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return text_file(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from results import digests, text_file
-from tailorbird import api
+from compressing import compress
+from results import digests
 from tailorbird.compress.pipeline import SKETCHES, Pipeline
 from tailorbird.errors import SettingsError
 from tailorbird.linear.quantize.yaqa import Yaqa
@@ -18,23 +18,6 @@ from tiny import save_model
 
 YAQA = "yaqa:bits=2,group=32,embedding_bits=4"
 ATTENTION = "gptq:bits=2,group=32,least_token=0.01"
-
-
-def compress(model: Path, text: Path, output: Path, recipe: str, **settings: Any) -> api.FitResult:
-    return api.compress(
-        str(model), output, recipe=recipe, calibration=str(text), sequences=8, length=32,
-        measure_speed=False, measure_spread=False, max_kl=100.0, max_perplexity_increase=1e9, **settings,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return text_file(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.parametrize("where", ["the sketching", "the blocks"])

@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from compressed import linears
-from results import digests, text_file
-from tailorbird import api
+from compressing import compress
+from results import digests
 from tailorbird.errors import SettingsError
 from tailorbird.evaluate.foreseen import foresee
 from tailorbird.evaluate.stand_ins import Kernel, Weights
@@ -23,23 +23,6 @@ from tailorbird.model.load import load
 from tailorbird.run.fused import obstacle
 from tailorbird.run.generate import ModuleDecoding, decode
 from tiny import save_model
-
-
-def compress(model: Path, text: Path, output: Path, recipe: str | None = None, **settings: Any) -> Any:
-    return api.compress(
-        str(model), output, recipe=recipe, calibration=str(text), sequences=8, length=32,
-        measure_speed=False, measure_spread=False, max_kl=100.0, max_perplexity_increase=1e9, **settings,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return text_file(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -36,8 +36,6 @@ from tailorbird.compress.whole.stage import learn_whole, put_learned
 from tailorbird.evaluate.streamed import batches
 from tailorbird.formats.packed import (
     Coding,
-    EntropyCoding,
-    FloatCoding,
     IntegerCoding,
     LowRank,
     PackedCoding,
@@ -49,10 +47,9 @@ from tailorbird.hardware.memory import trim_heap
 from tailorbird.linear import FoldMethod, LinearMethod
 from tailorbird.linear.correct import Correction
 from tailorbird.linear.correct.eora import Corrected
+from tailorbird.linear.ends import end_method
 from tailorbird.linear.error import output_error, row_errors
 from tailorbird.linear.folds import FOLDS_FILE
-from tailorbird.linear.lossless.df11 import Df11
-from tailorbird.linear.outliers import without_outliers
 from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.linear.rotate.weights import ROTATION_FILE
 from tailorbird.model.anatomy import Anatomy, BlockAnatomy, LinearPlace
@@ -238,9 +235,8 @@ class Pipeline:
             tensors[f"{name}.weight"] = self.checkpoint.weights.read(f"{name}.weight")
         else:
             statistics = self.compression.tied
-            lossless = isinstance(coding, EntropyCoding)
-            method = self._end_method(coding) if lossless or statistics is not None else Rtn()
-            packed = method(weight, statistics, coding)
+            own = self.compression.method if statistics is not None else Rtn()
+            packed = end_method(own, coding)(weight, statistics, coding)
             tensors |= {f"{name}.{part}": tensor for part, tensor in packed.tensors.items()}
             replacement = packed.dequantize()
             gram = None if statistics is None else statistics.gram
@@ -330,14 +326,6 @@ class Pipeline:
         if self.streamed:
             self._carry("result", index, working)
         return done
-
-    def _end_method(self, coding: Coding) -> LinearMethod:
-        """The method, or rounding to nearest where it makes no such codes as embedding and head take."""
-        if isinstance(coding, EntropyCoding):
-            return Df11()
-        method = self.compression.method
-        makes = coding.kind == FloatCoding.kind or coding.kind in method.makes
-        return without_outliers(method) if makes else Rtn()
 
     def _prepared(self, statistics: LinearStatistics | None) -> Corrected:
         """The method, and the correction after it, for weights that read one input."""
@@ -450,7 +438,7 @@ class Pipeline:
         else:
             weight = self.model.end_weight(name)
             statistics = self._head_statistics() if self.gathers else None
-            packed = self._end_method(coding)(weight, statistics, coding)
+            packed = end_method(self.compression.method, coding)(weight, statistics, coding)
             approximation = packed.dequantize()
             gram = None if statistics is None else statistics.gram
             done[name] = {"error": output_error(weight, approximation, gram)}

@@ -12,7 +12,7 @@ so the method that is given ``G`` for a Gram matrix rounds for both uses at once
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,13 +20,15 @@ from torch import Tensor
 
 from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.calibrate.stream import StreamingModel
-from tailorbird.formats.packed import Coding, FloatCoding
+from tailorbird.formats.packed import Coding, FloatCoding, PackedWeight
 from tailorbird.linear import LinearMethod
+from tailorbird.linear.ends import end_method
 from tailorbird.linear.error import output_error, row_energies
-from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.model.anatomy import Anatomy
 from tailorbird.plan.candidates import ERROR_ROWS, sample_rows
 
+#: A method with the statistics of one input.
+Rounded = Callable[[Tensor, Coding], PackedWeight]
 #: A difference of two sums that is smaller than this share of them is their rounding.
 ROUNDED_AWAY = 1e-6
 
@@ -82,16 +84,16 @@ def end_errors(
     if anatomy.tied:
         seen = for_both_uses(anatomy, sample, seen, coefficients)
         grams[anatomy.embedding] = None
-    rounded = method.prepare(seen)
     errors: dict[str, dict[str, float]] = {use: {} for use in grams}
     energies = {use: float(row_energies(sample, gram).sum()) for use, gram in grams.items()}
+    prepared: dict[type, Rounded] = {}
     for coding in codings:
+        own = end_method(method, coding)
+        rounded = prepared.setdefault(type(own), own.prepare(seen))
         approximation = (
             sample.to(getattr(torch, coding.dtype)).to(sample.dtype)
             if isinstance(coding, FloatCoding)
             else rounded(sample, coding).dequantize()
-            if coding.kind in method.makes
-            else Rtn()(sample, seen, coding).dequantize()
         )
         for use, gram in grams.items():
             errors[use][coding.label] = output_error(sample, approximation, gram, energies[use])

@@ -11,7 +11,7 @@ from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.formats.packed import CodebookCoding, GroupedCoding, IntegerCoding, TableCoding
 from tailorbird.linear.error import output_error
 from tailorbird.linear.quantize.clusters import clustered
-from tailorbird.linear.quantize.gptq import Gptq, inverse_factor
+from tailorbird.linear.quantize.gptq import Gptq, inverse_diagonal, inverse_factor
 from tailorbird.linear.quantize.grid import (
     CLIP_STEPS,
     NARROWEST,
@@ -20,7 +20,7 @@ from tailorbird.linear.quantize.grid import (
     quantize_to_grid,
     stored_scales,
 )
-from tailorbird.linear.quantize.leanquant import Leanquant, inverse_diagonal
+from tailorbird.linear.quantize.leanquant import Leanquant
 from tailorbird.linear.quantize.tables import codes_by_feedback
 
 

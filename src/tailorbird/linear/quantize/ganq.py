@@ -23,8 +23,7 @@ from tailorbird.formats.packed import CodesCoding, PackedWeight, TableCoding
 from tailorbird.linear.error import row_errors
 from tailorbird.linear.quantize.clusters import clustered, stored_tables
 from tailorbird.linear.quantize.feedback import FeedbackMethod
-from tailorbird.linear.quantize.gptq import GptqRounding
-from tailorbird.linear.quantize.leanquant import inverse_diagonal
+from tailorbird.linear.quantize.gptq import GptqRounding, inverse_diagonal
 from tailorbird.linear.quantize.tables import codes_by_feedback
 from tailorbird.linear.settings import check_setting
 

@@ -395,6 +395,23 @@ def _lower_factor(gram: Tensor, order: Tensor, damping: float) -> Tensor:
     )
 
 
+def inverse_diagonal(factor: Tensor, order: Tensor) -> Tensor:
+    """The diagonal of `H^-1 = U^T U`, in the order of the inputs.
+
+    Parameters
+    ----------
+    factor : Tensor[in_features, in_features], float32
+        `U` of `inverse_factor`, in `order`.
+    order : Tensor[in_features], int64
+
+    Returns
+    -------
+    Tensor[in_features], float64
+    """
+    ordered = factor.square().sum(0, dtype=torch.float64)
+    return torch.empty_like(ordered).index_copy_(0, order, ordered)
+
+
 def column_residuals(cross: Tensor, order: Tensor, factor: Tensor) -> Tensor:
     """`P` of the paper: row `q` says where the residual of column `q` goes, among the columns after it.
 

@@ -18,13 +18,12 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from tailorbird.formats.packed import CodesCoding, PackedWeight, TableCoding
 from tailorbird.linear.quantize.clusters import clustered
 from tailorbird.linear.quantize.feedback import FeedbackMethod
-from tailorbird.linear.quantize.gptq import GptqRounding
+from tailorbird.linear.quantize.gptq import GptqRounding, inverse_diagonal
 from tailorbird.linear.quantize.grid import fit_grid
 from tailorbird.linear.quantize.tables import codes_by_feedback
 from tailorbird.linear.settings import GRIDS, check_setting
@@ -66,20 +65,3 @@ class Leanquant(FeedbackMethod):
             return PackedWeight.from_tables(codes_by_feedback(rounding, target, tables), tables, coding)
         grid = fit_grid(target, coding, importance, apart=True)
         return rounding.round(target, coding, grid)
-
-
-def inverse_diagonal(factor: Tensor, order: Tensor) -> Tensor:
-    """The diagonal of `H^-1 = U^T U`, in the order of the inputs.
-
-    Parameters
-    ----------
-    factor : Tensor[in_features, in_features], float32
-        `U` of `inverse_factor`, in `order`.
-    order : Tensor[in_features], int64
-
-    Returns
-    -------
-    Tensor[in_features], float64
-    """
-    ordered = factor.square().sum(0, dtype=torch.float64)
-    return torch.empty_like(ordered).index_copy_(0, order, ordered)

@@ -28,7 +28,7 @@ from tailorbird.formats.packed import CodesCoding, GroupedCoding, PackedWeight
 from tailorbird.kernels.reference import group_layout
 from tailorbird.linear.outliers import check_outliers, count_outliers, largest
 from tailorbird.linear.quantize.feedback import FeedbackMethod
-from tailorbird.linear.quantize.gptq import Gptq, GptqRounding
+from tailorbird.linear.quantize.gptq import Gptq, GptqRounding, inverse_diagonal
 from tailorbird.linear.quantize.grid import coding_zero, fit_grid, nearest_codes, steps_of
 from tailorbird.linear.settings import check_setting, on_grids
 
@@ -77,8 +77,7 @@ class Spqr(FeedbackMethod):
         count = count_outliers(self.outliers, *target.shape)
         if count == 0:
             return rounding.round(target, coding)
-        sharpness = torch.empty_like(rounding.factor[0])
-        sharpness[rounding.order] = 1 / rounding.factor.square().sum(0)  # 1 / [H^-1]_qq
+        sharpness = inverse_diagonal(rounding.factor, rounding.order).reciprocal().float()
         mask = torch.zeros_like(target, dtype=torch.bool)
         grids = _Grids(coding, rounding.statistics.gram.diagonal(), self.clip_search)
         for done in range(self.rounds):
