@@ -29,18 +29,25 @@ def recipe_of(name: str, bits: int, group: int) -> str:
 
 
 def run_tailorbird(settings: dict[str, Any]) -> dict[str, Any]:
-    """A recipe of the project, as `compress` carries it out, whether or not the gate likes it."""
+    """A recipe of the project, or an effort within a budget, whether or not the gate likes the result."""
     import tailorbird
     from tailorbird.errors import GateRefused
     from tailorbird.model.json_file import read_json
 
+    common = {
+        "calibration": settings["calibration"], "evaluation": settings["evaluation"],
+        "sequences": settings["sequences"], "activations": "exact", "measure_speed": False,
+        "measure_spread": False,
+    }  # fmt: skip
     try:
-        result = tailorbird.compress(
-            settings["model"], settings["output"],
-            recipe=recipe_of(settings["subject"], settings["bits"], settings["group"]),
-            calibration=settings["calibration"], evaluation=settings["evaluation"],
-            sequences=settings["sequences"], activations="exact", measure_speed=False, measure_spread=False,
-        )  # fmt: skip
+        if "memory" in settings:
+            result = tailorbird.fit(
+                settings["model"], settings["memory"], settings["output"], effort=settings["effort"],
+                keep=("embedding", "head"), allow_slower=True, **common,
+            )  # fmt: skip
+        else:
+            recipe = recipe_of(settings["subject"], settings["bits"], settings["group"])
+            result = tailorbird.compress(settings["model"], settings["output"], recipe=recipe, **common)
     except GateRefused as refused:
         result = refused.result
     report = read_json(Path(result.output) / "report.json")

@@ -7,6 +7,9 @@ checkpoint, and all are walked over the held-out text beside the source. A cell 
 `results/quality_per_byte`, with the divergence of every held-out window, so that subjects are compared
 window by window; what is there isn't run again.
 
+`fit-fast@PEER`, `fit-balanced@PEER` and `fit-best@PEER` are what `fit` plans for the bytes that the peer's
+cell took, embedding and head left as that peer leaves them.
+
 The environments lie in one folder, each with the name of its program; peers that aren't there are left out:
 
     python -m venv FOLDER/autoround && FOLDER/autoround/bin/pip install torch auto-round
@@ -37,6 +40,7 @@ from cpu_peers import installed_version
 from fit_quality import ASSETS, Subject, subjects
 from machine import RESULTS, add_quiet_option, require_quiet, write_result
 from tailorbird.calibrate.stream import StreamingModel
+from tailorbird.compress.effort import EFFORTS
 from tailorbird.compress.recipe import make_recipe
 from tailorbird.compress.work import Work, open_work
 from tailorbird.evaluate.quality import Divergence, Quality
@@ -62,6 +66,10 @@ PEERS = {
     "llmcompressor-gptq": ("llmcompressor", "llmcompressor"),
     "hqq": ("hqq", "hqq"),
 }
+
+
+#: Our planner at each effort, within the bytes of a peer's cell.
+FITS = {f"fit-{effort}@{peer}": (effort, peer) for peer in PEERS for effort in EFFORTS}
 
 
 @dataclass(frozen=True)
@@ -160,8 +168,23 @@ def stored_bytes(opened: Opened, bits: float) -> float:
     return weights.total_bytes - sum(info.nbytes for info in inside) + bits * count / 8
 
 
-def run_cell(opened: Opened, name: str, bits: int, python: str, steps: int | None) -> dict[str, Any]:
-    """One subject at one width."""
+def budget_for(name: str, model: str, bits: int) -> dict[str, Any] | None:
+    """What a subject is told beside the rest: of `FITS`, its effort and the bytes of the peer's cell.
+
+    None where the peer has no such cell.
+    """
+    if name not in FITS:
+        return {}
+    effort, peer = FITS[name]
+    file = RESULTS / CELLS / model / f"{bits}-bits" / f"{peer}.json"
+    cell = json.loads(file.read_text()) if file.exists() else {}
+    return {"effort": effort, "memory": str(cell["total_bytes"])} if "total_bytes" in cell else None
+
+
+def run_cell(
+    opened: Opened, name: str, bits: int, python: str, steps: int | None, budget: dict[str, Any]
+) -> dict[str, Any]:
+    """One subject at one width; `budget` is what `budget_for` says."""
     if name in PEERS and any(place.transposed for place in opened.work.anatomy.linears()):
         return {"failed": "linears stored as [in, out], which the peers' linears aren't"}
     with tempfile.TemporaryDirectory(prefix="quality-") as temporary:
@@ -170,7 +193,7 @@ def run_cell(opened: Opened, name: str, bits: int, python: str, steps: int | Non
             "subject": name, "bits": bits, "group": GROUP, "model": opened.subject.model,
             "calibration": opened.subject.calibration, "evaluation": opened.subject.held_out,
             "sequences": SEQUENCES, "ids": str(opened.ids), "linears": opened.linears,
-            "output": str(folder / "result"), "steps": steps,
+            "output": str(folder / "result"), "steps": steps, **budget,
         }  # fmt: skip
         if name in PEERS:
             settings["model"] = str(opened.work.checkpoint.directory)
@@ -191,12 +214,12 @@ def run_cell(opened: Opened, name: str, bits: int, python: str, steps: int | Non
 
 def run_cells(arguments: argparse.Namespace, busy: float) -> None:
     """Those that aren't there, or all that are asked for by name."""
-    pythons = dict.fromkeys(OWN, sys.executable)
+    pythons = dict.fromkeys((*OWN, *FITS), sys.executable)
     if arguments.peers is not None:
         for name, (environment, _) in PEERS.items():
             python = arguments.peers / environment / "bin" / "python"
             if python.exists():
-                pythons[name] = str(python)
+                pythons = {name: str(python)} | pythons  # before those that match its bytes
     missing = [name for name in arguments.subject or () if name not in pythons]
     if missing:
         raise SystemExit(f"no environment for {', '.join(missing)} · expected: one in the folder of --peers")
@@ -210,7 +233,10 @@ def run_cells(arguments: argparse.Namespace, busy: float) -> None:
                     label = f"{CELLS}/{subject.name}/{bits}-bits/{name}"
                     if (RESULTS / f"{label}.json").exists() and not arguments.subject:
                         continue
-                    found = run_cell(opened, name, bits, pythons[name], arguments.steps)
+                    budget = budget_for(name, subject.name, bits)
+                    if budget is None:
+                        continue
+                    found = run_cell(opened, name, bits, pythons[name], arguments.steps, budget)
                     if name in PEERS:
                         found["peer"] = installed_version(pythons[name], PEERS[name][1])
                     texts = opened.work.texts
@@ -280,7 +306,13 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="folder of the peers' environments")
     parser.add_argument("--only", nargs="+", metavar="MODEL")
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4])
-    parser.add_argument("--subject", nargs="+", choices=[*OWN, *PEERS], help="run these, again if need be")
+    parser.add_argument(
+        "--subject",
+        nargs="+",
+        choices=[*OWN, *PEERS, *FITS],
+        metavar="NAME",
+        help="run these, again if need be",
+    )
     parser.add_argument(
         "--steps", type=int, help="updates of AutoRound, for a try; its own number if left out"
     )

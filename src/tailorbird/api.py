@@ -73,6 +73,7 @@ def fit(
     effort: str | None = None,
     method: str | None = None,
     allocator: str = "exact",
+    keep: Sequence[str] = (),
     max_kl: float | None = None,
     max_perplexity_increase: float | None = None,
     target: str | None = None,
@@ -115,6 +116,8 @@ def fit(
         ``awq+gptq+signround``.
     allocator : str
         Who chooses the coding of every place: ``exact``, ``evopress``, ``ip-calibrated`` or ``ranking``.
+    keep : sequence of str
+        Places that stay at 16 bits: names, patterns such as ``*.down_proj``, ``embedding``, ``head``.
     max_kl : float, optional
         Nats per token; the gate refuses more. With no budget beside it, it is the budget: the smallest plan
         that keeps below it is made.
@@ -172,6 +175,7 @@ def fit(
         length=length, context=context, target=target, seed=seed, progress=progress,
     )  # fmt: skip
     work.allocator = allocator
+    work_module.keep(work, keep)
     what: dict[str, Any] = _choose_activations(work, activations)
     budget = work_module.budget_of(
         work, memory, context, concurrency, min_speed, max_latency, max_kl if by_quality else None
@@ -180,7 +184,12 @@ def fit(
     allocation.check_room(work)
     if dry_run:
         return fitting.dry_run(work, budget, work_module.foresee(work, target_path))
-    what |= {"budget": asdict(budget), "frontier": frontier, "allocator": allocator}
+    what |= {
+        "budget": asdict(budget),
+        "frontier": frontier,
+        "allocator": allocator,
+        "kept": sorted(work.kept),
+    }
     job, prediction = _begin(work, target_path, what, resume)
     with job:
         codings, scores, cache = allocation.planned(work, job, budget)

@@ -23,6 +23,7 @@ FLAGS = {
     "--length": ("length", "128", 128),
     "--effort": ("effort", "best", "best"),
     "--method": ("method", "rtn", "rtn"),
+    "--keep": ("keep", "head", ["head"]),
     "--max-kl": ("max_kl", "0.5", 0.5),
     "--max-perplexity-increase": ("max_perplexity_increase", "2.5", 2.5),
     "--target": ("target", "gguf", "gguf"),

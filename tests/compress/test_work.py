@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from tailorbird.calibrate.job import Job
 from tailorbird.compress import planning
 from tailorbird.compress import work as work_module
 from tailorbird.errors import BudgetError, ResourceError, ResumeError, SettingsError, TextError, UserError
+from tailorbird.formats.packed import FloatCoding, IntegerCoding
+from tailorbird.plan.planfile import load_plan
 from tiny import save_model
 
 RECIPE = "rtn:bits=4,group=32"
@@ -188,3 +191,33 @@ def test_held_out_text_is_read_before_any_is_sampled(
         tailorbird.fit(model, "45%", tmp_path / "out", evaluation=str(tmp_path / "none.txt"))
     with pytest.raises(TextsWereOpened):
         tailorbird.fit(model, "45%", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kept", [("embedding",), ("head", "*.down_proj")])
+def test_a_plan_leaves_at_16_bits_what_it_is_told_to_keep(
+    model: str, text: str, tmp_path: Path, kept: tuple[str, ...]
+) -> None:
+    result = tailorbird.fit(
+        model, "60%", tmp_path / "out", calibration=text, sequences=4, length=32, keep=kept,
+        measure_speed=False, measure_spread=False, allow_slower=True, method="rtn",
+    )  # fmt: skip
+    places = load_plan(Path(result.output) / "plan.yaml").places
+    named = {"embedding": "model.embed_tokens", "head": "lm_head"}
+    patterns = [named.get(pattern, pattern) for pattern in kept]
+    inside = [place for place in places if any(fnmatch(place.name, pattern) for pattern in patterns)]
+    assert inside
+    assert all(isinstance(place.coding.coding(), FloatCoding) for place in inside)
+    assert any(isinstance(place.coding.coding(), IntegerCoding) for place in places)
+    assert result.weight_bytes <= result.budget_bytes
+
+
+def test_what_is_kept_counts_in_the_smallest_budget(model: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError):
+        tailorbird.fit(model, "25%", tmp_path / "out", calibration=text, keep=["*"])
+
+
+def test_a_pattern_that_fits_nothing_is_refused_with_names_near_it(
+    model: str, tmp_path: Path, no_texts: None
+) -> None:
+    with pytest.raises(SettingsError, match=r"--keep embeding.*did you mean `embedding`"):
+        tailorbird.fit(model, "45%", tmp_path / "out", keep=["embeding"])

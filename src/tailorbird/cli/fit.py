@@ -103,6 +103,15 @@ def fit(
             "`tailorbird methods --family plan` says what each goes by.",
         ),
     ] = "exact",
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--keep",
+            metavar="PLACE",
+            help="A place that stays at 16 bits: its name, a pattern such as '*.down_proj', embedding or "
+            "head; may be repeated.",
+        ),
+    ] = None,
     max_kl: Annotated[
         float | None,
         typer.Option(
@@ -154,6 +163,7 @@ def fit(
             effort=effort,
             method=method,
             allocator=allocator,
+            keep=keep or (),
             max_kl=max_kl,
             max_perplexity_increase=max_perplexity_increase,
             target=target,

@@ -6,9 +6,10 @@ writing anything. Texts come last: to read them, or to sample them where there a
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from tailorbird.calibrate.text import (
 from tailorbird.compress.blocks.method import BlockMethod
 from tailorbird.compress.recipe import Recipe
 from tailorbird.compress.rotation import rotate
-from tailorbird.errors import CheckpointError, ExportError, ResourceError, SettingsError, TextError
+from tailorbird.errors import CheckpointError, ExportError, ResourceError, SettingsError, TextError, nearest
 from tailorbird.evaluate.checkpoint import HELD_OUT_TOKENS, LONGEST_HELD_OUT_WINDOW
 from tailorbird.formats import gguf
 from tailorbird.formats.packed import (
@@ -123,6 +124,8 @@ class Work:
         Linear -> the part of that kind that is put beside it.
     allocator : str or None
         Who chooses the codings; None where they are given.
+    kept : frozenset of str
+        Places that a plan leaves at 16 bits.
     stages : list of dict
         What each stage took so far.
     ledger : Ledger or None
@@ -145,6 +148,7 @@ class Work:
     low_rank: dict[str, LowRank] = field(default_factory=dict)
     sparse: dict[str, Sparse] = field(default_factory=dict)
     allocator: str | None = None
+    kept: frozenset[str] = frozenset()
     stages: list[dict[str, Any]] = field(default_factory=list)
     ledger: Ledger | None = None
 
@@ -196,6 +200,8 @@ class Work:
 
     def codings_at(self, name: str, in_features: int) -> list[Coding]:
         """Those of `codings` that `target` can hold at the place `name`; a 16-bit one is among them."""
+        if name in self.kept:
+            return [c for c in self.codings if isinstance(c, FloatCoding)]
         if self.target == "gguf":
             return [c for c in self.codings if gguf.refusal(c, in_features) is None]
         if self.target == "compressed-tensors" and name == self.anatomy.embedding:
@@ -387,6 +393,35 @@ def _generated_texts(work: Work) -> Texts:
     notes.append("quality is measured on self-generated text")
     decoded = tuple(tokenizer.decode(row) for row in ev.ids[:8])
     return Texts(cal, ev, decoded, tuple(notes), self_generated=True)
+
+
+def keep(work: Work, patterns: Sequence[str]) -> None:
+    """Have plans leave at 16 bits all places that a pattern fits.
+
+    Parameters
+    ----------
+    patterns : sequence of str
+        Names of places, with ``*`` for any letters; ``embedding`` and ``head`` whatever they are called. A
+        tied pair is one place, which either word names.
+
+    Raises
+    ------
+    SettingsError
+        A pattern that fits no place.
+    """
+    ends = {"embedding": work.anatomy.embedding, "head": work.anatomy.head}
+    if work.anatomy.tied:
+        ends["head"] = work.anatomy.embedding
+    places = work.place_shapes()
+    for pattern in patterns:
+        fitting = fnmatch.filter(places, ends.get(pattern, pattern))
+        if not fitting:
+            raise SettingsError(
+                f"--keep {pattern}, which fits no place of {work.name}",
+                "the name of a place or a pattern such as *.down_proj; embedding or head",
+                nearest(pattern, (*ends, *places)),
+            )
+        work.kept |= frozenset(fitting)
 
 
 def budget_of(
