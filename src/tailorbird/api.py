@@ -175,6 +175,7 @@ def fit(
         length=length, context=context, target=target, seed=seed, progress=progress,
     )  # fmt: skip
     work.allocator = allocator
+    allocation.check_recipe(work, other_budgets)
     work_module.keep(work, keep)
     what: dict[str, Any] = _choose_activations(work, activations)
     budget = work_module.budget_of(
@@ -193,6 +194,7 @@ def fit(
     job, prediction = _begin(work, target_path, what, resume)
     with job:
         codings, scores, cache = allocation.planned(work, job, budget)
+        work.put_beside(codings)
         points = fitting.measure_frontier(work, job, scores, cache, budget) if frontier else None
         result, accepted = fitting.make(
             work, job, scores, cache, codings, budget,
@@ -256,8 +258,7 @@ def compress(
     else:
         codings = planning.codings_of_recipe(work)
         work.rounded_inputs = planning.rounded_inputs_of_recipe(work, codings)
-        work.low_rank = planning.low_rank_of_recipe(work, codings)
-        work.sparse = planning.sparse_of_method(work, codings)
+        work.put_beside(codings)
     what = _choose_activations(work, activations)
     work_module.narrow(work, codings.values())
     what["codings"] = planning.describe(codings)

@@ -177,8 +177,3 @@ def test_a_part_that_is_not_known_or_not_there_is_refused(
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path)
-
-
-def test_a_fit_by_a_correction_is_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="without a correction"):
-        api.fit(str(model), "50%", tmp_path / "out", method="gptq+eora")

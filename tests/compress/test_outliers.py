@@ -199,8 +199,3 @@ def test_a_damaged_file_is_refused_when_it_is_loaded(kept: Path, tmp_path: Path)
             save_file(tensors, file, {"format": "pt"})
     with pytest.raises(CheckpointError, match=f"`{name}`.*counts"):
         load(tmp_path)
-
-
-def test_a_fit_by_a_method_that_keeps_outliers_is_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="without outliers"):
-        api.fit(str(model), "50%", tmp_path / "out", method="spqr")

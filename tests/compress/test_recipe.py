@@ -249,7 +249,12 @@ def test_tables_are_for_linears_and_stated_alike_in_a_file(tmp_path: Path) -> No
         parse_recipe(str(path))
 
 
-def test_no_budget_chooses_tables() -> None:
-    assert planned_recipe("leanquant").method == Leanquant()
-    with pytest.raises(SettingsError, match=r"a fit by `ganq`.*--recipe ganq:table=3"):
-        planned_recipe("ganq")
+@pytest.mark.parametrize(("name", "method"), [("leanquant", Leanquant()), ("ganq", Ganq())])
+def test_a_budget_chooses_among_integers_or_tables(name: str, method: object) -> None:
+    assert planned_recipe(name).method == method
+
+
+@pytest.mark.parametrize("name", ["ganq+signround", "awq+ganq", "ganq+distil"])
+def test_what_learns_or_folds_is_refused_where_a_budget_chooses_tables(name: str) -> None:
+    with pytest.raises(SettingsError, match="with tables"):
+        planned_recipe(name)

@@ -17,7 +17,7 @@ from tailorbird.compress.smallest import smallest
 from tailorbird.compress.stage import Stage
 from tailorbird.compress.work import Work, narrow, sensitivity_ids
 from tailorbird.errors import SettingsError
-from tailorbird.formats.packed import Coding, coding_from_dict
+from tailorbird.formats.packed import Coding, IntegerCoding, coding_from_dict
 from tailorbird.model.anatomy import Anatomy
 from tailorbird.plan.allocate import allocate
 from tailorbird.plan.allocators import DEFAULT, check_allocator
@@ -60,6 +60,40 @@ def check_choice(name: str, budgets_of_other_kinds: Iterable[str], frontier: boo
             f"leave out one of the two, or give --memory in place of {others[0]}"
             if others[0] != "--frontier"
             else "leave out one of the two",
+        )
+
+
+def check_recipe(work: Work, budgets_of_speed: Iterable[str]) -> None:
+    """Refuse a recipe whose weights the allocator, a budget of speed or a target of `work` doesn't know.
+
+    Parameters
+    ----------
+    budgets_of_speed : iterable of str
+        Flags of those.
+
+    Raises
+    ------
+    SettingsError
+    """
+    recipe = work.recipe
+    held = [
+        words
+        for words, there in (
+            (f"tables, as `{recipe.name}` makes them", IntegerCoding.kind not in recipe.method.makes),
+            (f"outliers beside codes, as `{recipe.name}` keeps them", bool(recipe.method.outliers)),
+            (f"low-rank parts beside codes, as `{recipe.name}` puts them", recipe.correction is not None),
+        )
+        if there
+    ]
+    target = [] if work.target is None else [f"--target {work.target}"]
+    refusing = [*budgets_of_speed, *target]
+    if work.allocator in JUDGING and recipe.correction is not None:
+        refusing.append(f"--allocator {work.allocator}")
+    if held and refusing:
+        raise SettingsError(
+            f"{refusing[0]} with {held[0]}",
+            "integers alone, for this",
+            f"choose a method without, such as gptq, or leave out {refusing[0]}",
         )
 
 

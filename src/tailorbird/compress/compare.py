@@ -37,6 +37,7 @@ from tailorbird.compress.work import (
 from tailorbird.errors import ResourceError, SettingsError
 from tailorbird.model.writing import write_json
 from tailorbird.plan.budget import Budget
+from tailorbird.plan.candidates import candidate_codings
 from tailorbird.plan.score_cache import ScoreCache
 from tailorbird.plan.scores import Scores
 from tailorbird.progress import Progress
@@ -182,6 +183,7 @@ class _Table:
         label = f"cell {self.reached} of {self.count}, {recipe.name} within {budget.text}"
         work = copy.copy(self.work)  # with its texts, which are opened
         work.recipe, work.stages, work.ledger = recipe, [], None
+        work.codings = candidate_codings(None, work.float_dtype, recipe.method.makes)
         work.progress = Labelled(self.work.progress, label)
         record = record_of(work, {"budget": asdict(budget)})
         name = _file_name(record, budget, recipe)
@@ -208,6 +210,7 @@ class _Table:
         with Job(target, record) as job:
             continue_stages(work, job)
             codings = planning.chosen(work, job, scores, budget)
+            work.put_beside(codings)
             result, _ = make(
                 work, job, scores, cache, codings, budget, NO_LIMITS, prediction, "", None,
                 measure_spread=False,
@@ -216,13 +219,13 @@ class _Table:
         return _cell_of(result, work.recipe, budget)
 
     def _scored(self, work: Work) -> tuple[Scores, ScoreCache]:
-        """Scores for the linear method of a recipe; what a killed run left of them is taken up."""
-        method = work.recipe.rounding["name"]
-        if method not in self.scores:
-            part = self.output / UNFINISHED / f"scores-{planning.score_cache(work).directory.name}"
-            self.scores[method] = planning.score(work, Ledger(part))
+        """Scores for linear method and correction of a recipe; what a killed run left of them is taken up."""
+        key = planning.score_cache(work).directory.name
+        if key not in self.scores:
+            part = self.output / UNFINISHED / f"scores-{key}"
+            self.scores[key] = planning.score(work, Ledger(part))
             shutil.rmtree(part)
-        return self.scores[method]
+        return self.scores[key]
 
 
 class Labelled:

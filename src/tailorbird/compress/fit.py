@@ -277,6 +277,7 @@ def measured_point(
     """
     known: dict[str, Any] | None = job.result(name)
     if known is None:
+        work.put_beside(codings)
         inner = Job(job.work / name, record_of(work, {"codings": describe(codings)}))
         compress_into(work, inner, compression_of(work, scores, cache, codings))
         work.progress.stage(label, len(work.anatomy.blocks) + 1)

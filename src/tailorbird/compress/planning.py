@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from tailorbird.formats.packed import (
 from tailorbird.formats.sparse import Sparse
 from tailorbird.kernels import dispatch
 from tailorbird.linear.lossless.df11 import Df11
-from tailorbird.linear.outliers import sparse_of, without_outliers
+from tailorbird.linear.outliers import without_outliers
 from tailorbird.linear.quantize.double_rounding import DoubleRounding, check_nestable
 from tailorbird.linear.settings import check_codes
 from tailorbird.plan.allocate import Allocation, PlaceOptions, allocate
@@ -66,6 +65,7 @@ def score_cache(work: Work) -> ScoreCache:
             "source": work.checkpoint.fingerprint,
             "calibration": work.texts.calibration.fingerprint,
             "method": work.recipe.rounding,
+            "correction": work.recipe.describe().get("correction_settings"),
             "codings": [coding_to_dict(coding) for coding in work.codings],
             "sensitivity_tokens": work.sensitivity_tokens,
             "gradients": work.seed if by_gradients(work) else None,
@@ -105,7 +105,7 @@ def _without_errors(work: Work) -> Scores:
 def _wider_caches(work: Work) -> list[ScoreCache]:
     """Where a `fit` of the same source keeps its scores, if the codings of `work` are among them."""
     wide = copy.copy(work)
-    wide.codings = candidate_codings(None, work.float_dtype)
+    wide.codings = candidate_codings(None, work.float_dtype, work.recipe.method.makes)
     wide.sensitivity_tokens = SENSITIVITY_TOKENS
     return [score_cache(wide)] if set(work.codings) < set(wide.codings) else []
 
@@ -121,6 +121,7 @@ def score_errors(work: Work, cache: ScoreCache, ledger: Ledger) -> None:
             work.codings,
             ledger.part(STATISTICS),
             work.progress,
+            work.recipe.correction,
         )
         cache.save_head(head)
         cache.save_errors(errors, ratios)
@@ -185,6 +186,7 @@ def place_options(
         lambda place: work.codings_at(place.name, place.shape[1]),
         lambda place: together_for(work.target, place),
         seconds,
+        lambda place, coding: work.bytes_of(place.name, place.shape, coding),
     )
 
 
@@ -324,19 +326,6 @@ def rounded_inputs_of_recipe(work: Work, codings: dict[str, Coding]) -> frozense
     return frozenset(names)
 
 
-def low_rank_of_recipe(work: Work, codings: dict[str, Coding]) -> dict[str, LowRank]:
-    """Linear of the blocks -> the low-rank part that the recipe's correction puts beside its codes."""
-    correction = work.recipe.correction
-    if correction is None:
-        return {}
-    part = correction.low_rank
-    return {
-        place.name: replace(part, rank=min(part.rank, place.out_features, place.in_features))
-        for place in work.anatomy.linears()
-        if isinstance(codings.get(place.name), CodesCoding)
-    }
-
-
 def low_rank_of_plan(work: Work, plan: Plan, codings: dict[str, Coding]) -> dict[str, LowRank]:
     """Linear of the blocks -> the low-rank part that the plan states; no other is made."""
     shapes = {place.name: (place.out_features, place.in_features) for place in work.anatomy.linears()}
@@ -361,19 +350,11 @@ def low_rank_of_plan(work: Work, plan: Plan, codings: dict[str, Coding]) -> dict
     return stated
 
 
-def sparse_of_method(work: Work, codings: dict[str, Coding]) -> dict[str, Sparse]:
-    """Linear of the blocks -> the sparse part that the linear method puts beside its codes."""
-    found = {
-        place.name: sparse_of(work.recipe.method, place.out_features, place.in_features)
-        for place in work.anatomy.linears()
-        if isinstance(codings.get(place.name), GroupedCoding)
-    }
-    return {name: part for name, part in found.items() if part is not None}
-
-
 def sparse_of_plan(work: Work, plan: Plan, codings: dict[str, Coding]) -> dict[str, Sparse]:
-    """`sparse_of_method`, once it is known to be what the plan states, where it states it."""
-    made = sparse_of_method(work, codings)
+    """What the linear method puts beside its codes, once it is known to be what the plan states of it."""
+    shapes = work.place_shapes()
+    parts = {name: work.beside(name, shapes[name], coding)[1] for name, coding in codings.items()}
+    made = {name: part for name, part in parts.items() if part is not None}
     for place in plan.places:
         stated = None if place.sparse is None else place.sparse.sparse()
         if stated is not None and stated != made.get(place.name):

@@ -35,6 +35,7 @@ from tailorbird.compress.whole import WHOLE_METHODS
 from tailorbird.compress.whole.method import ModelMethod
 from tailorbird.errors import CheckpointError, SettingsError, nearest
 from tailorbird.formats.packed import (
+    TABLE_BITS,
     CodebookCoding,
     Coding,
     FloatCoding,
@@ -370,8 +371,8 @@ def planned_recipe(name: str) -> Recipe:
     Raises
     ------
     SettingsError
-        As `make_recipe`, for a correction or a method that keeps outliers, whose bytes a plan doesn't count,
-        and for a method that makes no integers, among which a budget chooses.
+        As `make_recipe`, with the codings that a plan would choose among; and for a method with one coding,
+        where nothing is left to choose.
     """
     recipe = make_recipe(name)
     if isinstance(recipe.method, DoubleRounding):
@@ -380,25 +381,14 @@ def planned_recipe(name: str) -> Recipe:
             "a method of integers of any width, among which a plan chooses",
             f"give all linears 8 bits: compress --recipe {name}:bits=8,group=64",
         )
+    if not recipe.method.makes & {IntegerCoding.kind, TableCoding.kind}:
+        raise SettingsError(
+            f"a fit by `{name}`",
+            "a method of integers or tables, among which a plan chooses",
+            f"give all linears one coding: compress --recipe {name}",
+        )
     if IntegerCoding.kind not in recipe.method.makes:
-        raise SettingsError(
-            f"a fit by `{name}`",
-            "a method of integers, among which a plan chooses",
-            f"give all linears one coding: compress --recipe {name}"
-            + (":table=3" if TableCoding.kind in recipe.method.makes else ""),
-        )
-    if recipe.method.outliers:
-        raise SettingsError(
-            f"a fit by `{name}`",
-            "a method without outliers, whose bytes a plan doesn't count",
-            f"give all linears one coding: compress --recipe {name}:bits=3,group=64",
-        )
-    if recipe.correction is not None:
-        raise SettingsError(
-            f"a fit by `{name}`",
-            "a method without a correction, whose bytes a plan doesn't count",
-            f"leave it out, or give all linears one coding: compress --recipe {name}:bits=3,group=64",
-        )
+        _check_coding(dataclasses.replace(recipe, coding=TableCoding(TABLE_BITS[0])), recipe.rounding["name"])
     return recipe
 
 

@@ -37,9 +37,12 @@ from tailorbird.errors import CheckpointError, ExportError, ResourceError, Setti
 from tailorbird.evaluate.checkpoint import HELD_OUT_TOKENS, LONGEST_HELD_OUT_WINDOW
 from tailorbird.formats import gguf
 from tailorbird.formats.packed import (
+    CodesCoding,
     Coding,
     EntropyCoding,
     FloatCoding,
+    GroupedCoding,
+    IntegerCoding,
     LowRank,
     stored_bytes,
 )
@@ -50,6 +53,7 @@ from tailorbird.hardware.memory import (
 )
 from tailorbird.kernels import native
 from tailorbird.linear.lossless.df11 import Df11
+from tailorbird.linear.outliers import sparse_of
 from tailorbird.model.anatomy import Anatomy, read_anatomy
 from tailorbird.model.checkpoint import Checkpoint, demo_text, locate, open_checkpoint
 from tailorbird.model.json_file import read_json
@@ -194,19 +198,49 @@ class Work:
     def smallest_bytes(self) -> int:
         """Tensor data of the smallest plan there is."""
         return self.other_bytes + sum(
-            min(stored_bytes(coding, *shape) for coding in self.codings_at(name, shape[1]))
+            min(self.bytes_of(name, shape, coding) for coding in self.codings_at(name, shape[1]))
             for name, shape in self.place_shapes().items()
         )
 
+    def _inside(self, name: str) -> bool:
+        """Whether a place is a linear of the blocks."""
+        return name not in (self.anatomy.embedding, self.anatomy.head)
+
+    def beside(
+        self, name: str, shape: tuple[int, int], coding: Coding
+    ) -> tuple[LowRank | None, Sparse | None]:
+        """What correction and linear method put beside the codes of a place of this shape."""
+        if not self._inside(name):
+            return None, None
+        low_rank, correction = None, self.recipe.correction
+        if correction is not None and isinstance(coding, CodesCoding):
+            part = correction.low_rank
+            low_rank = replace(part, rank=min(part.rank, *shape))
+        sparse = sparse_of(self.recipe.method, *shape) if isinstance(coding, GroupedCoding) else None
+        return low_rank, sparse
+
+    def bytes_of(self, name: str, shape: tuple[int, int], coding: Coding) -> int:
+        """Bytes of a place of this shape, with what stands beside its codes."""
+        low_rank, sparse = self.beside(name, shape, coding)
+        return stored_bytes(coding, *shape, low_rank=low_rank, sparse=sparse)
+
+    def put_beside(self, codings: dict[str, Coding]) -> None:
+        """Have the linears of a plan get what correction and linear method put beside their codes."""
+        shapes = self.place_shapes()
+        parts = {name: self.beside(name, shapes[name], coding) for name, coding in codings.items()}
+        self.low_rank = {name: low_rank for name, (low_rank, _) in parts.items() if low_rank is not None}
+        self.sparse = {name: sparse for name, (_, sparse) in parts.items() if sparse is not None}
+
     def codings_at(self, name: str, in_features: int) -> list[Coding]:
-        """Those of `codings` that `target` can hold at the place `name`; a 16-bit one is among them."""
-        if name in self.kept:
-            return [c for c in self.codings if isinstance(c, FloatCoding)]
+        """Those of `codings` that a place may have by method and `target`; a 16-bit one is among them."""
+        kinds = self.recipe.method.makes if self._inside(name) else {IntegerCoding.kind}
+        kinds = frozenset() if name in self.kept else kinds
+        codings = [c for c in self.codings if isinstance(c, FloatCoding) or c.kind in kinds]
         if self.target == "gguf":
-            return [c for c in self.codings if gguf.refusal(c, in_features) is None]
+            return [c for c in codings if gguf.refusal(c, in_features) is None]
         if self.target == "compressed-tensors" and name == self.anatomy.embedding:
-            return [c for c in self.codings if isinstance(c, FloatCoding)]
-        return list(self.codings)
+            return [c for c in codings if isinstance(c, FloatCoding)]
+        return codings
 
 
 def open_work(
@@ -278,7 +312,7 @@ def open_work(
     work = Work(
         model, checkpoint, anatomy, tokenizer, recipe, texts, target, seed, progress, remarks=remarks
     )  # fmt: skip
-    work.codings = candidate_codings(target, work.float_dtype)
+    work.codings = candidate_codings(target, work.float_dtype, recipe.method.makes)
     return work
 
 

@@ -15,9 +15,17 @@ import torch
 
 from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.errors import SettingsError, nearest
-from tailorbird.formats.packed import Coding, FloatCoding, IntegerCoding, stored_bytes
+from tailorbird.formats.packed import (
+    TABLE_BITS,
+    Coding,
+    FloatCoding,
+    IntegerCoding,
+    TableCoding,
+    stored_bytes,
+)
 from tailorbird.linear.error import output_error, row_energies
 from tailorbird.linear.quantize.rtn import Rtn
+from tailorbird.linear.settings import GRIDS
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
@@ -30,7 +38,9 @@ PROBE_KEY = "probe"
 ERROR_ROWS = 256
 
 
-def candidate_codings(target: str | None, float_dtype: str) -> tuple[Coding, ...]:
+def candidate_codings(
+    target: str | None, float_dtype: str, makes: frozenset[str] = GRIDS
+) -> tuple[Coding, ...]:
     """Codings that a plan may choose, the 16-bit one last.
 
     Parameters
@@ -39,7 +49,11 @@ def candidate_codings(target: str | None, float_dtype: str) -> tuple[Coding, ...
         Another tool whose format must hold the result exactly.
     float_dtype : str
         The 16-bit dtype that stands for "leave it".
+    makes : frozenset of str
+        Kinds of codings that the plan's method makes. One that makes tables and no integers gets tables for
+        linears, beside integers for embedding and head.
     """
+    tables = [TableCoding(bits) for bits in TABLE_BITS] if _only_tables(makes) else []
     if target is None:
         integers = [IntegerCoding(bits, group) for bits in BITS for group in GROUPS]
     elif target == "gguf":
@@ -55,7 +69,11 @@ def candidate_codings(target: str | None, float_dtype: str) -> tuple[Coding, ...
         raise SettingsError(
             f"target `{target}` is unknown", "one of " + ", ".join(TARGETS), nearest(target, TARGETS)
         )
-    return (*integers, FloatCoding(float_dtype))
+    return (*integers, *tables, FloatCoding(float_dtype))
+
+
+def _only_tables(makes: frozenset[str]) -> bool:
+    return TableCoding.kind in makes and IntegerCoding.kind not in makes
 
 
 def distinct(codings: Sequence[Coding], out_features: int, in_features: int) -> list[Coding]:

@@ -7,6 +7,7 @@ linears, as a ratio per coding. A killed pass continues at the first unfinished 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,9 @@ from tailorbird.calibrate.ledger import Ledger
 from tailorbird.calibrate.statistics import GramAccumulator, LinearStatistics
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.evaluate.streamed import batches, embed_windows
-from tailorbird.formats.packed import Coding
+from tailorbird.formats.packed import Coding, PackedWeight
 from tailorbird.linear import LinearMethod
+from tailorbird.linear.correct import Correction
 from tailorbird.linear.error import output_error, row_energies
 from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.model.anatomy import Anatomy, BlockAnatomy
@@ -29,7 +31,7 @@ from tailorbird.plan.candidates import (
     sample_rows,
     spread,
 )
-from tailorbird.plan.ends import HeadStatistics, without
+from tailorbird.plan.ends import HeadStatistics, Rounded, without
 from tailorbird.plan.inputs import InputErrors
 from tailorbird.progress import Progress, Silent
 
@@ -46,6 +48,7 @@ def measure_errors(
     codings: tuple[Coding, ...],
     ledger: Ledger,
     progress: Progress | None = None,
+    correction: Correction | None = None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, float], HeadStatistics]:
     """First pass: errors of all candidates at all places, the method's ratios, the head's statistics.
 
@@ -62,6 +65,8 @@ def measure_errors(
         Where finished blocks are marked, and the hidden states lie,
         ``2 * windows * length * hidden_size * 4`` bytes. What is left there afterwards is for the caller to
         remove, once the outcome is kept.
+    correction : Correction or None
+        What follows `method`; it counts in the ratios.
 
     Returns
     -------
@@ -74,7 +79,7 @@ def measure_errors(
     head : HeadStatistics
         Statistics of the head's input.
     """
-    return _ErrorPass(model, ids, method, codings, ledger, progress or Silent()).run()
+    return _ErrorPass(model, ids, method, codings, ledger, progress or Silent(), correction).run()
 
 
 class _ErrorPass:
@@ -88,9 +93,10 @@ class _ErrorPass:
         codings: tuple[Coding, ...],
         ledger: Ledger,
         progress: Progress,
+        correction: Correction | None,
     ) -> None:
         self.model, self.ids, self.ledger, self.progress = model, ids, ledger, progress
-        self.method, self.codings = method, codings
+        self.method, self.codings, self.correction = method, codings, correction
         windows, length = ids.shape
         self.shape = windows, length, model.anatomy.hidden_size
         self.compared = compared_linears(model.anatomy)
@@ -163,8 +169,10 @@ class _ErrorPass:
                 statistics = without(statistics, judge)
             for linear in fellows:
                 if linear.name in self.compared:
-                    sample = sample_rows(model.weight_of(block, linear), RATIO_ROWS)
-                    self._compare(sample, statistics, judge or statistics, samples)
+                    weight = model.weight_of(block, linear)
+                    if self.correction is None:  # whose rank says something of all rows together
+                        weight = sample_rows(weight, RATIO_ROWS)
+                    self._compare(weight, statistics, judge or statistics, samples)
             del statistics, judge
         before.close()
         after.close()
@@ -181,7 +189,7 @@ class _ErrorPass:
 
         The method sees `statistics`; both errors are those on the tokens of `judge`.
         """
-        rounded = self.method.prepare(statistics)
+        rounded = self._rounded(statistics)
         nearest = Rtn().prepare(statistics)
         for coding in distinct(self.codings, *weight.shape):
             if coding.kind in self.method.makes:
@@ -191,6 +199,18 @@ class _ErrorPass:
                 )
                 if own > 0 and base > 0:
                     samples.setdefault(coding.label, []).append(own / base)
+
+    def _rounded(self, statistics: LinearStatistics) -> Rounded:
+        """The method, and the correction after it, for weights that read one input."""
+        rounded, correction = self.method.prepare(statistics), self.correction
+        if correction is None:
+            return rounded
+        correct, part = correction.prepare(rounded, statistics), correction.low_rank
+
+        def corrected(weight: torch.Tensor, coding: Coding) -> PackedWeight:
+            return correct(weight, coding, replace(part, rank=min(part.rank, *weight.shape)))
+
+        return corrected
 
     def _head(self) -> tuple[dict[str, float], HeadStatistics]:
         """The probe's error at the head, and the statistics of its input."""

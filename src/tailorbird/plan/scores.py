@@ -65,6 +65,7 @@ def options(
     codings: Callable[[PlaceScore], Sequence[Coding]],
     together: Callable[[PlaceScore], str | None] = lambda place: None,
     seconds: Callable[[PlaceScore, Coding], float] = lambda place, coding: 0.0,
+    size: Callable[[PlaceScore, Coding], int] = lambda place, coding: stored_bytes(coding, *place.shape),
 ) -> list[PlaceOptions]:
     """What the allocator chooses from: bytes, predicted KL and seconds of every coding a place may take."""
     result = []
@@ -72,7 +73,7 @@ def options(
         choices = tuple(
             Option(
                 coding,
-                stored_bytes(coding, *place.shape),
+                size(place, coding),
                 place.coefficient * scores.predicted_error(place, coding),
                 seconds(place, coding),
             )
