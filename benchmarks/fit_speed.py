@@ -43,7 +43,7 @@ def write_text(path: Path) -> Path:
     """Documents of random letters: random weights have nothing to say about better ones."""
     rng = random.Random(0)
     with path.open("w") as file:
-        for _ in range(40):
+        for _ in range(200):
             file.write(json.dumps({"text": "".join(rng.choices("abcdefghij klmnop\n", k=600))}) + "\n")
     return path
 

@@ -58,7 +58,7 @@ GROUP = 64
 SEQUENCES = 128
 OWN = (
     "rtn", "gptq", "awq+gptq", "hadamard+gptq", "quantease", "leanquant", "decoupleq", "yaqa", "spqr", "ganq",
-    "gptq+signround", "gptq+signround+distil", "spqr+signround+distil",
+    "gptq+signround", "decoupleq+signround", "gptq+signround+distil", "spqr+signround+distil",
 )  # fmt: skip
 #: Peer -> folder of its environment, and the package whose version is noted.
 PEERS = {
@@ -86,11 +86,11 @@ class Opened:
         return [place.name for place in self.work.anatomy.linears()]
 
 
-def open_subject(subject: Subject, folder: Path) -> Opened:
-    """Open a model, and leave its calibration windows in `folder`."""
+def open_subject(subject: Subject, folder: Path, sequences: int = SEQUENCES) -> Opened:
+    """Open a model, and leave so many calibration windows in `folder`."""
     work = open_work(
         subject.model, make_recipe("rtn"), calibration=subject.calibration, evaluation=subject.held_out,
-        sequences=SEQUENCES, length=None, context=None, target=None, seed=0, progress=None,
+        sequences=sequences, length=None, context=None, target=None, seed=0, progress=None,
     )  # fmt: skip
     ids = folder / "ids.safetensors"
     write_tensors(ids, {"ids": work.texts.calibration.ids})

@@ -14,15 +14,17 @@ from compressed import linears
 from compressing import compress
 from results import digests
 from tailorbird.errors import SettingsError
-from tailorbird.evaluate.foreseen import foresee
+from tailorbird.evaluate.foreseen import shape_of
 from tailorbird.evaluate.stand_ins import Kernel, Weights
 from tailorbird.formats.modules import CompressedEmbedding, CompressedLinear
 from tailorbird.formats.packed import IntegerCoding, LowRank, TableCoding, stored_bytes
-from tailorbird.kernels import dispatch
+from tailorbird.kernels import dispatch, native
 from tailorbird.model.load import load
 from tailorbird.run.fused import obstacle
-from tailorbird.run.generate import ModuleDecoding, decode
+from tailorbird.run.generate import FusedDecoding, ModuleDecoding, decode
 from tiny import save_model
+
+built = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +68,30 @@ def test_other_methods_fill_them_too(architecture: str, recipe: str, text: Path,
     assert kinds == {"table"}
 
 
-def test_it_runs_through_the_reference_and_promises_no_speed(result: Path) -> None:
+@built
+def test_it_runs_in_compiled_blocks_whose_speed_is_foreseen(result: Path) -> None:
     model = load(result)
-    assert str(obstacle(model)) == "a linear of coding table3"
-    assert foresee(model, 1, 8, 8) is None
+    assert obstacle(model) is None
+    _, kernels = shape_of(model)
+    assert {kernel.name for kernel in kernels} >= {"table3 · float"}
+    stand_in = Weights(Kernel(TableCoding(3)), 1).linear(64, 64)
+    assert stand_in.weight.tables
+    ids = torch.arange(20).view(1, -1)
+    decoding = decode(model)
+    assert isinstance(decoding, FusedDecoding)
+    slow = ModuleDecoding(model).read(ids)
+    torch.testing.assert_close(decoding.read(ids), slow, rtol=1e-4, atol=1e-4)
+
+
+@built
+def test_beside_gradients_it_runs_through_the_reference(result: Path) -> None:
     linear = next(iter(packed(result).values()))
-    for rows in (1, 64):
-        assert linear.path(rows, torch.bfloat16) == linear.path(rows, torch.float32) == dispatch.REFERENCE
-    with pytest.raises(ValueError, match="`table3` doesn't run in compiled blocks"):
-        Weights(Kernel(TableCoding(3)), 1).linear(64, 64)
-    assert isinstance(decode(model), ModuleDecoding)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert linear.path(1, dtype) == linear.path(64, dtype) == "native-tables"
+        assert linear.path(1, dtype, gradient=True) == dispatch.REFERENCE
+    x = torch.randn(5, linear.in_features)
+    wanting = x.clone().requires_grad_()
+    torch.testing.assert_close(linear(wanting), linear(x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_plan_is_refused_before_work_where_tables_have_no_place(

@@ -274,6 +274,40 @@ bool trains(std::mt19937& random, int version) {
   return good && finite(of_scores);
 }
 
+// Products with a table of values for each row, and nothing behind the codes but the bytes that must be there.
+bool looks_up_tables(std::mt19937& random, int bits, int version) {
+  const std::int64_t rows = 1 + random() % 40, in_features = 1 + random() % 200, tokens = 1 + random() % 11;
+  const std::int64_t width = (in_features * bits + 7) / 8, columns = (in_features + STEP - 1) / STEP * STEP;
+  std::vector<std::uint8_t> codes(rows * width + 8);
+  std::vector<float> tables(rows * LANES), x(tokens * in_features), y(tokens * rows, NAN);
+  for (auto& byte : codes) byte = random();
+  for (auto& value : x) value = int(random() % 9) - 4;
+  for (std::int64_t i = 0; i < rows * LANES; ++i) tables[i] = i % LANES < 1 << bits ? int(random() % 9) - 4 : tables[i - (1 << bits)];
+  Weight w{};
+  w.codes = reinterpret_cast<const std::uint32_t*>(codes.data());
+  w.rows = rows, w.in_features = in_features, w.columns = columns, w.groups = 1, w.group_columns = columns;
+  w.bits = bits, w.tables = tables.data();
+  tailorbird_table_linear(&w, x.data(), y.data(), tokens, 1 + random() % 3, version);
+  for (std::int64_t token = 0; token < tokens; ++token) {
+    for (std::int64_t row = 0; row < rows; ++row) {
+      double exact = 0;
+      for (std::int64_t column = 0; column < in_features; ++column) {
+        int code = 0;
+        for (int bit = 0; bit < bits; ++bit) {
+          const std::int64_t place = column * bits + bit;
+          code |= (codes[row * width + place / 8] >> place % 8 & 1) << bit;
+        }
+        exact += tables[row * LANES + code] * x[token * in_features + column];
+      }
+      if (y[token * rows + row] != exact) {
+        std::printf("tables of %d bits, version %d: %g is not %g\n", bits, version, y[token * rows + row], exact);
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
 int main(int, char** arguments) {
   std::mt19937 random(std::atoi(arguments[1]));
   const int widths[] = {2, 3, 4, 5, 6, 8};
@@ -335,6 +369,7 @@ int main(int, char** arguments) {
         }
       }
     }
+    if (!looks_up_tables(random, 2 + random() % 3, version)) return 1;
     // y = outputs * (y + scale * up down x) + bias, then a sparse matrix is added; all numbers are small and exact.
     const std::int64_t rank = 1 + random() % 40;
     const bool low_rank = random() % 4, factors = random() % 2, bias = random() % 2;

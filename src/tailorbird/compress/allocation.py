@@ -75,26 +75,21 @@ def check_recipe(work: Work, budgets_of_speed: Iterable[str]) -> None:
     ------
     SettingsError
     """
-    recipe = work.recipe
-    held = [
-        words
-        for words, there in (
-            (f"tables, as `{recipe.name}` makes them", IntegerCoding.kind not in recipe.method.makes),
-            (f"outliers beside codes, as `{recipe.name}` keeps them", bool(recipe.method.outliers)),
-            (f"low-rank parts beside codes, as `{recipe.name}` puts them", recipe.correction is not None),
-        )
-        if there
-    ]
+    recipe, made = work.recipe, f"as `{work.recipe.name}` has them"
+    speeds, judging = list(budgets_of_speed), [f"--allocator {work.allocator}"] * (work.allocator in JUDGING)
     target = [] if work.target is None else [f"--target {work.target}"]
-    refusing = [*budgets_of_speed, *target]
-    if work.allocator in JUDGING and recipe.correction is not None:
-        refusing.append(f"--allocator {work.allocator}")
-    if held and refusing:
-        raise SettingsError(
-            f"{refusing[0]} with {held[0]}",
-            "integers alone, for this",
-            f"choose a method without, such as gptq, or leave out {refusing[0]}",
-        )
+    refused = [
+        (IntegerCoding.kind not in recipe.method.makes, f"tables, {made}", target),
+        (recipe.method.outliers > 0, f"outliers beside codes, {made}", [*speeds, *target]),
+        (recipe.correction is not None, f"low-rank parts beside codes, {made}", [*speeds, *target, *judging]),
+    ]
+    for holds, what, flags in refused:
+        if holds and flags:
+            raise SettingsError(
+                f"{flags[0]} with {what}",
+                "integers alone, for this",
+                f"choose a method without, such as gptq, or leave out {flags[0]}",
+            )
 
 
 def check_room(work: Work) -> None:

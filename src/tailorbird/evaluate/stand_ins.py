@@ -21,6 +21,7 @@ from tailorbird.kernels.blocks import (
     NormStructure,
     run_blocks,
 )
+from tailorbird.kernels.packing import packed_width
 from tailorbird.kernels.reference import group_layout
 
 #: Repetitions of a measurement, and of one with few tokens, which is the more easily disturbed.
@@ -100,8 +101,10 @@ class Weights:
             described = native.WeightStructure(rows=rows, in_features=columns, columns=columns, groups=1)
             self.left -= dense.nbytes
             return LinearStructure(described, dense.data_ptr(), None, int(dtype == torch.float32), 0)
-        if isinstance(coding, TableCoding | EntropyCoding):
+        if isinstance(coding, EntropyCoding):
             raise ValueError(f"`{coding.label}` doesn't run in compiled blocks")
+        if isinstance(coding, TableCoding):
+            return self._of_tables(coding, rows, columns)
         groups, size = group_layout(columns, coding.group_size)
         tiles, steps = -(-rows // native.LANES), -(-columns // native.STEP)
         codes = self._keep(self.arena.empty(tiles, steps, coding.bits, native.LANES))
@@ -121,6 +124,17 @@ class Weights:
         )  # fmt: skip
         self.left -= codes.nbytes + scales.nbytes + (0 if zeros is None else zeros.nbytes)
         return LinearStructure(described, None, None, 0, int(self.kernel.int8))
+
+    def _of_tables(self, coding: TableCoding, rows: int, columns: int) -> LinearStructure:
+        codes = torch.full((rows, packed_width(columns, coding.bits)), 0x5D, dtype=torch.uint8, device="cpu")
+        tables = torch.ones(rows, 1 << coding.bits, dtype=torch.bfloat16, device="cpu")
+        layout = native.table_rows(
+            codes, None, None, bits=coding.bits, group_size=0, in_features=columns, tables=tables,
+            arena=self.arena,
+        )  # fmt: skip
+        self.kept += [layout.codes, layout.tables]
+        self.left -= codes.nbytes + tables.nbytes
+        return LinearStructure(layout.described, None, None, 0, 0)
 
     def block(self, of: Width) -> BlockStructure:
         """A gated block with rotary angles."""

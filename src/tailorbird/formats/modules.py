@@ -505,10 +505,11 @@ class CompressedLinear(_PackedModule, nn.Linear):
             output.shape
         )
 
-    def native_layout(self, arena: native.Arena) -> native.Tiles:
+    def native_layout(self, arena: native.Arena) -> native.Tiles | native.TableRows:
         """The weight as the compiled products read it, made once, in `arena`; its coding must suit them."""
         stored: dict[str, Any] = self._buffers if self._embedding is None else self._embedding._buffers
-        path = next(p for p in dispatch.PATHS if p.prepare is native.tiles)
+        prepare = native.tiles if self.tables is None else native.table_rows
+        path = next(p for p in dispatch.PATHS if p.prepare is prepare)
         fast = self._native
         if fast is None or not fast.current(stored):
             self._native = None  # frees the old one first
@@ -530,6 +531,8 @@ class CompressedLinear(_PackedModule, nn.Linear):
 
     def _prepare(self, path: dispatch.Path, **settings: Any) -> Any:
         assert not isinstance(self.coding, EntropyCoding)  # no path runs those
+        if self.tables is not None:
+            settings["tables"] = self.tables
         return path.prepare(
             self.codes,
             self.scales,

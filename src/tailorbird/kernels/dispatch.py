@@ -76,7 +76,7 @@ class Path:
         Whether its layout is the stored tensors themselves, so that there is nothing to keep; `prepare` then
         takes `order` too, and the product the activations as they come.
     kinds : tuple of str
-        Of the codings that it may serve; tables of rows have no path of their own.
+        Of the codings that it may serve.
     """
 
     name: str
@@ -208,6 +208,19 @@ PATHS = (
         example=(3, 32),
     ),
     Path(
+        name="native-tables",
+        device="cpu",
+        dtypes=(torch.float32, torch.bfloat16),
+        max_rows=1 << 30,
+        runs_here=native.available,
+        missing="tailorbird was installed without a C++ compiler",
+        serves=lambda coding, in_features: True,
+        prepare=native.table_rows,
+        multiply=native.table_linear,
+        example=(3, 0),
+        kinds=("table",),
+    ),
+    Path(
         name="native-panels",
         device="cpu",
         dtypes=(torch.bfloat16, torch.float32),
@@ -242,16 +255,20 @@ def works(path: Path) -> bool:
     values = (torch.arange(16 * 64).view(16, 64) * 7) % (1 << bits)
     groups, _ = group_layout(64, group_size)
     codes = pack_codes(values, bits).to(path.device)
-    scales = torch.ones(16, groups, dtype=torch.bfloat16, device=path.device)
+    scales: Tensor | None = torch.ones(16, groups, dtype=torch.bfloat16, device=path.device)
+    settings: dict[str, Any] = {"bits": bits, "group_size": group_size, "in_features": 64}
+    if path.kinds == ("table",):
+        scales, values = None, torch.arange(16 << bits, device=path.device).view(16, -1)
+        settings["tables"] = (values % 251).bfloat16()
     try:
-        layout = path.prepare(codes, scales, None, bits=bits, group_size=group_size, in_features=64)
+        layout = path.prepare(codes, scales, None, **settings)
         products = [
             path.multiply(torch.eye(64, dtype=dtype, device=path.device), layout) for dtype in path.dtypes
         ]
     except Exception as error:  # a compiler's errors have no closer base
         logger.warning("fast path %s doesn't run here (%s); using the exact reference", path.name, error)
         return False
-    weight = dequantize(codes, scales, None, bits=bits, group_size=group_size, in_features=64)
+    weight = dequantize(codes, scales, None, **settings)
     if not all(torch.equal(product.float(), weight.t()) for product in products):
         logger.warning("fast path %s is wrong on this machine; using the exact reference", path.name)
         return False

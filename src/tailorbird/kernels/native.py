@@ -25,6 +25,8 @@ from tailorbird.kernels.reference import group_layout
 
 #: Rows of a tile, and columns of a step, of the layout in `cpp/layout.h`.
 LANES, STEP = 16, 32
+#: Bytes that are read at once where a row has a table.
+READ = 8
 #: Products of a code and an activation up to which one thread is faster than waking others.
 ONE_THREAD = 1 << 18
 #: Layouts that stay share pieces of memory of this size, in large pages where the system has them.
@@ -42,8 +44,8 @@ class WeightStructure(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros")),
         *((name, ctypes.c_int64) for name in ("rows", "in_features", "columns", "groups", "group_columns")),
         *((name, ctypes.c_int32) for name in ("bits", "half")),
-        ("table", ctypes.c_void_p),
-    ]
+        ("table", ctypes.c_void_p), ("tables", ctypes.c_void_p),
+    ]  # fmt: skip
 
 
 class StoredStructure(ctypes.Structure):
@@ -93,6 +95,25 @@ class Tiles:
     described: WeightStructure
 
 
+@dataclass(frozen=True, eq=False)
+class TableRows:
+    """A weight of tables as the native products read it.
+
+    Parameters
+    ----------
+    codes : Tensor[int32]
+        Rows as they are stored, and at least `READ` bytes behind them.
+    tables : Tensor[out_features, LANES], float32
+        What every code of 4 bits stands for; those of fewer bits are repeated.
+    described : WeightStructure
+        The C structure that describes them.
+    """
+
+    codes: Tensor
+    tables: Tensor
+    described: WeightStructure
+
+
 @functools.cache
 def library() -> Any:
     """The compiled functions, or None where they weren't built or can't be loaded."""
@@ -128,6 +149,9 @@ def library() -> Any:
             adapt.restype = add_sparse.restype = None
             adapt.argtypes = [pointer, pointer, size, pointer, size, size, number, number]
             add_sparse.argtypes = [pointer, pointer, pointer, size, number, number]
+            table_linear = found.tailorbird_table_linear
+            table_linear.restype = None
+            table_linear.argtypes = [pointer, pointer, pointer, size, number, number]
             choose = found.tailorbird_choose
             choose.restype = None
             choose.argtypes = [pointer, size, size, number, number]
@@ -323,6 +347,62 @@ def linear(x: Tensor, layout: Tiles, int8: bool = False, version: int | None = N
         Instructions to use, one of `versions()`; the fastest by default.
     """
     return _multiply(x, layout.described, int8, best_version() if version is None else version)
+
+
+def table_rows(
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    *,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    tables: Tensor,
+    levels: Tensor | None = None,
+    arena: Arena | None = None,
+) -> TableRows:
+    """Lay a stored weight of tables out for `table_linear`; arguments as in `reference.dequantize`.
+
+    There are no scales, zero points and levels, and a row is one group. With `arena` the codes lie there.
+    """
+    out_features, width = codes.shape
+    words = -(-(codes.numel() + READ) // 4)
+    kept = (
+        torch.empty(words, dtype=torch.int32, device=codes.device) if arena is None else arena.empty(words)
+    )
+    behind = kept.view(torch.uint8)
+    behind[: codes.numel()].view(out_features, width).copy_(codes)
+    behind[codes.numel() :] = 0
+    repeated = tables.float().repeat(1, LANES >> bits).contiguous()
+    described = WeightStructure(
+        codes=kept.data_ptr(), rows=out_features, in_features=in_features,
+        columns=-(-in_features // STEP) * STEP, groups=1, group_columns=-(-in_features // STEP) * STEP,
+        bits=bits, tables=repeated.data_ptr(),
+    )  # fmt: skip
+    return TableRows(kept, repeated, described)
+
+
+def table_linear(x: Tensor, layout: TableRows, version: int | None = None) -> Tensor:
+    """`x [rows, in_features]` times a weight of tables: `[rows, out_features]` in the dtype of `x`.
+
+    Computed in float32. A row has the same bits alone and among others, with any number of threads.
+
+    Parameters
+    ----------
+    x : Tensor[rows, in_features], float32 or bfloat16
+    layout : TableRows
+    version : int, optional
+        Instructions to use, one of `versions()`; the fastest by default.
+    """
+    wide, described = x.float().contiguous(), layout.described
+    y = torch.empty(len(x), described.rows, dtype=torch.float32, device=x.device)
+    work = len(x) * described.in_features * described.rows
+    library().tailorbird_table_linear(
+        ctypes.addressof(described), wide.data_ptr(), y.data_ptr(), len(x),
+        1 if work <= ONE_THREAD else torch.get_num_threads(),
+        best_version() if version is None else version,
+    )  # fmt: skip
+    return y.to(x.dtype)
 
 
 def described_as_stored(

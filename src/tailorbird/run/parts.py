@@ -221,8 +221,7 @@ def _check_kind(module: Any) -> None:
             raise Unsuited("a linear with reordered inputs")
         if module.values is not None:
             raise Unsuited("a linear with a sparse part")
-        decoded = module.tables is not None or module.rest is not None
-        if decoded or not native.serves(module.coding, module.in_features):
+        if module.rest is not None or not native.serves(module.coding, module.in_features):
             raise Unsuited(f"a linear of coding {module.coding.label}")
     elif type(module) not in (nn.Linear, Conv1D) and type(module).__name__ != "FalconLinear":
         raise Unsuited(f"a {type(module).__name__} in place of a linear")

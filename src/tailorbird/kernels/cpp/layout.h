@@ -28,6 +28,7 @@ struct Weight {
   std::int64_t rows, in_features, columns, groups, group_columns;  // columns: in_features in whole steps
   std::int32_t bits, half;      // bits: of a code as it is read; half: whether scales are float16
   const std::uint8_t* table;    // [16], or null: codes are what they stand for
+  const float* tables;          // [rows][LANES], or null; codes are then as they are stored, with 8 bytes behind them
 };
 
 // A weight as it is stored: rows of a bit stream each, the first code in the lowest bits.

@@ -270,6 +270,7 @@ struct BlockVersion {
   decltype(&portable::run_attention) run_attention;
   decltype(&portable::adapt) adapt;
   decltype(&portable::add_sparse) add_sparse;
+  decltype(&portable::table_products) table_products;
 };
 
 decltype(&portable::dequantize) dequantize_of(int version) {
@@ -295,18 +296,16 @@ decltype(&portable::look_up) look_up_of(int version) {
 }
 
 BlockVersion block_version_of(int version) {
+#define FUNCTIONS(v) {v::run_blocks, v::run_head, v::run_attention, v::adapt, v::add_sparse, v::table_products}
 #if defined(__x86_64__)
-  if (version == 1) return {avx2::run_blocks, avx2::run_head, avx2::run_attention, avx2::adapt, avx2::add_sparse};
-  if (version == 2) {
-    return {avx512::run_blocks, avx512::run_head, avx512::run_attention, avx512::adapt, avx512::add_sparse};
-  }
-  if (version == 3) {
-    return {avxvnni::run_blocks, avxvnni::run_head, avxvnni::run_attention, avxvnni::adapt, avxvnni::add_sparse};
-  }
+  if (version == 1) return FUNCTIONS(avx2);
+  if (version == 2) return FUNCTIONS(avx512);
+  if (version == 3) return FUNCTIONS(avxvnni);
 #elif defined(__aarch64__)
-  if (version == 4) return {neon::run_blocks, neon::run_head, neon::run_attention, neon::adapt, neon::add_sparse};
+  if (version == 4) return FUNCTIONS(neon);
 #endif
-  return {portable::run_blocks, portable::run_head, portable::run_attention, portable::adapt, portable::add_sparse};
+  return FUNCTIONS(portable);
+#undef FUNCTIONS
 }
 
 SamplingVersion sampling_version_of(int version) {
@@ -514,6 +513,16 @@ void tailorbird_add_sparse(const void* sparse, const float* x, float* y, std::in
   const auto run = block_version_of(version).add_sparse;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   run(*static_cast<const SparseRows*>(sparse), x, y, tokens, omp_get_thread_num(), omp_get_num_threads());
+}
+
+// y[tokens][rows] = x[tokens][in_features] times a weight of tables; all activations are float32.
+void tailorbird_table_linear(const void* weight, const float* x, float* y, std::int64_t tokens, int threads,
+                             int version) {
+  using namespace tailorbird;
+  const Weight& w = *static_cast<const Weight*>(weight);
+  const Outputs out{y, w.rows, w.rows, false, nullptr};
+  const auto run = block_version_of(version).table_products;
+  share_out(tile_count(w), threads, [&](auto first, auto last) { run(w, x, w.in_features, out, tokens, first, last); });
 }
 
 // A token for each of the rows[count], which all have logits of so many tokens; what is found lies in the rows.
