@@ -2,9 +2,9 @@
 
 Every subject rounds the same model to 4 bits in groups of 64 from the same calibration windows, in a process
 of its own, one after the other in turns; medians over rounds. Of the project the stage that collects
-statistics and rounds is set against the peer's one call; the whole command, with scores of sensitivity and the
-comparison with the source that peers don't make, is given beside it. Peers' environments lie in one folder as
-for `quality_per_byte.py`. Refuses to start on a busy machine.
+statistics and rounds is set against the one call of a peer; the whole command, with scores of sensitivity and
+the comparison with the source that peers leave out, is given beside it. Environments of peers lie in one
+folder as for `quality_per_byte.py`. Refuses to start on a busy machine.
 
     python benchmarks/compression_time.py [--peers FOLDER] [--sizes 0.5B] [--rounds 3] [--windows 64]
 """
