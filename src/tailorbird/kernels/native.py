@@ -367,9 +367,7 @@ def table_rows(
     """
     out_features, width = codes.shape
     words = -(-(codes.numel() + READ) // 4)
-    kept = (
-        torch.empty(words, dtype=torch.int32, device=codes.device) if arena is None else arena.empty(words)
-    )
+    kept = torch.empty(words, dtype=torch.int32, device=codes.device) if arena is None else arena.empty(words)
     behind = kept.view(torch.uint8)
     behind[: codes.numel()].view(out_features, width).copy_(codes)
     behind[codes.numel() :] = 0
