@@ -79,3 +79,15 @@ def test_what_two_subjects_share_falls_out_of_their_difference() -> None:
     mean, error = benchmark.paired_difference([0.0, 2.0], [0.0, 0.0])
     assert (mean, error) == (1.0, pytest.approx(1.0))
     assert math.isnan(benchmark.paired_difference([1.0], [0.0])[1])
+
+
+def test_fit_gets_the_bytes_of_the_peers_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    assert benchmark.budget_for("gptq", "tiny", 3) == {}
+    assert benchmark.budget_for("fit-best@hqq", "tiny", 3) is None
+    cell = tmp_path / benchmark.CELLS / "tiny" / "3-bits" / "hqq.json"
+    cell.parent.mkdir(parents=True)
+    cell.write_text('{"failed": "no such linears"}')
+    assert benchmark.budget_for("fit-best@hqq", "tiny", 3) is None
+    cell.write_text('{"total_bytes": 1234}')
+    assert benchmark.budget_for("fit-best@hqq", "tiny", 3) == {"effort": "best", "memory": "1234"}
