@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def _gate(module: Any) -> Callable[[Tensor], Tensor] | None:
     if curve is None:
         return None
     forward = partial(_run_gate, module, curve)
-    like = next((one for one in module.parameters()), None)
+    like = next(chain(module.parameters(), module.buffers()), None)  # packed linears have buffers alone
     width = getattr(module.gate_proj, "in_features", 0)
     return forward if width and _agree(module, forward, width, like) else None
 
@@ -95,7 +96,7 @@ def _agree(module: nn.Module, forward: Callable[[Tensor], Tensor], width: int, l
     if like is None:
         return False
     generator = torch.Generator().manual_seed(0)
-    dtype = like.dtype if like.dtype.is_floating_point else torch.float32
+    dtype = like.dtype if like.dtype.is_floating_point else torch.bfloat16
     x = torch.randn(1, _TOKENS, width, generator=generator).to(like.device, dtype)
     try:
         expected, found = module(x), forward(x)

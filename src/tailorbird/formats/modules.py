@@ -455,6 +455,8 @@ class CompressedLinear(_PackedModule, nn.Linear):
                 output = native.traced_linear(_ordered(input, order), layout, self.rounds)
                 return output if self.bias is None else output + self.bias.to(output.dtype)
         rows = input.numel() // self.in_features
+        if rows == 0:  # not a weight's worth of work
+            return input[..., :1].expand(*input.shape[:-1], self.out_features).contiguous()
         path = dispatch.find(
             self.coding, self.in_features, rows, input.dtype, codes.device, self.rounds, gradient
         )
