@@ -39,7 +39,11 @@ def cases(bits: int) -> list[tuple[str, dict[str, Any], Coding]]:
     found = [("gptq", exact, coding) for coding in grids]
     tables = TableCoding(bits)
     found += [("rtn", {}, tables), ("leanquant", exact, tables)]
-    found += [("leanquant", {**exact, "exponent": 3.0}, tables), ("ganq", exact, tables)]
+    found += [
+        ("leanquant", {**exact, "exponent": 3.0}, tables),
+        ("ganq", exact, tables),
+        ("bcq", exact, tables),
+    ]
     outliers = [("spqr", 0.005), ("spqr", 0.01), ("quantease", 0.0), ("quantease", 0.01)]
     found += [(name, {**exact, "outliers": share}, IntegerCoding(bits, 64)) for name, share in outliers]
     return found

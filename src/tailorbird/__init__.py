@@ -1,8 +1,8 @@
 """Makes a neural network that somebody else trained fit a memory budget.
 
 The calls mirror the commands: `fit`, `compress`, `compare`, `evaluate`, `speed`, `generate`, `tune`, `draft`,
-`serve`, `batch`, `export`, `methods`, `probe`, `merge_adapter` for ``adapters merge``, and `load` for what
-they made.
+`serve`, `batch`, `export`, `methods`, `formats`, `probe`, `merge_adapter` for ``adapters merge``, and `load`
+for what they made.
 After this import, transformers' own ``AutoModelForCausalLM.from_pretrained`` loads it too.
 """
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         evaluate,
         export,
         fit,
+        formats,
         generate,
         merge_adapter,
         methods,
@@ -40,6 +41,7 @@ __all__ = [
     "evaluate",
     "export",
     "fit",
+    "formats",
     "generate",
     "load",
     "merge_adapter",

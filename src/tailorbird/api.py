@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tailorbird.evaluate.speed import Speed
     from tailorbird.hardware.probe import Probe
     from tailorbird.plan.budget import Budget
+    from tailorbird.plan.capacity import FormatRow
     from tailorbird.plan.predict import Prediction
     from tailorbird.run.generate import Generation
     from tailorbird.serve.adapters.share import ShareResult
@@ -1115,6 +1116,13 @@ def methods(family: str | None = None) -> list[MethodRow]:
     if family not in families:
         raise SettingsError(f"family `{family}`", "a family of methods", nearest(family, families))
     return [row for row in rows if row.family == family]
+
+
+def formats() -> list[FormatRow]:
+    """What weights can be stored in, by the bits that it takes, and what each format can hold."""
+    from tailorbird.plan.capacity import format_rows
+
+    return format_rows()
 
 
 def command_line() -> str:

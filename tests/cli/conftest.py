@@ -210,6 +210,14 @@ BATCH = {
     "generated_tokens": 1234,
     "seconds": 60.0,
 }
+FORMAT = {
+    "name": "int3 g64",
+    "bits_per_weight": 3.296875,
+    "gaussian_error": 0.031,
+    "capacity": 0.7768,
+    "bound": 0.877,
+    "ahead": False,
+}
 METHOD = {
     "name": "gptq",
     "family": "quantize",
@@ -252,6 +260,7 @@ class FakeApi:
             "batch": record(BATCH),
             "export": record(EXPORT),
             "methods": [record(METHOD)],
+            "formats": [record(FORMAT)],
         }
     )
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)

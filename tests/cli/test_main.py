@@ -29,6 +29,7 @@ COMMANDS = {
     "batch": ["batch", "demo", "in.jsonl", "out.jsonl"],
     "export": ["export", "out", "--to", "dense", "-o", "dense"],
     "methods": ["methods"],
+    "formats": ["formats"],
 }
 each_command = pytest.mark.parametrize("name", COMMANDS)
 
@@ -76,7 +77,7 @@ def test_json_is_one_value_and_alone_on_standard_output(command: Any, api: Any, 
     done = command(*COMMANDS[name], "--json")
     assert done.status == 0
     value = json.loads(done.out)
-    listed = name in ("methods", "compare")
+    listed = name in ("methods", "formats", "compare")
     first = value[0] if listed else value
     expected = answer[0] if listed else answer
     assert set(first) == set(expected.__dataclass_fields__)

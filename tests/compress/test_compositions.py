@@ -52,6 +52,7 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
         "sweeps": [1, 2], "start": ["gptq", "rtn"], "least_token": [0.01, 1.0], "outliers": [0.0, 0.01],
     },
     "ganq": {"rounds": [1, 2], "damping": [0.01, 1.0]},
+    "bcq": {"rounds": [0, 1, 2, -1], "damping": [0.01, 1.0]},
     "hadamard": {"seed": [0, 7]},
     "df11": {},
     "leanquant": {"exponent": [0.0, 1.0, 4.0], "asymmetric": ["true", "false"]},
@@ -69,7 +70,7 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
     },
 }  # fmt: skip
 #: how often a method gets tables; others hardly ever
-TABLES = {"ganq": 0.8, "leanquant": 0.3, "rtn": 0.2}
+TABLES = {"ganq": 0.8, "bcq": 0.8, "leanquant": 0.3, "rtn": 0.2}
 #: what is drawn of bits; others take any
 BITS = {"double-rounding": [8, 8, 8, 8, 4]}
 #: bits -> the most of a stranger's divergence that a result may have

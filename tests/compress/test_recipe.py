@@ -16,6 +16,7 @@ from tailorbird.formats.packed import CodebookCoding, Coding, IntegerCoding, Tab
 from tailorbird.linear import FoldMethod
 from tailorbird.linear.correct.eora import Eora
 from tailorbird.linear.quantize.awq import Awq
+from tailorbird.linear.quantize.bcq import Bcq
 from tailorbird.linear.quantize.decoupleq import Decoupleq
 from tailorbird.linear.quantize.fptq import Fptq
 from tailorbird.linear.quantize.ganq import Ganq
@@ -42,6 +43,7 @@ from tailorbird.plan.planfile import Method, Plan
         ("fptq+rtn:codebook=fp4,group=128", Rtn(), CodebookCoding("fp4", 128), Fptq()),
         ("smoothing+rtn:bits=8,smoothing.alpha=0.8", Rtn(), IntegerCoding(8, 64), Smoothing(0.8)),
         ("ganq:table=3", Ganq(), TableCoding(3), None),
+        ("bcq:table=2,rounds=0", Bcq(rounds=0), TableCoding(2), None),
         ("leanquant:table=2,exponent=3.0", Leanquant(exponent=3.0), TableCoding(2), None),
         ("rtn:table=4,table_dtype=float16", Rtn(), TableCoding(4, "float16"), None),
         ("gptq:codebook=nf4,scale_dtype=float16", Gptq(), CodebookCoding("nf4", 64, "float16"), None),
@@ -169,13 +171,14 @@ def test_a_plan_gives_back_the_recipe(name: str) -> None:
         ("rtn:codebook=nf4,bits=4", "'bits'.*`codebook`"),
         ("rtn:codebook=nf4,symmetric=true", "'symmetric'"),
         ("ganq:bits=4", "`ganq` for codes of int4 g64.*table=4"),
+        ("bcq:bits=4", "`bcq` for codes of int4 g64.*table=4"),
         ("ganq:codebook=nf4", "`ganq` for codes of nf4 g64"),
         ("ganq:table=5", "bits 5.*one of 2, 3, 4"),
         ("ganq:table=3,group=64", "'group_size'.*`table`"),
         ("ganq:table=3,bits=3", "table 3 and bits 3"),
         ("ganq:table=3,scale_dtype=float16", "'scale_dtype'.*did you mean `table_dtype`"),
         ("ganq:rounds=3", "`ganq` for codes of int4 g64.*table=4"),
-        ("gptq:table=3", "`gptq` for codes of table3.*bits=4.*rtn, leanquant or ganq"),
+        ("gptq:table=3", "`gptq` for codes of table3.*bits=4.*rtn, leanquant, ganq or bcq"),
         ("awq+leanquant:table=3", "`awq.leanquant` with tables.*leave out the fold"),
         ("ganq+signround:table=3", "`ganq.signround` with tables.*leave out what learns"),
         ("leanquant+distil:table=3", "`leanquant.distil` with tables"),

@@ -60,7 +60,12 @@ def test_its_plan_gives_the_same_bytes_again(model: Path, text: Path, result: Pa
 
 
 @pytest.mark.parametrize(
-    ("architecture", "recipe"), [("gpt2", "rtn:table=4,table_dtype=float16"), ("llama", "leanquant:table=2")]
+    ("architecture", "recipe"),
+    [
+        ("gpt2", "rtn:table=4,table_dtype=float16"),
+        ("llama", "leanquant:table=2"),
+        ("llama", "bcq:table=3,rounds=2"),
+    ],
 )
 def test_other_methods_fill_them_too(architecture: str, recipe: str, text: Path, tmp_path: Path) -> None:
     compress(save_model(tmp_path / "model", architecture), text, tmp_path / "out", recipe)
@@ -107,7 +112,7 @@ def test_a_plan_is_refused_before_work_where_tables_have_no_place(
             compress(model, text, tmp_path / "out", plan=tmp_path / "plan.yaml")
         assert not (tmp_path / "out").exists()
 
-    refused(r"`gptq` for codes of table3.*rtn, leanquant or ganq", method={"name": "gptq+eora"})
+    refused(r"`gptq` for codes of table3.*rtn, leanquant, ganq or bcq", method={"name": "gptq+eora"})
     place["activation"] = "int8"
     refused("`activation: int8` at .*whose weight holds values of tables")
     del place["activation"]

@@ -25,6 +25,7 @@ from tailorbird.cli import (
     evaluate,
     export,
     fit,
+    formats,
     generate,
     methods,
     probe,
@@ -62,6 +63,7 @@ app.command(epilog=batch.EXAMPLE)(batch.batch)
 app.command(epilog=draft.EXAMPLE)(draft.draft)
 app.command(epilog=export.EXAMPLE)(export.export)
 app.command(epilog=methods.EXAMPLE)(methods.methods)
+app.command(epilog=formats.EXAMPLE)(formats.formats)
 
 
 def _print_version(wanted: bool) -> None:

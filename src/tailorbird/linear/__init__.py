@@ -16,6 +16,7 @@ from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.formats.packed import Coding, PackedWeight
 from tailorbird.linear.lossless.df11 import Df11
 from tailorbird.linear.quantize.awq import Awq
+from tailorbird.linear.quantize.bcq import Bcq
 from tailorbird.linear.quantize.decoupleq import Decoupleq
 from tailorbird.linear.quantize.double_rounding import DoubleRounding
 from tailorbird.linear.quantize.fptq import Fptq
@@ -101,7 +102,8 @@ class FoldMethod(Protocol):
 
 
 LINEAR_METHODS: dict[
-    str, type[Rtn | Gptq | Spqr | Quantease | Leanquant | Decoupleq | DoubleRounding | Ganq | Yaqa | Df11]
+    str,
+    type[Rtn | Gptq | Spqr | Quantease | Leanquant | Decoupleq | DoubleRounding | Ganq | Bcq | Yaqa | Df11],
 ] = {
     "rtn": Rtn,
     "gptq": Gptq,
@@ -111,6 +113,7 @@ LINEAR_METHODS: dict[
     "decoupleq": Decoupleq,
     "double-rounding": DoubleRounding,
     "ganq": Ganq,
+    "bcq": Bcq,
     "yaqa": Yaqa,
     "df11": Df11,
 }

@@ -67,7 +67,8 @@ def check_codes(method: str, kinds: frozenset[str], coding: PackedCoding) -> Non
     """
     if coding.kind not in kinds:
         expected = " or ".join(words for kind, words in _CODES.items() if kind in kinds)
-        makers = {TableCoding.kind: "rtn, leanquant or ganq, which fill tables", EntropyCoding.kind: "df11"}
+        makers = {TableCoding.kind: "rtn, leanquant, ganq or bcq, which fill tables"}
+        makers[EntropyCoding.kind] = "df11"
         remedy = f"take {makers[coding.kind]}" if coding.kind in makers else "state the coding like this"
         raise SettingsError(f"`{method}` for codes of {coding.label}", expected, remedy)
 

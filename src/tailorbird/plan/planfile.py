@@ -358,7 +358,7 @@ _HEADER = """\
 #   coding: {kind: integer, bits: 2 3 4 5 6 or 8, group_size: 32 64 128 ... or 0 for one group per row,
 #            symmetric: true or false, scale_dtype: bfloat16 or float16}
 #   coding: {kind: codebook, codebook: nf4, group_size and scale_dtype likewise}
-#   coding: {kind: table, bits: 2 3 or 4, table_dtype: bfloat16 or float16}, for rtn, leanquant, ganq
+#   coding: {kind: table, bits: 2 3 or 4, table_dtype: bfloat16 or float16}, for rtn, leanquant, ganq, bcq
 #   coding: {kind: entropy, stream_bytes: 5423}, for df11; the bytes follow from the source's weights
 #   coding: {kind: float, dtype: bfloat16, float16 or float32}
 #   low_rank: {rank: 8, dtype: bfloat16 or float16}, where the method names a correction

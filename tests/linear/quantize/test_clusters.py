@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tailorbird.errors import SettingsError
 from tailorbird.formats.packed import IntegerCoding, TableCoding
-from tailorbird.linear.quantize.clusters import clustered, nearest_values, stored_tables
+from tailorbird.linear.quantize.clusters import clustered, nearest_values, stored_values
 from tailorbird.linear.quantize.grid import fit_grid, quantize_to_grid
 
 
@@ -89,4 +89,4 @@ def test_weights_beyond_the_dtype_are_refused() -> None:
     with pytest.raises(SettingsError, match=r"1e\+05 for tables of float16.*bfloat16 tables"):
         clustered(torch.full((2, 8), 1e5), TableCoding(2, "float16"))
     with pytest.raises(SettingsError, match=r"at most"):
-        stored_tables(torch.tensor([[torch.inf, 0.0, 0.0, 0.0]]), TableCoding(2))
+        stored_values(torch.tensor([[torch.inf, 0.0, 0.0, 0.0]]), TableCoding(2))

@@ -11,7 +11,7 @@ from torch import Tensor
 from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.errors import SettingsError
 from tailorbird.formats.packed import CodebookCoding, Coding, FloatCoding, IntegerCoding, TableCoding
-from tailorbird.linear.quantize.ganq import Ganq, ascending, damped, fitted_tables, values_of
+from tailorbird.linear.quantize.ganq import Ganq, ascending, damped, fitted_factors, values_of
 from tailorbird.linear.quantize.gptq import Gptq
 from tailorbird.linear.quantize.leanquant import Leanquant
 from tailorbird.linear.quantize.quantease import Quantease
@@ -43,7 +43,7 @@ def test_the_tables_are_those_of_slow_least_squares(bits: int) -> None:
     codes = torch.randint(0, 2**bits, weight.shape, generator=generator).to(torch.uint8)
     codes[0] = codes[0].clamp(max=1)  # values that no code names
     before = torch.randn(7, 2**bits, generator=generator)
-    found = fitted_tables(weight, codes, before, gram)
+    found = fitted_factors(weight, codes, torch.eye(2**bits), before, gram)
     root = torch.linalg.cholesky(gram.double())
     for row in range(7):
         named = codes[row].unique().long()
@@ -113,7 +113,7 @@ def test_it_makes_tables_and_floats_only(coding: Coding) -> None:
 
 @pytest.mark.parametrize("method", [Gptq(), Quantease()])
 def test_methods_of_grids_refuse_tables(method: Gptq | Quantease) -> None:
-    with pytest.raises(SettingsError, match=r"for codes of table3.*bits=4.*rtn, leanquant or ganq"):
+    with pytest.raises(SettingsError, match=r"for codes of table3.*bits=4.*rtn, leanquant, ganq or bcq"):
         method(heavy_tailed(6, 32), statistics_of(32), TableCoding(3))
 
 

@@ -37,15 +37,15 @@ def nearest_values(values: Tensor, tables: Tensor) -> Tensor:
     return found.view(values.shape)
 
 
-def stored_tables(tables: Tensor, coding: TableCoding) -> Tensor:
-    """Tables ascending and rounded to the dtype in which they are stored, in float32.
+def stored_values(tables: Tensor, coding: TableCoding) -> Tensor:
+    """Tables rounded to the dtype in which they are stored, in float32.
 
     Raises
     ------
     SettingsError
         When values are too large for that dtype.
     """
-    stored = tables.sort(-1).values.to(TABLE_DTYPES[coding.table_dtype]).float()
+    stored = tables.to(TABLE_DTYPES[coding.table_dtype]).float()
     if not bool(stored.isfinite().all()):
         raise SettingsError(
             f"weights up to {float(tables.abs().max()):.3g} for tables of {coding.table_dtype}",
@@ -88,12 +88,12 @@ def clustered(weight: Tensor, coding: TableCoding, importance: Tensor | None = N
     step = max(1, CHUNK_VALUES // in_features)
     for start in range(0, out_features, step):
         rows = slice(start, start + step)
-        sums = _RunningSums(weight[rows].float(), importance)
+        sums = RunningSums(weight[rows].float(), importance)
         uniform = _uniform(weight[rows].float(), coding, importance.float()).double()
         first, second = (sums.settled(begin) for begin in (uniform, sums.equal_shares(1 << coding.bits)))
         better = sums.error(second) < sums.error(first)
         tables[rows] = torch.where(better[:, None], second, first).float()
-    return stored_tables(tables, coding)
+    return stored_values(tables.sort(-1).values, coding)
 
 
 def _uniform(weight: Tensor, coding: TableCoding, importance: Tensor) -> Tensor:
@@ -104,8 +104,14 @@ def _uniform(weight: Tensor, coding: TableCoding, importance: Tensor) -> Tensor:
     return (steps * scales.float()).sort(-1).values
 
 
-class _RunningSums:
-    """Rows sorted, and along them the sums of `h`, `h w` and `h w^2`, float64 `[rows, in_features + 1]`."""
+class RunningSums:
+    """Rows sorted, and along them the sums of `h`, `h w` and `h w^2`, float64 `[rows, in_features + 1]`.
+
+    Attributes
+    ----------
+    mass, first, second : Tensor
+        These three; `inside` makes them those of clusters.
+    """
 
     def __init__(self, weight: Tensor, importance: Tensor) -> None:
         self.values, order = weight.double().contiguous().sort(-1)
@@ -129,25 +135,25 @@ class _RunningSums:
         )  # further out none is nearer to a weight
         ends = None
         for _ in range(CLUSTERINGS):
-            found = self._ends(tables)
+            found = self.ends(tables)
             if ends is not None and torch.equal(found, ends):
                 break
             ends = found
-            mass, first = (self._inside(one, ends) for one in (self.mass, self.first))
+            mass, first = (self.inside(one, ends) for one in (self.mass, self.first))
             tables = torch.where(mass > 0, first / mass, tables)
         return tables
 
     def error(self, tables: Tensor) -> Tensor:
         """`sum_q h_q (w_q - t)^2` of each row."""
-        ends = self._ends(tables)
-        mass, first, second = (self._inside(one, ends) for one in (self.mass, self.first, self.second))
+        ends = self.ends(tables)
+        mass, first, second = (self.inside(one, ends) for one in (self.mass, self.first, self.second))
         return (second - 2 * tables * first + tables.square() * mass).sum(-1)
 
-    def _ends(self, tables: Tensor) -> Tensor:
+    def ends(self, tables: Tensor) -> Tensor:
         """Where each cluster but the last ends in the sorted row: int64 `[rows, levels - 1]`."""
         return torch.searchsorted(self.values, (tables[:, 1:] + tables[:, :-1]) / 2, right=True)
 
-    def _inside(self, running: Tensor, ends: Tensor) -> Tensor:
+    def inside(self, running: Tensor, ends: Tensor) -> Tensor:
         """Sums over each cluster."""
         at = running.gather(1, ends)
         return torch.diff(torch.cat([running[:, :1], at, running[:, -1:]], 1), dim=1)

@@ -13,6 +13,8 @@ paper's variants that keep outliers apart are left out.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from tailorbird.formats.packed import CodesCoding, PackedWeight, TableCoding
 from tailorbird.linear.error import row_errors
-from tailorbird.linear.quantize.clusters import clustered, stored_tables
+from tailorbird.linear.quantize.clusters import clustered, stored_values
 from tailorbird.linear.quantize.feedback import FeedbackMethod
 from tailorbird.linear.quantize.gptq import GptqRounding, inverse_diagonal
 from tailorbird.linear.quantize.tables import codes_by_feedback
@@ -29,6 +31,8 @@ from tailorbird.linear.settings import check_setting
 
 #: values handled at once where tables are fitted: rows times levels times inputs
 CHUNK_VALUES = 1 << 22
+#: how strongly factors are held where they are, beside what codes say of them: above float32's rounding
+HELD = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,19 +67,62 @@ class Ganq(FeedbackMethod):
         gram = damped(rounding.statistics.gram, self.damping)
         certainty = inverse_diagonal(rounding.factor, rounding.order).reciprocal()
         tables = clustered(target, coding, certainty)
+        parts = torch.eye(1 << coding.bits, device=target.device)
+        stored = functools.partial(stored_values, coding=coding)
+        codes, tables = in_turns(rounding, target, tables, parts, stored, gram, self.rounds)
+        return PackedWeight.from_tables(codes, tables, coding)
+
+
+def in_turns(
+    rounding: GptqRounding,
+    target: Tensor,
+    factors: Tensor,
+    parts: Tensor,
+    stored: Callable[[Tensor], Tensor],
+    gram: Tensor,
+    rounds: int,
+) -> tuple[Tensor, Tensor]:
+    """Codes by error feedback and the factors that tables are made of by least squares, in turn.
+
+    Parameters
+    ----------
+    rounding : GptqRounding
+    target : Tensor[out_features, in_features], float32
+    factors : Tensor[out_features, terms], float32
+        To begin with. A table is `factors @ parts.T`.
+    parts : Tensor[levels, terms], float32
+        How much of each factor is in each value; the identity where values are the factors themselves.
+    stored : callable
+        Factors as they can be stored.
+    gram : Tensor[in_features, in_features], float32
+        Positive definite.
+    rounds : int
+        Turns, at most.
+
+    Returns
+    -------
+    codes : Tensor[out_features, in_features], uint8
+    tables : Tensor[out_features, levels], float32
+        Ascending. No row's error is larger than with the first ones.
+    """
+    values = stored(factors) @ parts.T
+    tables = values.sort(-1).values
+    codes = codes_by_feedback(rounding, target, tables)
+    best = codes, tables
+    least = row_errors(target, values_of(codes, tables), gram)
+    for _ in range(rounds):
+        named = values.argsort(-1).gather(1, codes.long())
+        factors = fitted_factors(target, named, parts, factors, gram)
+        values = stored(factors) @ parts.T
+        codes, tables = ascending(named, values)
+        error = row_errors(target, values_of(codes, tables), gram)
+        better = error < least
+        if not bool(better.any()):
+            break
+        least = torch.where(better, error, least)
+        best = torch.where(better[:, None], codes, best[0]), torch.where(better[:, None], tables, best[1])
         codes = codes_by_feedback(rounding, target, tables)
-        best, least = (codes, tables), row_errors(target, values_of(codes, tables), gram)
-        for _ in range(self.rounds):
-            codes, tables = ascending(codes, fitted_tables(target, codes, tables, gram))
-            tables = stored_tables(tables, coding)
-            error = row_errors(target, values_of(codes, tables), gram)
-            better = error < least
-            if not bool(better.any()):
-                break
-            least = torch.where(better, error, least)
-            best = torch.where(better[:, None], codes, best[0]), torch.where(better[:, None], tables, best[1])
-            codes = codes_by_feedback(rounding, target, tables)
-        return PackedWeight.from_tables(*best, coding)
+    return best
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
@@ -96,36 +143,37 @@ def ascending(codes: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
     return order.argsort(-1).gather(1, codes.long()).to(torch.uint8), tables
 
 
-def fitted_tables(target: Tensor, codes: Tensor, tables: Tensor, gram: Tensor) -> Tensor:
-    """For each row the values of the least output error for its codes.
+def fitted_factors(target: Tensor, codes: Tensor, parts: Tensor, before: Tensor, gram: Tensor) -> Tensor:
+    """For each row the factors of the least output error for its codes.
 
     Parameters
     ----------
     target : Tensor[out_features, in_features], float32
-    codes : Tensor[out_features, in_features], uint8
-    tables : Tensor[out_features, levels], float32
-        Where a value is taken from that no code of the row names, or a row that can't be solved.
+    codes : Tensor[out_features, in_features], integer
+        Of rows of `parts`.
+    parts : Tensor[levels, terms], float32
+        As for `in_turns`.
+    before : Tensor[out_features, terms], float32
+        What a factor is where the codes of the row leave it open, or the row can't be solved.
     gram : Tensor[in_features, in_features], float32
         Positive definite.
 
     Returns
     -------
-    Tensor[out_features, levels], float32
-        In the order of the codes, which need not ascend.
+    Tensor[out_features, terms], float32
     """
     out_features, in_features = target.shape
-    levels = tables.shape[1]
-    fitted = torch.empty_like(tables)
-    step = max(1, CHUNK_VALUES // (levels * in_features))
+    terms = parts.shape[1]
+    fitted = torch.empty_like(before)
+    step = max(1, CHUNK_VALUES // (terms * in_features))
     for start in range(0, out_features, step):
         rows = slice(start, start + step)
-        named = torch.nn.functional.one_hot(codes[rows].long(), levels).to(gram.dtype)  # [rows, in, levels]
-        reached = (named.mT.reshape(-1, in_features) @ gram).view(-1, levels, in_features)
+        named = parts[codes[rows].long()]  # [rows, in, terms]
+        reached = (named.mT.reshape(-1, in_features) @ gram).view(-1, terms, in_features)
         normal = (reached @ named).double()
         right = (reached @ target[rows, :, None])[..., 0].double()
-        unnamed = named.sum(1) == 0
-        normal.diagonal(dim1=1, dim2=2).add_(unnamed)
-        right = torch.where(unnamed, tables[rows].double(), right)
-        found, failed = torch.linalg.solve_ex(normal, right)
-        fitted[rows] = torch.where((failed == 0)[:, None], found, tables[rows].double()).float()
+        held = normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) * HELD
+        normal.diagonal(dim1=1, dim2=2).add_(held)
+        found, failed = torch.linalg.solve_ex(normal, right + held * before[rows])
+        fitted[rows] = torch.where((failed == 0)[:, None], found, before[rows].double()).float()
     return fitted
