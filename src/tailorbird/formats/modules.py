@@ -19,6 +19,7 @@ from tailorbird.formats.packed import (
     PARTS,
     EntropyCoding,
     FloatCoding,
+    GroupedCoding,
     LowRank,
     PackedCoding,
     PackedWeight,
@@ -284,6 +285,9 @@ class CompressedLinear(_PackedModule, nn.Linear):
     low_rank : LowRank, optional
     sparse : Sparse, optional
         What stands beside the base.
+    simulated : {"fp8", "int4"}, optional
+        What the base's inputs are always rounded to (`reference.round_inputs`), in a product of float32.
+        Gradients pass the rounding as if it weren't there.
 
     Attributes
     ----------
@@ -305,9 +309,11 @@ class CompressedLinear(_PackedModule, nn.Linear):
         rounds: bool = False,
         low_rank: LowRank | None = None,
         sparse: Sparse | None = None,
+        simulated: str | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.rounds = rounds
+        self.simulated = simulated
         # whose stored tensors these are where tied; not a child, which would be saved a second time
         self.__dict__["_embedding"] = None
         self.in_features = in_features
@@ -327,7 +333,11 @@ class CompressedLinear(_PackedModule, nn.Linear):
 
     @classmethod
     def from_packed(
-        cls, packed: PackedWeight, bias: Tensor | None = None, rounds: bool = False
+        cls,
+        packed: PackedWeight,
+        bias: Tensor | None = None,
+        rounds: bool = False,
+        simulated: str | None = None,
     ) -> CompressedLinear:
         """A linear that holds the tensors of `packed`, without copying, and `bias` `[out_features]`."""
         if isinstance(packed.coding, FloatCoding):
@@ -346,6 +356,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
             rounds=rounds,
             low_rank=packed.low_rank,
             sparse=packed.sparse,
+            simulated=simulated,
         )
         for name, tensor in packed.tensors.items():
             setattr(module, name, tensor)
@@ -422,7 +433,10 @@ class CompressedLinear(_PackedModule, nn.Linear):
         if isinstance(self.coding, EntropyCoding):
             return DECODED
         device = self.codes.device
-        return dispatch.choose(self.coding, self.in_features, rows, dtype, device, self.rounds, gradient)
+        if self.simulated is None:
+            return dispatch.choose(self.coding, self.in_features, rows, dtype, device, self.rounds, gradient)
+        path = dispatch.choose(self.coding, self.in_features, rows, torch.float32, device, gradient=gradient)
+        return f"{path}, inputs in {self.simulated} simulated"
 
     def forward(self, input: Tensor) -> Tensor:
         """`input [..., in_features]` to `[..., out_features]`, in the dtype of `input` or of autocast."""
@@ -443,7 +457,17 @@ class CompressedLinear(_PackedModule, nn.Linear):
         if isinstance(self.coding, EntropyCoding):
             weight, bias = self._decoded().to(input.dtype), self.bias
             return nn.functional.linear(input, weight, None if bias is None else bias.to(input.dtype))
-        codes, order = stored["codes"], stored["order"]
+        order = stored["order"]
+        if self.simulated is None:
+            return self._product(input, order, stored)
+        assert isinstance(self.coding, GroupedCoding)  # others come with no rounded inputs
+        rounded = _Rounded.apply(_ordered(input, order), self.coding.group_size, self.simulated)
+        return self._product(rounded, None, stored).to(input.dtype)
+
+    def _product(self, input: Tensor, order: Tensor | None, stored: dict[str, Any]) -> Tensor:
+        """What codes and bias give for inputs that are to be put in `order`, through the fastest path."""
+        assert not isinstance(self.coding, EntropyCoding)  # which has no codes of groups or tables
+        codes = stored["codes"]
         gradient = input.requires_grad and torch.is_grad_enabled()
         fast = self._native or self._fast
         if torch.compiler.is_compiling() and fast is not None and not gradient:
@@ -544,6 +568,19 @@ class CompressedLinear(_PackedModule, nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, coding={self.coding.label}"
         )
+
+
+class _Rounded(torch.autograd.Function):
+    """`reference.round_inputs`, for the gradient the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group_size: int, to: str) -> Tensor:
+        ctx.dtype = x.dtype
+        return reference.round_inputs(x, group_size, to)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.to(ctx.dtype), None, None
 
 
 def _adds_compiled(output: Tensor, input: Tensor) -> bool:

@@ -7,6 +7,7 @@ linears, as a ratio per coding. A killed pass continues at the first unfinished 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from tailorbird.calibrate.statistics import GramAccumulator, LinearStatistics
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.evaluate.streamed import batches, embed_windows
 from tailorbird.formats.packed import Coding
+from tailorbird.kernels.reference import INT8
 from tailorbird.linear import LinearMethod
 from tailorbird.linear.error import output_error, row_energies
 from tailorbird.linear.quantize.rtn import Rtn
@@ -46,6 +48,7 @@ def measure_errors(
     codings: tuple[Coding, ...],
     ledger: Ledger,
     progress: Progress | None = None,
+    inputs: Sequence[str] = (INT8,),
 ) -> tuple[dict[str, dict[str, float]], dict[str, float], HeadStatistics]:
     """First pass: errors of all candidates at all places, the method's ratios, the head's statistics.
 
@@ -62,19 +65,21 @@ def measure_errors(
         Where finished blocks are marked, and the hidden states lie,
         ``2 * windows * length * hidden_size * 4`` bytes. What is left there afterwards is for the caller to
         remove, once the outcome is kept.
+    inputs : sequence of str
+        What inputs may be rounded to, by the names of `kernels.reference.LARGEST`.
 
     Returns
     -------
     errors : dict
         Use -> label of a coding -> relative output error of rounding to nearest. For the head and a tied
         embedding only that of the probe: `ends.end_errors` measures the rest once coefficients are known.
-        Under `inputs.input_key` the error of rounding the place's inputs to bytes.
+        Under `inputs.input_key` the error of rounding the place's inputs.
     ratios : dict
         Label of a coding -> error of `method` divided by that of rounding, geometric mean.
     head : HeadStatistics
         Statistics of the head's input.
     """
-    return _ErrorPass(model, ids, method, codings, ledger, progress or Silent()).run()
+    return _ErrorPass(model, ids, method, codings, ledger, progress or Silent(), inputs).run()
 
 
 class _ErrorPass:
@@ -88,9 +93,10 @@ class _ErrorPass:
         codings: tuple[Coding, ...],
         ledger: Ledger,
         progress: Progress,
+        inputs: Sequence[str],
     ) -> None:
         self.model, self.ids, self.ledger, self.progress = model, ids, ledger, progress
-        self.method, self.codings = method, codings
+        self.method, self.codings, self.inputs = method, codings, inputs
         windows, length = ids.shape
         self.shape = windows, length, model.anatomy.hidden_size
         self.compared = compared_linears(model.anatomy)
@@ -135,7 +141,7 @@ class _ErrorPass:
             for linear in anatomy.linears
             if linear.name in self.compared and len(self.ids) > 1
         }
-        rounding = {key: InputErrors(width, self.codings) for key, width in widths.items()}
+        rounding = {key: InputErrors(width, self.codings, self.inputs) for key, width in widths.items()}
         before = self.ledger.open_stream(_boundary(index), *self.shape)
         after = self.ledger.new_stream(_boundary(index + 1), *self.shape)
         for start, stop in batches(*self.ids.shape):
@@ -196,7 +202,7 @@ class _ErrorPass:
         """The probe's error at the head, and the statistics of its input."""
         model, windows = self.model, len(self.ids)
         whole, judge = GramAccumulator(model.head_width), GramAccumulator(model.head_width)
-        rounding = InputErrors(model.head_width, self.codings)
+        rounding = InputErrors(model.head_width, self.codings, self.inputs)
         stream = self.ledger.open_stream(_boundary(len(model.anatomy.blocks)), *self.shape)
         for start, stop in batches(*self.ids.shape):
             x = model.head_input(stream.read(start, stop))
