@@ -103,6 +103,19 @@ def test_a_folded_model_has_the_logits_of_its_source(
     assert (tmp_path / "out" / FOLDS_FILE).exists()
 
 
+@built
+def test_inputs_apart_lower_the_divergence_where_channels_are_outliers(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    recipe = "{}:bits=8,group=0,symmetric=true,activation=int8"
+    plain = compress(model, text, tmp_path / "plain", recipe.format("rtn"))
+    apart = compress(model, text, tmp_path / "apart", recipe.format("llm-int8") + ",outliers=0.07")
+    assert apart.kl_mean < 0.5 * plain.kl_mean
+    assert apart.accepted, apart.checks
+    compress(model, text, tmp_path / "again", plan=tmp_path / "apart" / "plan.yaml")
+    assert digests(tmp_path / "again") == digests(tmp_path / "apart")
+
+
 @pytest.mark.parametrize("to", ["fp8", "int4"])
 def test_what_is_simulated_is_measured_and_said(to: str, model: Path, text: Path, tmp_path: Path) -> None:
     exact = compress(model, text, tmp_path / "exact", "rtn:bits=8,group=64", activations="exact")

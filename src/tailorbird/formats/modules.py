@@ -28,7 +28,14 @@ from tailorbird.formats.packed import (
     unpacking,
     with_parts,
 )
-from tailorbird.formats.sparse import SPARSE_PARTS, Sparse, check_sparse, part_of_rows, stated_sparse
+from tailorbird.formats.sparse import (
+    SPARSE_PARTS,
+    Sparse,
+    check_sparse,
+    part_of_rows,
+    stated_sparse,
+    whole_columns,
+)
 from tailorbird.kernels import additions, dispatch, entropy, native, reference
 
 #: what `torch.autocast` casts before a linear
@@ -281,7 +288,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
     bias_dtype : torch.dtype
     rounds : bool
         Whether inputs may be rounded to bytes, which is faster where a path does so. Those of the low-rank
-        and the sparse part never are.
+        and the sparse part never are, and inputs that only the sparse part multiplies widen no others' steps.
     low_rank : LowRank, optional
     sparse : Sparse, optional
         What stands beside the base.
@@ -330,6 +337,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
         # as the compiled additions read them
         self._factors: additions.LowRankFactors | None = None
         self._rows: additions.StoredRows | None = None
+        self._apart: _InputsApart | None = None
 
     @classmethod
     def from_packed(
@@ -419,10 +427,17 @@ class CompressedLinear(_PackedModule, nn.Linear):
         return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fast": None, "_native": None, "_factors": None, "_rows": None}
+        return {
+            **self.__dict__,
+            "_fast": None,
+            "_native": None,
+            "_factors": None,
+            "_rows": None,
+            "_apart": None,
+        }
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedModule:
-        self._fast = self._native = self._factors = self._rows = None
+        self._fast = self._native = self._factors = self._rows = self._apart = None
         return super()._apply(fn, recurse)
 
     def path(self, rows: int, dtype: torch.dtype, gradient: bool = False) -> str:
@@ -458,6 +473,8 @@ class CompressedLinear(_PackedModule, nn.Linear):
             weight, bias = self._decoded().to(input.dtype), self.bias
             return nn.functional.linear(input, weight, None if bias is None else bias.to(input.dtype))
         order = stored["order"]
+        if stored["values"] is not None and (self.rounds or self.simulated is not None):
+            input = self._without_apart(input, stored)
         if self.simulated is None:
             return self._product(input, order, stored)
         assert isinstance(self.coding, GroupedCoding)  # others come with no rounded inputs
@@ -529,6 +546,13 @@ class CompressedLinear(_PackedModule, nn.Linear):
             output.shape
         )
 
+    def _without_apart(self, input: Tensor, stored: dict[str, Any]) -> Tensor:
+        """`input` with zeros where codes have nothing to multiply, so that they don't widen steps."""
+        kept = self._apart
+        if kept is None or not kept.current(stored):
+            kept = self._apart = _InputsApart(self)
+        return input.index_fill(-1, kept.inputs, 0) if len(kept.inputs) else input
+
     def native_layout(self, arena: native.Arena) -> native.Tiles:
         """The weight as the compiled products read it, made once, in `arena`; its coding must suit them."""
         stored: dict[str, Any] = self._buffers if self._embedding is None else self._embedding._buffers
@@ -595,27 +619,47 @@ def _ordered(input: Tensor, order: Tensor | None) -> Tensor:
     return input if order is None else input.index_select(-1, order)
 
 
-class _FastWeight:
-    """A fast path's layout, and which stored tensors in which state it was made from."""
+class _Sources:
+    """Which stored tensors something was made from, and in which state."""
 
-    def __init__(self, path: dispatch.Path, module: CompressedLinear, **settings: Any) -> None:
-        self.path = path
+    def __init__(self, module: CompressedLinear) -> None:
         self.sources = [
             (name, weakref.ref(tensor), _version(tensor)) for name, tensor in module._stored().items()
         ]
+
+    def current(self, stored: dict[str, Tensor | None]) -> bool:
+        """Whether it is still what these tensors give, unchanged since."""
+        for name, source, version in self.sources:
+            tensor = stored[name]
+            if tensor is None or source() is not tensor or _version(tensor) != version:
+                return False
+        return True
+
+
+class _FastWeight(_Sources):
+    """A fast path's layout."""
+
+    def __init__(self, path: dispatch.Path, module: CompressedLinear, **settings: Any) -> None:
+        super().__init__(module)
+        self.path = path
         self.layout = module._prepare(path, **settings)
 
     def serves(self, path: dispatch.Path, stored: dict[str, Tensor | None]) -> bool:
         """Whether the layout is that of `path` and of these tensors, unchanged since."""
         return self.path.prepare is path.prepare and self.current(stored)
 
-    def current(self, stored: dict[str, Tensor | None]) -> bool:
-        """Whether the layout is that of these tensors, unchanged since."""
-        for name, source, version in self.sources:
-            tensor = stored[name]
-            if tensor is None or source() is not tensor or _version(tensor) != version:
-                return False
-        return True
+
+class _InputsApart(_Sources):
+    """Inputs whose column stands in the sparse part alone, its codes being those of zeros."""
+
+    def __init__(self, module: CompressedLinear) -> None:
+        super().__init__(module)
+        stored = module._stored()
+        inputs = whole_columns({name: stored[name] for name in SPARSE_PARTS}, module.in_features)
+        if len(inputs):
+            base = module.packed().base.dequantize()[:, inputs]
+            inputs = inputs[(base == 0).all(0)]
+        self.inputs = inputs
 
 
 def _version(tensor: Tensor) -> int:
