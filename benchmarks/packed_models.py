@@ -8,6 +8,7 @@ from tailorbird.calibrate.job import Job
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.compress.pipeline import Compression, Pipeline
 from tailorbird.formats.packed import IntegerCoding
+from tailorbird.kernels.reference import INT8
 from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
@@ -40,7 +41,7 @@ def round_plainly(
         method=Rtn(clip_search=False),
         ids=None,
         tied=None,
-        rounded_inputs=frozenset(places if int8 else ()),
+        rounded_inputs=dict.fromkeys(places if int8 else (), INT8),
     )
     with Job(output, {"bits": bits, "group": group_size}) as job:
         model = StreamingModel(checkpoint, anatomy)

@@ -255,7 +255,7 @@ def compress(
         codings = planning.codings_of_plan(work, chosen)
         work.low_rank = planning.low_rank_of_plan(work, chosen, codings)
         work.sparse = planning.sparse_of_plan(work, chosen, codings)
-        work.rounded_inputs = frozenset(p.name for p in chosen.places if p.activation is not None)
+        work.rounded_inputs = {p.name: p.activation for p in chosen.places if p.activation is not None}
     else:
         codings = planning.codings_of_recipe(work)
         work.rounded_inputs = planning.rounded_inputs_of_recipe(work, codings)
@@ -326,6 +326,8 @@ def compare(
 
 def _choose_activations(work: Work, activations: str) -> dict[str, Any]:
     """Let `work` know of inputs that are rounded; what the job's record says of them."""
+    from tailorbird.compress import planning
+
     if activations not in ("auto", "exact"):
         raise SettingsError(
             f"activations `{activations}`", "auto or exact", nearest(activations, ("auto", "exact"))
@@ -337,9 +339,9 @@ def _choose_activations(work: Work, activations: str) -> dict[str, Any]:
             "leave out the other",
         )
     if activations == "exact":
-        work.rounded_inputs = frozenset()
-    stated = work.rounded_inputs
-    return {"rounded_inputs": None if stated is None else sorted(stated)}
+        work.rounded_inputs = {}
+    planning.remark_on_simulation(work)
+    return {"rounded_inputs": work.rounded_inputs}
 
 
 def _begin(work: Work, output: Path, what: dict[str, Any], resume: bool) -> tuple[Job, Prediction]:

@@ -48,6 +48,7 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
     },
     "yaqa": {"asymmetric": ["true", "false"], "clip_search": ["true", "false"], "least_token": [0.01, 0.0]},
     "spqr": {"outliers": [0.005, 0.02, 0.5], "rounds": [1, 4]},
+    "llm-int8": {"outliers": [0.0, 0.03, 0.5]},
     "quantease": {
         "sweeps": [1, 2], "start": ["gptq", "rtn"], "least_token": [0.01, 1.0], "outliers": [0.0, 0.01],
     },
@@ -98,7 +99,7 @@ def drawn(seed: int) -> str:
     if draw.random() < 0.3:
         stated.append(f"embedding_bits={draw.choice([2, 4, 8])}")
     if draw.random() < 0.15:
-        stated.append("activation=int8")
+        stated.append(f"activation={draw.choice(['int8', 'int8', 'fp8', 'int4'])}")
     return f"{'+'.join(stages.values())}:{','.join(stated)}"
 
 

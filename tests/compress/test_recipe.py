@@ -13,6 +13,7 @@ from tailorbird.compress.recipe import make_recipe, parse_recipe, planned_recipe
 from tailorbird.compress.whole.distil import Distil
 from tailorbird.errors import SettingsError
 from tailorbird.formats.packed import CodebookCoding, Coding, IntegerCoding, TableCoding
+from tailorbird.kernels.reference import SIMULATED
 from tailorbird.linear import FoldMethod
 from tailorbird.linear.correct.eora import Eora
 from tailorbird.linear.quantize.awq import Awq
@@ -69,6 +70,7 @@ def test_a_file_says_the_same_as_a_line(tmp_path: Path) -> None:
 def test_rounded_inputs_are_asked_for_in_a_line_and_in_a_file(tmp_path: Path) -> None:
     line = parse_recipe("smoothing+gptq:bits=8,group=0,activation=int8")
     assert (line.activation, parse_recipe("gptq:bits=8").activation) == ("int8", None)
+    assert [parse_recipe(f"gptq:bits=8,activation={to}").activation for to in SIMULATED] == list(SIMULATED)
     path = tmp_path / "recipe.yaml"
     path.write_text(
         "method: gptq\nfold: smoothing\ncoding: {bits: 8, group_size: 0}\nactivation: int8\n"
@@ -156,7 +158,7 @@ def test_a_plan_gives_back_the_recipe(name: str) -> None:
         ("awq+gptq:bits=4,grid=5", r"setting `grid` of awq\+gptq"),
         ("gptq+signround:bits=4,static_groups=false", "act_order and without static_groups.*what learns"),
         ("gptq", "no bits"),
-        ("gptq:bits=8,activation=int4", "activation 'int4'.*`int8`"),
+        ("gptq:bits=8,activation=int6", "activation 'int6'.*`int8`, `int4`, `fp8`"),
         ("gptq:bits=8,activation=8", "activation 8 .*`int8`"),
         ("gptq:bits=8,activatoin=int8", "`activatoin` of gptq.*did you mean `activation`"),
         ("ganq:table=3,activation=int8", "activation int8 beside weights of table3.*leave out activation"),

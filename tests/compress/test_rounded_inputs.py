@@ -14,6 +14,7 @@ from tailorbird.compress import planning
 from tailorbird.errors import ResourceError, SettingsError
 from tailorbird.formats.modules import CompressedLinear
 from tailorbird.kernels import native
+from tailorbird.kernels.reference import SIMULATED
 from tailorbird.linear.folds import FOLDS_FILE, read_folds
 from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
@@ -21,6 +22,7 @@ from tailorbird.model.load import load
 from tailorbird.model.weights import Weights
 from tailorbird.model.writing import write_tensors
 from tailorbird.plan.planfile import load_plan
+from tailorbird.run.fused import obstacle
 from tiny import save_model
 
 built = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
@@ -99,6 +101,47 @@ def test_a_folded_model_has_the_logits_of_its_source(
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
     assert not torch.equal(after, before)
     assert (tmp_path / "out" / FOLDS_FILE).exists()
+
+
+@built
+def test_inputs_apart_lower_the_divergence_where_channels_are_outliers(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    recipe = "{}:bits=8,group=0,symmetric=true,activation=int8"
+    plain = compress(model, text, tmp_path / "plain", recipe.format("rtn"))
+    apart = compress(model, text, tmp_path / "apart", recipe.format("llm-int8") + ",outliers=0.07")
+    assert apart.kl_mean < 0.5 * plain.kl_mean
+    assert apart.accepted, apart.checks
+    compress(model, text, tmp_path / "again", plan=tmp_path / "apart" / "plan.yaml")
+    assert digests(tmp_path / "again") == digests(tmp_path / "apart")
+
+
+@pytest.mark.parametrize("to", ["fp8", "int4"])
+def test_what_is_simulated_is_measured_and_said(to: str, model: Path, text: Path, tmp_path: Path) -> None:
+    exact = compress(model, text, tmp_path / "exact", "rtn:bits=8,group=64", activations="exact")
+    result = compress(model, text, tmp_path / "out", f"rtn:bits=8,group=64,activation={to}")
+    assert result.kl_mean > exact.kl_mean
+    assert result.accepted, result.checks  # the divergence is near the prediction
+    assert any(f"rounded to {to}, simulated" in remark for remark in result.warnings)
+    plan = load_plan(tmp_path / "out" / "plan.yaml")
+    loaded = load(tmp_path / "out")
+    rounding = {n for n, m in loaded.named_modules() if isinstance(m, CompressedLinear) and m.simulated == to}
+    assert rounding == set(linears(load(model)))
+    assert {place.name for place in plan.places if place.activation == to} == rounding
+    assert plan.remarks is not None
+    assert "simulated" in plan.remarks[-1]
+    reason = obstacle(loaded)
+    assert reason is not None
+    assert f"rounded to {to}" in reason or not native.available()
+    compress(model, text, tmp_path / "again", plan=tmp_path / "out" / "plan.yaml")
+    assert digests(tmp_path / "again") == digests(tmp_path / "out")
+
+
+def test_coarser_inputs_cost_more(model: Path, text: Path, tmp_path: Path) -> None:
+    lost = {
+        to: compress(model, text, tmp_path / to, f"rtn:bits=8,group=64,activation={to}") for to in SIMULATED
+    }
+    assert lost["int4"].kl_mean > 3 * lost["fp8"].kl_mean
 
 
 def test_exact_activations_contradict_the_recipe(model: Path, text: Path, tmp_path: Path) -> None:

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from tailorbird.formats.codebooks import LEVELS
 from tailorbird.kernels import packing
 from tailorbird.kernels.packing import BITS, pack_codes
-from tailorbird.kernels.reference import dequantize, group_layout, linear, to_bytes
+from tailorbird.kernels.reference import (
+    LARGEST,
+    SEGMENT,
+    dequantize,
+    group_layout,
+    linear,
+    round_inputs,
+    to_bytes,
+)
 
 SHAPES = st.sampled_from([(1, 1), (3, 64), (5, 172), (2, 4097), (7, 33), (4, 128), (1, 255)])
 
@@ -123,3 +131,48 @@ def test_bytes_are_rounded_with_one_division(columns: int, seed: int, size: floa
         inverse = np.where(largest < 1e-30, 0, np.float32(127) / largest)
         segment[:] = np.rint(segment * inverse) * (largest / np.float32(127))
     assert torch.equal(to_bytes(x, 0), torch.from_numpy(expected))
+
+
+def representable(to: str) -> torch.Tensor:
+    """All that a format holds, ascending; of FP8 by the definition of its bits."""
+    if to != "fp8":
+        most = {"int8": 127, "int4": 7}[to]
+        return torch.arange(-most, most + 1).double()
+    positive = [
+        m / 8 * 2.0**-6 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7)
+        for e in range(16) for m in range(8) if (e, m) != (15, 7)
+    ]  # fmt: skip
+    return torch.tensor(sorted({sign * value for value in positive for sign in (-1, 1)})).double()
+
+
+@given(
+    shape=SHAPES, to=st.sampled_from(sorted(LARGEST)), group_size=st.sampled_from([0, 32, 96, 256]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_inputs_become_the_nearest_that_the_format_holds(
+    shape: tuple[int, int], to: str, group_size: int, dtype: torch.dtype
+) -> None:
+    """Beside every value that the format holds, at the scale that each segment should have."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(shape[1])).to(dtype)
+    found, columns, values = round_inputs(x, group_size, to), torch.arange(shape[1]), representable(to)
+    size = group_size or shape[1]
+    segment_of = columns // size * 10**6 + columns % size // SEGMENT
+    for segment in segment_of.unique():
+        own = x[:, segment_of == segment].double()
+        scale = own.abs().amax(1, keepdim=True) / values[-1]
+        least = (own[..., None] - scale[..., None] * values).abs().amin(-1)
+        error = (found[:, segment_of == segment].double() - own).abs()
+        assert (error - least <= 1e-6 * own.abs().amax()).all()
+
+
+def test_rounding_gives_what_is_not_finite_to_its_segment_only() -> None:
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
+    x[1, 7], x[2, 200] = float("inf"), float("nan")
+    for to in LARGEST:
+        found = round_inputs(x, 0, to).isfinite()
+        assert found[0].all()
+        assert found[1, 128:].all()
+        assert found[2, :128].all()
+        assert not found[1, :128].any()
+        assert not found[2, 128:].any()

@@ -20,7 +20,6 @@ from tailorbird.formats.packed import (
     stored_bytes,
 )
 from tailorbird.linear.folds import FOLDS_FILE, BlockFolds
-from tailorbird.model.layout import INT8
 from tailorbird.plan.budget import Budget
 from tailorbird.plan.planfile import Plan
 from tailorbird.plan.predict import Prediction
@@ -64,7 +63,7 @@ def plan_of(
                 "block": block_of(work, place),
                 "shape": list(place.shape),
                 "coding": coding_to_dict(coding),
-                "activation": INT8 if place.name in compression.rounded_inputs else None,
+                "activation": compression.rounded_inputs.get(place.name),
                 "low_rank": None if low_rank is None else asdict(low_rank),
                 "sparse": None if sparse is None else asdict(sparse),
                 "bytes": stored_bytes(coding, *place.shape, low_rank=low_rank, sparse=sparse),
@@ -95,6 +94,7 @@ def plan_of(
             "versions": facts["versions"],
             "seed": work.seed,
             "folds": fold_entries(folds),
+            "remarks": list(work.remarks) or None,
             "result": {k: v for k, v in asdict(result).items() if k not in ("checks", "warnings")},
             "places": places,
         }

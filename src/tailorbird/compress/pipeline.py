@@ -55,7 +55,6 @@ from tailorbird.linear.rotate.weights import ROTATION_FILE
 from tailorbird.model.anatomy import Anatomy, BlockAnatomy, LinearPlace
 from tailorbird.model.checkpoint import Checkpoint
 from tailorbird.model.json_file import read_json
-from tailorbird.model.layout import INT8
 from tailorbird.model.outline import Reached
 from tailorbird.model.shards import file_count, file_name, write_index
 from tailorbird.model.weights import Weights
@@ -97,8 +96,8 @@ class Compression:
         Learns those of all blocks together, at the end.
     seed : int
         Of what is random in it.
-    rounded_inputs : frozenset of str
-        Places whose inputs may be rounded to bytes by those who run the result.
+    rounded_inputs : dict of str to str
+        Place -> what its inputs are rounded to by those who run the result (`planning.with_rounded_inputs`).
     """
 
     codings: dict[str, Coding]
@@ -113,7 +112,7 @@ class Compression:
     block: BlockMethod | None = None
     whole: ModelMethod | None = None
     seed: int = 0
-    rounded_inputs: frozenset[str] = frozenset()
+    rounded_inputs: dict[str, str] = field(default_factory=dict)
 
 
 class Pipeline:
@@ -527,7 +526,7 @@ def sharing_input(places: list[LinearPlace]) -> list[list[LinearPlace]]:
 def quantization_config(
     anatomy: Anatomy,
     codings: dict[str, Coding],
-    rounded_inputs: frozenset[str],
+    rounded_inputs: Mapping[str, str],
     beside: Mapping[str, Mapping[str, LowRank | Sparse]],
     ordered: frozenset[str],
 ) -> dict[str, Any]:
@@ -551,8 +550,8 @@ def quantization_config(
                 "out": out_features, "in": in_features, "bias": False,
                 "coding": coding_to_dict(coding), "order": name in ordered,
             }  # fmt: skip
-    for name in modules.keys() & rounded_inputs:
-        modules[name]["activation"] = INT8
+    for name in modules.keys() & rounded_inputs.keys():
+        modules[name]["activation"] = rounded_inputs[name]
     for key, parts in beside.items():
         for name, part in parts.items():
             modules[name][key] = asdict(part)

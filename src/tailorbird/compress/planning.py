@@ -29,6 +29,7 @@ from tailorbird.formats.packed import (
 )
 from tailorbird.formats.sparse import Sparse
 from tailorbird.kernels import dispatch
+from tailorbird.kernels.reference import INT8, SIMULATED
 from tailorbird.linear.lossless.df11 import Df11
 from tailorbird.linear.outliers import without_outliers
 from tailorbird.linear.quantize.double_rounding import DoubleRounding, check_nestable
@@ -58,8 +59,15 @@ def chosen(work: Work, job: Job, scores: Scores, budget: Budget, name: str = "pl
     return {name: coding_from_dict(entry) for name, entry in known.items()}
 
 
+def simulated_inputs(work: Work) -> list[str]:
+    """To what inputs are stated to be rounded beside bytes."""
+    stated = (work.rounded_inputs or {}).values()
+    return [to for to in SIMULATED if to in stated]
+
+
 def score_cache(work: Work) -> ScoreCache:
     """Where the scores of this source, text and linear method are kept."""
+    simulated = simulated_inputs(work)
     return ScoreCache(
         {
             "source": work.checkpoint.fingerprint,
@@ -69,6 +77,7 @@ def score_cache(work: Work) -> ScoreCache:
             "codings": [coding_to_dict(coding) for coding in work.codings],
             "sensitivity_tokens": work.sensitivity_tokens,
             "gradients": work.seed if by_gradients(work) else None,
+            **({"inputs": simulated} if simulated else {}),
         }
     )
 
@@ -122,6 +131,7 @@ def score_errors(work: Work, cache: ScoreCache, ledger: Ledger) -> None:
             ledger.part(STATISTICS),
             work.progress,
             work.recipe.correction,
+            (INT8, *simulated_inputs(work)),
         )
         cache.save_head(head)
         cache.save_errors(errors, ratios)
@@ -225,16 +235,17 @@ def together_for(target: str | None, place: PlaceScore) -> str | None:
     return None
 
 
-def with_rounded_inputs(work: Work, scores: Scores, codings: dict[str, Coding]) -> frozenset[str]:
-    """Places whose inputs may be rounded to bytes: those that an edited plan states, else the cheapest."""
+def with_rounded_inputs(work: Work, scores: Scores, codings: dict[str, Coding]) -> dict[str, str]:
+    """Place -> what its inputs are rounded to: as stated, else bytes where that is cheapest."""
     if work.rounded_inputs is not None:
-        return work.rounded_inputs & input_cost(scores, codings).keys()
+        known = input_cost(scores, codings, work.rounded_inputs)
+        return {name: to for name, to in work.rounded_inputs.items() if name in known}
     predicted = sum(
         place.coefficient * scores.predicted_error(place, codings[place.name])
         for place in scores.places
         if place.name in codings
     )
-    return rounded_inputs(scores, codings, predicted)
+    return dict.fromkeys(sorted(rounded_inputs(scores, codings, predicted)), INT8)
 
 
 def predicted_losses(work: Work, scores: Scores, codings: dict[str, Coding]) -> dict[str, dict[str, float]]:
@@ -243,14 +254,14 @@ def predicted_losses(work: Work, scores: Scores, codings: dict[str, Coding]) -> 
     Places left as stored cost nothing.
     """
     result = {}
-    costs, rounded = input_cost(scores, codings), with_rounded_inputs(work, scores, codings)
+    costs = input_cost(scores, codings, with_rounded_inputs(work, scores, codings))
     for place in scores.places:
         coding = codings.get(place.name)
         if coding is None:
             continue
         error = scores.predicted_error(place, coding)
-        cost = costs[place.name] if place.name in rounded else 0.0
-        result[place.name] = {"error": error, "kl": place.coefficient * error + cost}
+        kl = place.coefficient * error + costs.get(place.name, 0.0)
+        result[place.name] = {"error": error, "kl": kl}
     return result
 
 
@@ -300,30 +311,42 @@ def codings_of_plan(work: Work, plan: Plan) -> dict[str, Coding]:
     return codings
 
 
-def rounded_inputs_of_recipe(work: Work, codings: dict[str, Coding]) -> frozenset[str] | None:
-    """Linears whose inputs the recipe has rounded; None where it doesn't say.
+def rounded_inputs_of_recipe(work: Work, codings: dict[str, Coding]) -> dict[str, str] | None:
+    """Linear -> what the recipe has its inputs rounded to; None where it doesn't say.
 
     Raises
     ------
     ResourceError
-        Where nothing here multiplies rounded inputs, and the result would be measured with exact ones.
+        Where nothing here multiplies inputs rounded to bytes, and the result would be measured with exact
+        ones.
     """
-    if work.recipe.activation is None:
+    activation = work.recipe.activation
+    if activation is None:
         return None
-    names = set()
+    names = {}
     for place in work.anatomy.linears():
         coding = codings.get(place.name)
         if not isinstance(coding, GroupedCoding):
             continue
         path = dispatch.find(coding, place.in_features, 1, torch.float32, torch.device("cpu"), rounds=True)
-        if path is None or not path.rounds:
+        if activation == INT8 and (path is None or not path.rounds):
             raise ResourceError(
-                f"activation {work.recipe.activation} for `{place.name}` of {coding.label} on this machine",
+                f"activation {activation} for `{place.name}` of {coding.label} on this machine",
                 "a path that multiplies inputs rounded to bytes, which a C++ compiler at installation makes",
                 "install tailorbird with a compiler, or leave out activation",
             )
-        names.add(place.name)
-    return frozenset(names)
+        names[place.name] = activation
+    return names
+
+
+def remark_on_simulation(work: Work) -> None:
+    """Have the result say that products of inputs in other formats than bytes are no faster here."""
+    for to in simulated_inputs(work):
+        remark = (
+            f"inputs are rounded to {to}, simulated: the rounding is that of {to}, the products are of "
+            "floats and no faster"
+        )
+        work.remarks = (*work.remarks, remark)
 
 
 def low_rank_of_plan(work: Work, plan: Plan, codings: dict[str, Coding]) -> dict[str, LowRank]:

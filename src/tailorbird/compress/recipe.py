@@ -11,7 +11,7 @@ rounded to bytes, ``smoothing+gptq:bits=8,group=64,activation=int8``, or as a YA
     embedding: {bits: 8, group_size: 64}     # and an untied head; left out, they stay as they are
     correction: eora                         # left out, nothing stands beside what was rounded
     correction_settings: {rank: 8}
-    activation: int8                         # left out, linears round inputs where that costs little
+    activation: int8                         # or fp8, int4; left out, linears round where that costs little
     rotation: hadamard                       # left out, nothing is rotated
     rotation_settings: {seed: 1}
     fold: awq                                # left out, nothing is folded
@@ -45,6 +45,7 @@ from tailorbird.formats.packed import (
     coding_from_dict,
     coding_to_dict,
 )
+from tailorbird.kernels.reference import INT8, LARGEST
 from tailorbird.linear import FOLDS, LINEAR_METHODS, FoldMethod, LinearMethod
 from tailorbird.linear.correct import CORRECTIONS, Correction
 from tailorbird.linear.lossless.df11 import Df11
@@ -53,7 +54,6 @@ from tailorbird.linear.quantize.gptq import Gptq
 from tailorbird.linear.rotate import ROTATIONS
 from tailorbird.linear.rotate.hadamard import Hadamard
 from tailorbird.linear.settings import check_codes
-from tailorbird.model.layout import INT8
 from tailorbird.plan.yaml_file import plain_value, read_yaml
 
 DEFAULT_METHOD = "gptq"
@@ -95,7 +95,7 @@ class Recipe:
         For every linear inside the blocks; None where a plan decides.
     embedding : Coding or None
         For the embedding and an untied head; None leaves them.
-    activation : {"int8", None}
+    activation : {"int8", "fp8", "int4", None}
         To what linears inside the blocks round their inputs; None where it isn't stated.
     rotation : Hadamard or None
         Turns the channels of the source before all else.
@@ -176,7 +176,8 @@ def make_recipe(
         ``table: 3`` is a table per row for codes of 3 bits. With ``double-rounding`` 8 bits without zero
         points are left out.
     activation : str, optional
-        ``int8``: all linears inside the blocks round their inputs to bytes.
+        ``int8``: all linears inside the blocks round their inputs to bytes. ``fp8``, ``int4``: to these, in
+        products of floats.
 
     Raises
     ------
@@ -264,20 +265,20 @@ def _check_coding(recipe: Recipe, method: str) -> None:
 
 
 def _check_activation(recipe: Recipe) -> None:
-    """Refuse inputs that are rounded to anything but bytes, or before weights that aren't codes of groups."""
+    """Refuse inputs that are rounded to what isn't known, or before weights that aren't codes of groups."""
     if recipe.activation is None:
         return
-    if recipe.activation != INT8:
+    if recipe.activation not in LARGEST:
         raise SettingsError(
             f"activation {recipe.activation!r}",
-            f"`{INT8}`, bytes",
+            "one of " + ", ".join(f"`{name}`" for name in LARGEST),
             f"write activation={INT8}, or leave it out",
         )
     if not isinstance(recipe.coding, GroupedCoding):
         held = "no weights in codes" if recipe.coding is None else f"weights of {recipe.coding.label}"
         raise SettingsError(
-            f"activation {INT8} beside {held}",
-            "integers or a codebook, whose products with bytes are sums of integers",
+            f"activation {recipe.activation} beside {held}",
+            "integers or a codebook, whose groups say which inputs share a scale",
             "state bits or a codebook, or leave out activation",
         )
 

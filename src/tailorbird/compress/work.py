@@ -120,8 +120,9 @@ class Work:
         Those whose errors are measured; the planner's candidates.
     sensitivity_tokens : int
         Calibration tokens on which sensitivity is measured.
-    rounded_inputs : frozenset of str or None
-        Places whose inputs may be rounded to bytes, where the user states them; None chooses the cheapest.
+    rounded_inputs : dict of str to str or None
+        Place -> what its inputs are rounded to, where the user states it; None chooses the cheapest places
+        for bytes.
     remarks : tuple of str
         What the user should know of choices that were made, beside what is said of the texts.
     low_rank, sparse : dict
@@ -147,7 +148,7 @@ class Work:
     progress: Progress
     codings: tuple[Coding, ...] = ()
     sensitivity_tokens: int = SENSITIVITY_TOKENS
-    rounded_inputs: frozenset[str] | None = None
+    rounded_inputs: dict[str, str] | None = None
     remarks: tuple[str, ...] = ()
     low_rank: dict[str, LowRank] = field(default_factory=dict)
     sparse: dict[str, Sparse] = field(default_factory=dict)
@@ -568,7 +569,7 @@ def foresee(work: Work, output: Path) -> Prediction:
             whole_bytes=0 if work.recipe.whole is None else work.recipe.whole.bytes_per_weight,
             codings=work.codings,
             output=output,
-            packed_products=native.available() and work.rounded_inputs != frozenset(),
+            packed_products=native.available() and work.rounded_inputs != {},
         )
     )
     if not work.lossless:

@@ -19,6 +19,7 @@ from tailorbird.formats.packed import (
     PARTS,
     EntropyCoding,
     FloatCoding,
+    GroupedCoding,
     LowRank,
     PackedCoding,
     PackedWeight,
@@ -27,7 +28,14 @@ from tailorbird.formats.packed import (
     unpacking,
     with_parts,
 )
-from tailorbird.formats.sparse import SPARSE_PARTS, Sparse, check_sparse, part_of_rows, stated_sparse
+from tailorbird.formats.sparse import (
+    SPARSE_PARTS,
+    Sparse,
+    check_sparse,
+    part_of_rows,
+    stated_sparse,
+    whole_columns,
+)
 from tailorbird.kernels import additions, dispatch, entropy, native, reference
 
 #: what `torch.autocast` casts before a linear
@@ -280,10 +288,13 @@ class CompressedLinear(_PackedModule, nn.Linear):
     bias_dtype : torch.dtype
     rounds : bool
         Whether inputs may be rounded to bytes, which is faster where a path does so. Those of the low-rank
-        and the sparse part never are.
+        and the sparse part never are, and inputs that only the sparse part multiplies widen no others' steps.
     low_rank : LowRank, optional
     sparse : Sparse, optional
         What stands beside the base.
+    simulated : {"fp8", "int4"}, optional
+        What the base's inputs are always rounded to (`reference.round_inputs`), in a product of float32.
+        Gradients pass the rounding as if it weren't there.
 
     Attributes
     ----------
@@ -305,9 +316,11 @@ class CompressedLinear(_PackedModule, nn.Linear):
         rounds: bool = False,
         low_rank: LowRank | None = None,
         sparse: Sparse | None = None,
+        simulated: str | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.rounds = rounds
+        self.simulated = simulated
         # whose stored tensors these are where tied; not a child, which would be saved a second time
         self.__dict__["_embedding"] = None
         self.in_features = in_features
@@ -324,10 +337,15 @@ class CompressedLinear(_PackedModule, nn.Linear):
         # as the compiled additions read them
         self._factors: additions.LowRankFactors | None = None
         self._rows: additions.StoredRows | None = None
+        self._apart: _InputsApart | None = None
 
     @classmethod
     def from_packed(
-        cls, packed: PackedWeight, bias: Tensor | None = None, rounds: bool = False
+        cls,
+        packed: PackedWeight,
+        bias: Tensor | None = None,
+        rounds: bool = False,
+        simulated: str | None = None,
     ) -> CompressedLinear:
         """A linear that holds the tensors of `packed`, without copying, and `bias` `[out_features]`."""
         if isinstance(packed.coding, FloatCoding):
@@ -346,6 +364,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
             rounds=rounds,
             low_rank=packed.low_rank,
             sparse=packed.sparse,
+            simulated=simulated,
         )
         for name, tensor in packed.tensors.items():
             setattr(module, name, tensor)
@@ -408,10 +427,17 @@ class CompressedLinear(_PackedModule, nn.Linear):
         return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fast": None, "_native": None, "_factors": None, "_rows": None}
+        return {
+            **self.__dict__,
+            "_fast": None,
+            "_native": None,
+            "_factors": None,
+            "_rows": None,
+            "_apart": None,
+        }
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedModule:
-        self._fast = self._native = self._factors = self._rows = None
+        self._fast = self._native = self._factors = self._rows = self._apart = None
         return super()._apply(fn, recurse)
 
     def path(self, rows: int, dtype: torch.dtype, gradient: bool = False) -> str:
@@ -422,7 +448,10 @@ class CompressedLinear(_PackedModule, nn.Linear):
         if isinstance(self.coding, EntropyCoding):
             return DECODED
         device = self.codes.device
-        return dispatch.choose(self.coding, self.in_features, rows, dtype, device, self.rounds, gradient)
+        if self.simulated is None:
+            return dispatch.choose(self.coding, self.in_features, rows, dtype, device, self.rounds, gradient)
+        path = dispatch.choose(self.coding, self.in_features, rows, torch.float32, device, gradient=gradient)
+        return f"{path}, inputs in {self.simulated} simulated"
 
     def forward(self, input: Tensor) -> Tensor:
         """`input [..., in_features]` to `[..., out_features]`, in the dtype of `input` or of autocast."""
@@ -443,7 +472,19 @@ class CompressedLinear(_PackedModule, nn.Linear):
         if isinstance(self.coding, EntropyCoding):
             weight, bias = self._decoded().to(input.dtype), self.bias
             return nn.functional.linear(input, weight, None if bias is None else bias.to(input.dtype))
-        codes, order = stored["codes"], stored["order"]
+        order = stored["order"]
+        if stored["values"] is not None and (self.rounds or self.simulated is not None):
+            input = self._without_apart(input, stored)
+        if self.simulated is None:
+            return self._product(input, order, stored)
+        assert isinstance(self.coding, GroupedCoding)  # others come with no rounded inputs
+        rounded = _Rounded.apply(_ordered(input, order), self.coding.group_size, self.simulated)
+        return self._product(rounded, None, stored).to(input.dtype)
+
+    def _product(self, input: Tensor, order: Tensor | None, stored: dict[str, Any]) -> Tensor:
+        """What codes and bias give for inputs that are to be put in `order`, through the fastest path."""
+        assert not isinstance(self.coding, EntropyCoding)  # which has no codes of groups or tables
+        codes = stored["codes"]
         gradient = input.requires_grad and torch.is_grad_enabled()
         fast = self._native or self._fast
         if torch.compiler.is_compiling() and fast is not None and not gradient:
@@ -507,6 +548,13 @@ class CompressedLinear(_PackedModule, nn.Linear):
             output.shape
         )
 
+    def _without_apart(self, input: Tensor, stored: dict[str, Any]) -> Tensor:
+        """`input` with zeros where codes have nothing to multiply, so that they don't widen steps."""
+        kept = self._apart
+        if kept is None or not kept.current(stored):
+            kept = self._apart = _InputsApart(self)
+        return input.index_fill(-1, kept.inputs, 0) if len(kept.inputs) else input
+
     def native_layout(self, arena: native.Arena) -> native.Tiles | native.TableRows:
         """The weight as the compiled products read it, made once, in `arena`; its coding must suit them."""
         stored: dict[str, Any] = self._buffers if self._embedding is None else self._embedding._buffers
@@ -551,6 +599,19 @@ class CompressedLinear(_PackedModule, nn.Linear):
         )
 
 
+class _Rounded(torch.autograd.Function):
+    """`reference.round_inputs`, for the gradient the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group_size: int, to: str) -> Tensor:
+        ctx.dtype = x.dtype
+        return reference.round_inputs(x, group_size, to)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.to(ctx.dtype), None, None
+
+
 def _adds_compiled(output: Tensor, input: Tensor) -> bool:
     """Whether the compiled additions run on these."""
     if torch.is_grad_enabled() and (input.requires_grad or output.requires_grad):
@@ -563,27 +624,47 @@ def _ordered(input: Tensor, order: Tensor | None) -> Tensor:
     return input if order is None else input.index_select(-1, order)
 
 
-class _FastWeight:
-    """A fast path's layout, and which stored tensors in which state it was made from."""
+class _Sources:
+    """Which stored tensors something was made from, and in which state."""
 
-    def __init__(self, path: dispatch.Path, module: CompressedLinear, **settings: Any) -> None:
-        self.path = path
+    def __init__(self, module: CompressedLinear) -> None:
         self.sources = [
             (name, weakref.ref(tensor), _version(tensor)) for name, tensor in module._stored().items()
         ]
+
+    def current(self, stored: dict[str, Tensor | None]) -> bool:
+        """Whether it is still what these tensors give, unchanged since."""
+        for name, source, version in self.sources:
+            tensor = stored[name]
+            if tensor is None or source() is not tensor or _version(tensor) != version:
+                return False
+        return True
+
+
+class _FastWeight(_Sources):
+    """A fast path's layout."""
+
+    def __init__(self, path: dispatch.Path, module: CompressedLinear, **settings: Any) -> None:
+        super().__init__(module)
+        self.path = path
         self.layout = module._prepare(path, **settings)
 
     def serves(self, path: dispatch.Path, stored: dict[str, Tensor | None]) -> bool:
         """Whether the layout is that of `path` and of these tensors, unchanged since."""
         return self.path.prepare is path.prepare and self.current(stored)
 
-    def current(self, stored: dict[str, Tensor | None]) -> bool:
-        """Whether the layout is that of these tensors, unchanged since."""
-        for name, source, version in self.sources:
-            tensor = stored[name]
-            if tensor is None or source() is not tensor or _version(tensor) != version:
-                return False
-        return True
+
+class _InputsApart(_Sources):
+    """Inputs whose column stands in the sparse part alone, its codes being those of zeros."""
+
+    def __init__(self, module: CompressedLinear) -> None:
+        super().__init__(module)
+        stored = module._stored()
+        inputs = whole_columns({name: stored[name] for name in SPARSE_PARTS}, module.in_features)
+        if len(inputs):
+            base = module.packed().base.dequantize()[:, inputs]
+            inputs = inputs[(base == 0).all(0)]
+        self.inputs = inputs
 
 
 def _version(tensor: Tensor) -> int:

@@ -130,6 +130,12 @@ def part_of_rows(tensors: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor
     }
 
 
+def whole_columns(tensors: Mapping[str, Tensor], in_features: int) -> Tensor:
+    """The inputs whose column the sparse part fills in every row, rising, int64."""
+    filled = torch.bincount(tensors["columns"].long(), minlength=in_features)
+    return (filled == len(tensors["counts"])).nonzero().squeeze(1)
+
+
 def check_sparse(tensors: Mapping[str, Tensor], in_features: int) -> None:
     """Raise `CheckpointError` unless counts and columns describe rows of a weight.
 

@@ -12,8 +12,13 @@ from torch import Tensor
 
 from tailorbird.kernels.packing import row_chunks, unpack_codes
 
-#: Activations that share a scale, at most, where they are rounded to bytes.
+#: Activations that share a scale, at most, where they are rounded.
 SEGMENT = 128
+#: What activations may be rounded to -> the value at which the largest of a segment is put.
+INT8, INT4, FP8 = "int8", "int4", "fp8"
+LARGEST = {INT8: 127.0, INT4: 7.0, FP8: 448.0}
+#: those of which nothing computes products here: the rounding is done, the product is one of floats
+SIMULATED = (FP8, INT4)
 
 
 def group_layout(in_features: int, group_size: int) -> tuple[int, int]:
@@ -111,20 +116,43 @@ def to_bytes(x: Tensor, group_size: int) -> Tensor:
     Tensor[..., in_features], float32
         The bytes times their scales.
     """
+    return round_inputs(x, group_size, INT8)
+
+
+def round_inputs(x: Tensor, group_size: int, to: str) -> Tensor:
+    """Activations rounded to one of `LARGEST`, segments as in `to_bytes`, each with a scale of its own.
+
+    Integers are symmetric; FP8 are floats of four bits of exponent and three of mantissa (e4m3). Halves go
+    to even.
+
+    Parameters
+    ----------
+    x : Tensor[..., in_features], floating point
+    group_size : int
+        Of the weight; 0 is one group per row.
+    to : {"int8", "int4", "fp8"}
+
+    Returns
+    -------
+    Tensor[..., in_features], float32
+    """
     _, size = group_layout(x.shape[-1], group_size)
     pieces = [segment for group in x.float().split(size, dim=-1) for segment in group.split(SEGMENT, dim=-1)]
-    return torch.cat([_as_bytes(piece) for piece in pieces], dim=-1)
+    return torch.cat([_rounded(piece, to) for piece in pieces], dim=-1)
 
 
-def _as_bytes(segment: Tensor) -> Tensor:
+def _rounded(segment: Tensor, to: str) -> Tensor:
     largest = segment.abs().amax(-1, keepdim=True)
     infinite = largest.isinf()
     values = torch.where(infinite, segment.isinf() * segment.sign(), segment)
     scale = torch.where(infinite, 1.0, largest)
     # PyTorch divides a number by a tensor, and on GPUs a tensor by a number, with two roundings.
-    top = torch.full_like(scale, 127)
+    top = torch.full_like(scale, LARGEST[to])
     inverse = torch.where(scale < 1e-30, 0.0, top / scale)
-    rounded = torch.where(infinite, values, (values * inverse).round())
+    finer = values * inverse
+    rounded = torch.where(
+        infinite, values, finer.to(torch.float8_e4m3fn).float() if to == FP8 else finer.round()
+    )
     return rounded * torch.where(infinite, largest, torch.where(inverse == 0, 0.0, scale / top))
 
 

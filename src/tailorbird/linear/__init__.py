@@ -23,6 +23,7 @@ from tailorbird.linear.quantize.fptq import Fptq
 from tailorbird.linear.quantize.ganq import Ganq
 from tailorbird.linear.quantize.gptq import Gptq
 from tailorbird.linear.quantize.leanquant import Leanquant
+from tailorbird.linear.quantize.llm_int8 import LlmInt8
 from tailorbird.linear.quantize.quantease import Quantease
 from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.linear.quantize.smoothing import Smoothing
@@ -103,11 +104,25 @@ class FoldMethod(Protocol):
 
 LINEAR_METHODS: dict[
     str,
-    type[Rtn | Gptq | Spqr | Quantease | Leanquant | Decoupleq | DoubleRounding | Ganq | Bcq | Yaqa | Df11],
+    type[
+        Rtn
+        | Gptq
+        | Spqr
+        | LlmInt8
+        | Quantease
+        | Leanquant
+        | Decoupleq
+        | DoubleRounding
+        | Ganq
+        | Bcq
+        | Yaqa
+        | Df11
+    ],
 ] = {
     "rtn": Rtn,
     "gptq": Gptq,
     "spqr": Spqr,
+    "llm-int8": LlmInt8,
     "quantease": Quantease,
     "leanquant": Leanquant,
     "decoupleq": Decoupleq,

@@ -33,9 +33,20 @@ def count_outliers(share: float, out_features: int, in_features: int) -> int:
     return round(share * out_features * in_features)
 
 
+def count_inputs(share: float, in_features: int) -> int:
+    """How many inputs a share of them is, rounded to a whole number."""
+    return round(share * in_features)
+
+
 def sparse_of(method: LinearMethod, out_features: int, in_features: int) -> Sparse | None:
-    """The sparse part that a method puts beside the codes of a linear of this shape; None for nothing."""
-    count = count_outliers(method.outliers, out_features, in_features)
+    """The sparse part that a method puts beside the codes of a linear of this shape; None for nothing.
+
+    A method that `keeps_inputs` puts whole columns there.
+    """
+    if getattr(method, "keeps_inputs", False):
+        count = out_features * count_inputs(method.outliers, in_features)
+    else:
+        count = count_outliers(method.outliers, out_features, in_features)
     return Sparse(count) if count else None
 
 

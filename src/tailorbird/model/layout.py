@@ -26,11 +26,10 @@ from tailorbird.formats.packed import (
     tensor_layout,
 )
 from tailorbird.formats.sparse import Sparse, sparse_from_dict
+from tailorbird.kernels.reference import INT8, LARGEST, SIMULATED
 
 #: value of `quant_method`, by which transformers knows whose checkpoint it is
 METHOD = "tailorbird"
-#: value of `activation` of a module whose inputs may be rounded to bytes
-INT8 = "int8"
 #: keys of a module that are there only where it has the part
 _PARTS = ("activation", "low_rank", "sparse")
 #: no model has a dimension, head count or block index beyond this
@@ -55,6 +54,8 @@ class ModuleLayout:
     low_rank : LowRank or None
     sparse : Sparse or None
         What stands beside the base; of linears only.
+    simulated : {"fp8", "int4", None}
+        What inputs are always rounded to.
     """
 
     out_features: int
@@ -65,6 +66,7 @@ class ModuleLayout:
     rounds: bool = False
     low_rank: LowRank | None = None
     sparse: Sparse | None = None
+    simulated: str | None = None
 
     def __post_init__(self) -> None:
         values = "float values" if isinstance(self.coding, FloatCoding) else "entropy-coded values"
@@ -77,12 +79,19 @@ class ModuleLayout:
                 f"{self.in_features} weights",
                 "at most as many as there are weights",
             )
-        if self.rounds and floats:
-            raise _wrong(f"`activation` {INT8} with {values}", "it only where values are codes")
-        if self.rounds and isinstance(self.coding, TableCoding):
-            raise _wrong(f"`activation` {INT8} with tables", "it only where a group shares a scale")
+        if self.activation is not None and floats:
+            raise _wrong(f"`activation` {self.activation} with {values}", "it only where values are codes")
+        if self.activation is not None and isinstance(self.coding, TableCoding):
+            raise _wrong(
+                f"`activation` {self.activation} with tables", "it only where a group shares a scale"
+            )
         if self.order and floats:
             raise _wrong(f"`order` true with {values}", "order only where values are codes")
+
+    @property
+    def activation(self) -> str | None:
+        """What inputs are rounded to, `rounds` and `simulated` in one."""
+        return INT8 if self.rounds else self.simulated
 
     @property
     def parts_beside(self) -> list[str]:
@@ -174,7 +183,7 @@ class ModelLayout:
                     "bias": module.bias,
                     "coding": coding_to_dict(module.coding),
                     "order": module.order,
-                    **({"activation": INT8} if module.rounds else {}),
+                    **({} if module.activation is None else {"activation": module.activation}),
                     **{part: asdict(getattr(module, part)) for part in module.parts_beside},
                 }
                 for name, module in self.modules.items()
@@ -276,8 +285,10 @@ def _size(value: Any, where: str) -> int:
 def _module(value: Any, where: str) -> ModuleLayout:
     data = _mapping(value, where)
     _check_keys(data, where, required={"out", "in", "coding"}, optional={"bias", "order", *_PARTS})
-    if data.get("activation", INT8) != INT8:
-        raise _wrong(f"`activation` of {where} is {data['activation']!r}", f"`{INT8}`, or no such key")
+    activation = data.get("activation")
+    if "activation" in data and not (isinstance(activation, str) and activation in LARGEST):
+        known = ", ".join(f"`{name}`" for name in LARGEST)
+        raise _wrong(f"`activation` of {where} is {activation!r}", f"one of {known}, or no such key")
     try:
         coding = coding_from_dict(data["coding"])
         low_rank = low_rank_from_dict(data["low_rank"]) if "low_rank" in data else None
@@ -290,9 +301,10 @@ def _module(value: Any, where: str) -> ModuleLayout:
         coding,
         _flag(data.get("bias", False), f"`bias` of {where}"),
         _flag(data.get("order", False), f"`order` of {where}"),
-        "activation" in data,
+        activation == INT8,
         low_rank,
         sparse,
+        activation if activation in SIMULATED else None,
     )
 
 

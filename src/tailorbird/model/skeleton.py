@@ -150,6 +150,7 @@ def _build(old: nn.Module, layout: ModuleLayout, name: str, model: Any) -> nn.Mo
             rounds=layout.rounds,
             low_rank=layout.low_rank,
             sparse=layout.sparse,
+            simulated=layout.simulated,
         )
         if isinstance(layout.coding, EntropyCoding):
             if not unchanged:
@@ -250,6 +251,7 @@ def _untie(model: Any, stored_embedding: str, stored_head: str, layout: ModuleLa
         device=old.weight.device,
         bias_dtype=old.weight.dtype,
         rounds=layout.rounds,
+        simulated=layout.simulated,
     )
     share(table, new)
     if isinstance(table.coding, EntropyCoding):

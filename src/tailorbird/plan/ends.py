@@ -136,6 +136,7 @@ def without(whole: LinearStatistics, part: LinearStatistics) -> LinearStatistics
     """Statistics of the tokens of `whole` that `part` leaves.
 
     Inputs that only `part` saw are exactly zero in the difference, as if it had been summed for itself.
+    Greatest magnitudes can't be taken back, and are those of all tokens.
     """
     tokens = whole.tokens - part.tokens
     gram = (whole.gram * (whole.tokens / tokens)).sub_(part.gram, alpha=part.tokens / tokens)
@@ -143,4 +144,4 @@ def without(whole: LinearStatistics, part: LinearStatistics) -> LinearStatistics
     gram[unseen, :] = 0
     gram[:, unseen] = 0
     mean_abs = (whole.mean_abs * whole.tokens - part.mean_abs * part.tokens) / tokens
-    return LinearStatistics(gram, None, mean_abs, tokens)
+    return LinearStatistics(gram, None, mean_abs, tokens, max_abs=whole.max_abs)

@@ -7,6 +7,7 @@ linears, as a ratio per coding. A killed pass continues at the first unfinished 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from tailorbird.calibrate.statistics import GramAccumulator, LinearStatistics
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.evaluate.streamed import batches, embed_windows
 from tailorbird.formats.packed import Coding, PackedWeight
+from tailorbird.kernels.reference import INT8
 from tailorbird.linear import LinearMethod
 from tailorbird.linear.correct import Correction
 from tailorbird.linear.error import output_error, row_energies
@@ -49,6 +51,7 @@ def measure_errors(
     ledger: Ledger,
     progress: Progress | None = None,
     correction: Correction | None = None,
+    inputs: Sequence[str] = (INT8,),
 ) -> tuple[dict[str, dict[str, float]], dict[str, float], HeadStatistics]:
     """First pass: errors of all candidates at all places, the method's ratios, the head's statistics.
 
@@ -67,19 +70,21 @@ def measure_errors(
         remove, once the outcome is kept.
     correction : Correction or None
         What follows `method`; it counts in the ratios.
+    inputs : sequence of str
+        What inputs may be rounded to, by the names of `kernels.reference.LARGEST`.
 
     Returns
     -------
     errors : dict
         Use -> label of a coding -> relative output error of rounding to nearest. For the head and a tied
         embedding only that of the probe: `ends.end_errors` measures the rest once coefficients are known.
-        Under `inputs.input_key` the error of rounding the place's inputs to bytes.
+        Under `inputs.input_key` the error of rounding the place's inputs.
     ratios : dict
         Label of a coding -> error of `method` divided by that of rounding, geometric mean.
     head : HeadStatistics
         Statistics of the head's input.
     """
-    return _ErrorPass(model, ids, method, codings, ledger, progress or Silent(), correction).run()
+    return _ErrorPass(model, ids, method, codings, ledger, progress or Silent(), correction, inputs).run()
 
 
 class _ErrorPass:
@@ -94,9 +99,10 @@ class _ErrorPass:
         ledger: Ledger,
         progress: Progress,
         correction: Correction | None,
+        inputs: Sequence[str],
     ) -> None:
         self.model, self.ids, self.ledger, self.progress = model, ids, ledger, progress
-        self.method, self.codings, self.correction = method, codings, correction
+        self.method, self.codings, self.correction, self.inputs = method, codings, correction, inputs
         windows, length = ids.shape
         self.shape = windows, length, model.anatomy.hidden_size
         self.compared = compared_linears(model.anatomy)
@@ -141,7 +147,7 @@ class _ErrorPass:
             for linear in anatomy.linears
             if linear.name in self.compared and len(self.ids) > 1
         }
-        rounding = {key: InputErrors(width, self.codings) for key, width in widths.items()}
+        rounding = {key: InputErrors(width, self.codings, self.inputs) for key, width in widths.items()}
         before = self.ledger.open_stream(_boundary(index), *self.shape)
         after = self.ledger.new_stream(_boundary(index + 1), *self.shape)
         for start, stop in batches(*self.ids.shape):
@@ -216,7 +222,7 @@ class _ErrorPass:
         """The probe's error at the head, and the statistics of its input."""
         model, windows = self.model, len(self.ids)
         whole, judge = GramAccumulator(model.head_width), GramAccumulator(model.head_width)
-        rounding = InputErrors(model.head_width, self.codings)
+        rounding = InputErrors(model.head_width, self.codings, self.inputs)
         stream = self.ledger.open_stream(_boundary(len(model.anatomy.blocks)), *self.shape)
         for start, stop in batches(*self.ids.shape):
             x = model.head_input(stream.read(start, stop))

@@ -1,7 +1,7 @@
-"""What it costs to round the inputs of a linear to bytes, and which linears may do so.
+"""What it costs to round the inputs of a linear, and which linears may round them to bytes.
 
 Products of integers are the fastest there are on many processors, but they take the activations as bytes
-too (`kernels.reference.to_bytes`). Rounding errors of different inputs are all but independent, so the
+too (`kernels.reference.round_inputs`). Rounding errors of different inputs are all but independent, so the
 error that reaches the output is the sum of what each input contributes: its mean squared rounding error
 times the squared norm of its column. It is measured beside the Gram matrices, and priced like any other
 error of the place. The cheapest linears come first, as long as all of them together cost little beside
@@ -11,12 +11,13 @@ what the coding of the weights costs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from tailorbird.formats.packed import Coding, GroupedCoding
-from tailorbird.kernels.reference import to_bytes
+from tailorbird.kernels.reference import INT8, round_inputs
 from tailorbird.plan.scores import Scores
 
 #: Tokens on which the rounding of inputs is measured.
@@ -27,9 +28,9 @@ CHUNK_VALUES = 1 << 17
 SHARE, LEAST_KL = 0.1, 5e-4
 
 
-def input_key(group_size: int) -> str:
+def input_key(group_size: int, to: str = INT8) -> str:
     """Where a place's errors hold that of rounding its inputs, when its weight has such groups."""
-    return f"inputs g{group_size}"
+    return f"inputs g{group_size}" if to == INT8 else f"inputs {to} g{group_size}"
 
 
 class InputErrors:
@@ -40,23 +41,25 @@ class InputErrors:
     in_features : int
     codings : sequence of Coding
         Inputs share a scale where weights do, so the error depends on the group sizes of these.
+    inputs : sequence of str
+        What they are rounded to, by the names of `kernels.reference.LARGEST`.
     """
 
-    def __init__(self, in_features: int, codings: Sequence[Coding]) -> None:
+    def __init__(self, in_features: int, codings: Sequence[Coding], inputs: Sequence[str] = (INT8,)) -> None:
         groups = sorted({coding.group_size for coding in codings if isinstance(coding, GroupedCoding)})
-        self.sums = {group: torch.zeros(in_features, dtype=torch.float64) for group in groups}
+        self.sums = {pair: torch.zeros(in_features, dtype=torch.float64) for pair in product(groups, inputs)}
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
         """Add the inputs ``[..., in_features]`` of some tokens, until there are `TOKENS`."""
         rows = x.reshape(-1, x.shape[-1])[: max(0, TOKENS - self.tokens)]
         for part in rows.split(max(1, CHUNK_VALUES // rows.shape[1])):
-            for group, total in self.sums.items():
-                total += (to_bytes(part, group) - part.float()).square().sum(0, dtype=torch.float64)
+            for (group, to), total in self.sums.items():
+                total += (round_inputs(part, group, to) - part.float()).square().sum(0, dtype=torch.float64)
         self.tokens += len(rows)
 
     def errors(self, weight: Tensor, energy: float) -> dict[str, float]:
-        """`input_key` of each group size -> relative output error.
+        """`input_key` of each group size, and of what is rounded to -> relative output error.
 
         Parameters
         ----------
@@ -67,18 +70,25 @@ class InputErrors:
         """
         norms = weight.square().sum(0, dtype=torch.float64)
         return {
-            input_key(group): float(total @ norms) / self.tokens / energy if energy > 0 else 0.0
-            for group, total in self.sums.items()
+            input_key(*pair): float(total @ norms) / self.tokens / energy if energy > 0 else 0.0
+            for pair, total in self.sums.items()
         }
 
 
-def input_cost(scores: Scores, codings: Mapping[str, Coding]) -> dict[str, float]:
-    """Place -> nats of KL that rounding its inputs to bytes adds, where its weight holds codes."""
+def input_cost(
+    scores: Scores, codings: Mapping[str, Coding], rounded: Mapping[str, str] | None = None
+) -> dict[str, float]:
+    """Place -> nats of KL that rounding its inputs adds, where its weight holds codes.
+
+    `rounded` says to what; left out, all are rounded to bytes. A place that it doesn't name costs nothing.
+    """
     costs = {}
     for place in scores.places:
-        coding = codings.get(place.name)
-        if isinstance(coding, GroupedCoding) and input_key(coding.group_size) in place.errors:
-            costs[place.name] = place.coefficient * place.errors[input_key(coding.group_size)]
+        coding, to = codings.get(place.name), INT8 if rounded is None else rounded.get(place.name)
+        if isinstance(coding, GroupedCoding) and to is not None:
+            error = place.errors.get(input_key(coding.group_size, to))
+            if error is not None:
+                costs[place.name] = place.coefficient * error
     return costs
 
 

@@ -167,8 +167,9 @@ class Place(_Section):
         What a correction puts beside the base.
     sparse : SparseEntry or None
         What the linear method does.
-    activation : {"int8", None}
-        Whether the inputs may be rounded to bytes where that is faster.
+    activation : {"int8", "fp8", "int4", None}
+        ``int8``: the inputs may be rounded to bytes where that is faster. The others are always rounded to,
+        in products of floats.
     predicted, measured : Costs
     """
 
@@ -182,7 +183,7 @@ class Place(_Section):
     low_rank: LowRankEntry | None = None
     sparse: SparseEntry | None = None
     bytes: Count | None = None
-    activation: Literal["int8"] | None = None
+    activation: Literal["int8", "fp8", "int4"] | None = None
     predicted: Costs | None = None
     measured: Costs | None = None
 
@@ -285,6 +286,7 @@ class Plan(_Section):
     versions: dict[str, str] | None = None
     seed: Count | None = None
     folds: list[Fold] | None = None
+    remarks: list[str] | None = None
     result: dict[str, JsonValue] | None = None
     places: list[Place] = Field(min_length=1)
 

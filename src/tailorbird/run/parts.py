@@ -221,6 +221,8 @@ def _check_kind(module: Any) -> None:
             raise Unsuited("a linear with reordered inputs")
         if module.values is not None:
             raise Unsuited("a linear with a sparse part")
+        if module.simulated is not None:
+            raise Unsuited(f"a linear whose inputs are rounded to {module.simulated}")
         if module.rest is not None or not native.serves(module.coding, module.in_features):
             raise Unsuited(f"a linear of coding {module.coding.label}")
     elif type(module) not in (nn.Linear, Conv1D) and type(module).__name__ != "FalconLinear":
