@@ -243,17 +243,20 @@ def compress(
         codings = planning.codings_of_plan(work, chosen)
         work.low_rank = planning.low_rank_of_plan(work, chosen, codings)
         work.sparse = planning.sparse_of_plan(work, chosen, codings)
+        work.transforms = planning.transforms_of_plan(work, chosen, codings)
         work.rounded_inputs = frozenset(p.name for p in chosen.places if p.activation is not None)
     else:
         codings = planning.codings_of_recipe(work)
         work.rounded_inputs = planning.rounded_inputs_of_recipe(work, codings)
         work.low_rank = planning.low_rank_of_recipe(work, codings)
         work.sparse = planning.sparse_of_method(work, codings)
+        work.transforms = planning.transforms_of_method(work, codings)
     what = _choose_activations(work, activations)
     work_module.narrow(work, codings.values())
     what["codings"] = planning.describe(codings)
     what["low_rank"] = {name: asdict(part) for name, part in work.low_rank.items()}
     what["sparse"] = {name: asdict(part) for name, part in work.sparse.items()}
+    what["transforms"] = {name: asdict(part) for name, part in work.transforms.items()}
     job, prediction = _begin(work, Path(output), what, resume)
     with job:
         scores, cache = planning.score(work, job)

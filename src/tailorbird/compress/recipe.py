@@ -49,6 +49,7 @@ from tailorbird.linear.correct import CORRECTIONS, Correction
 from tailorbird.linear.lossless.df11 import Df11
 from tailorbird.linear.quantize.double_rounding import DoubleRounding, check_nestable
 from tailorbird.linear.quantize.gptq import Gptq
+from tailorbird.linear.quantize.higgs import Higgs, normal_grid
 from tailorbird.linear.rotate import ROTATIONS
 from tailorbird.linear.rotate.hadamard import Hadamard
 from tailorbird.linear.settings import check_codes
@@ -247,6 +248,8 @@ def _check_coding(recipe: Recipe, method: str) -> None:
     check_codes(method, recipe.method.makes, coding)
     if isinstance(recipe.method, DoubleRounding):
         check_nestable(coding)
+    if isinstance(recipe.method, Higgs):
+        normal_grid(Higgs.name, coding)
     if isinstance(coding, TableCoding) and recipe.fold:
         raise SettingsError(
             f"`{recipe.name}` with tables",

@@ -43,6 +43,7 @@ from tailorbird.formats.packed import (
     stored_bytes,
 )
 from tailorbird.formats.sparse import Sparse
+from tailorbird.formats.transform import Transform
 from tailorbird.hardware.memory import (
     available_bytes,
     return_freed_memory,
@@ -119,8 +120,8 @@ class Work:
         Places whose inputs may be rounded to bytes, where the user states them; None chooses the cheapest.
     remarks : tuple of str
         What the user should know of choices that were made, beside what is said of the texts.
-    low_rank, sparse : dict
-        Linear -> the part of that kind that is put beside it.
+    low_rank, sparse, transforms : dict
+        Linear -> its part of that kind.
     allocator : str or None
         Who chooses the codings; None where they are given.
     stages : list of dict
@@ -144,6 +145,7 @@ class Work:
     remarks: tuple[str, ...] = ()
     low_rank: dict[str, LowRank] = field(default_factory=dict)
     sparse: dict[str, Sparse] = field(default_factory=dict)
+    transforms: dict[str, Transform] = field(default_factory=dict)
     allocator: str | None = None
     stages: list[dict[str, Any]] = field(default_factory=list)
     ledger: Ledger | None = None

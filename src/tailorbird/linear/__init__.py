@@ -21,6 +21,7 @@ from tailorbird.linear.quantize.double_rounding import DoubleRounding
 from tailorbird.linear.quantize.fptq import Fptq
 from tailorbird.linear.quantize.ganq import Ganq
 from tailorbird.linear.quantize.gptq import Gptq
+from tailorbird.linear.quantize.higgs import Higgs
 from tailorbird.linear.quantize.leanquant import Leanquant
 from tailorbird.linear.quantize.quantease import Quantease
 from tailorbird.linear.quantize.rtn import Rtn
@@ -101,7 +102,8 @@ class FoldMethod(Protocol):
 
 
 LINEAR_METHODS: dict[
-    str, type[Rtn | Gptq | Spqr | Quantease | Leanquant | Decoupleq | DoubleRounding | Ganq | Yaqa | Df11]
+    str,
+    type[Rtn | Gptq | Spqr | Quantease | Leanquant | Decoupleq | DoubleRounding | Ganq | Yaqa | Higgs | Df11],
 ] = {
     "rtn": Rtn,
     "gptq": Gptq,
@@ -112,6 +114,7 @@ LINEAR_METHODS: dict[
     "double-rounding": DoubleRounding,
     "ganq": Ganq,
     "yaqa": Yaqa,
+    "higgs": Higgs,
     "df11": Df11,
 }
 FOLDS: dict[str, type[Awq | Smoothing | Fptq]] = {"awq": Awq, "smoothing": Smoothing, "fptq": Fptq}

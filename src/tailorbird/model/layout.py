@@ -26,13 +26,14 @@ from tailorbird.formats.packed import (
     tensor_layout,
 )
 from tailorbird.formats.sparse import Sparse, sparse_from_dict
+from tailorbird.formats.transform import Transform, transform_from_dict
 
 #: value of `quant_method`, by which transformers knows whose checkpoint it is
 METHOD = "tailorbird"
 #: value of `activation` of a module whose inputs may be rounded to bytes
 INT8 = "int8"
 #: keys of a module that are there only where it has the part
-_PARTS = ("activation", "low_rank", "sparse")
+_PARTS = ("activation", "low_rank", "sparse", "transform")
 #: no model has a dimension, head count or block index beyond this
 _LARGEST = 1 << 31
 _REMEDY = "compress the model again, or update tailorbird"
@@ -55,6 +56,8 @@ class ModuleLayout:
     low_rank : LowRank or None
     sparse : Sparse or None
         What stands beside the base; of linears only.
+    transform : Transform or None
+        What inputs go through before the base; likewise.
     """
 
     out_features: int
@@ -65,18 +68,26 @@ class ModuleLayout:
     rounds: bool = False
     low_rank: LowRank | None = None
     sparse: Sparse | None = None
+    transform: Transform | None = None
 
     def __post_init__(self) -> None:
         values = "float values" if isinstance(self.coding, FloatCoding) else "entropy-coded values"
         floats = isinstance(self.coding, FloatCoding | EntropyCoding)
-        if self.parts_beside and floats:
-            raise _wrong(f"`{self.parts_beside[0]}` beside {values}", "it only where values are codes")
+        if self.parts and floats:
+            raise _wrong(f"`{self.parts[0]}` beside {values}", "it only where values are codes")
         if self.sparse is not None and self.sparse.nonzeros > self.out_features * self.in_features:
             raise _wrong(
                 f"`sparse` of {self.sparse.nonzeros} nonzeros beside {self.out_features} x "
                 f"{self.in_features} weights",
                 "at most as many as there are weights",
             )
+        if self.transform is not None and self.in_features % self.transform.block:
+            raise _wrong(
+                f"`transform` of blocks of {self.transform.block} for {self.in_features} inputs",
+                "blocks that divide the inputs",
+            )
+        if self.transform is not None and self.order:
+            raise _wrong("`transform` where `order` is true", "one of them")
         if self.rounds and floats:
             raise _wrong(f"`activation` {INT8} with {values}", "it only where values are codes")
         if self.rounds and isinstance(self.coding, TableCoding):
@@ -85,15 +96,16 @@ class ModuleLayout:
             raise _wrong(f"`order` true with {values}", "order only where values are codes")
 
     @property
-    def parts_beside(self) -> list[str]:
-        """Keys of what stands beside the base."""
-        return [key for key in ("low_rank", "sparse") if getattr(self, key) is not None]
+    def parts(self) -> list[str]:
+        """Keys of what there is besides codes."""
+        return [key for key in ("low_rank", "sparse", "transform") if getattr(self, key) is not None]
 
     def tensor_names(self, module: str) -> tuple[str, ...]:
         """Names under which the weight of `module` is stored, the bias not among them."""
         parts = tensor_layout(
-            self.coding, self.out_features, self.in_features, self.order, self.low_rank, self.sparse
-        )
+            self.coding, self.out_features, self.in_features, self.order, self.low_rank, self.sparse,
+            self.transform,
+        )  # fmt: skip
         return tuple(f"{module}.{part}" for part in parts)
 
 
@@ -140,9 +152,8 @@ class ModelLayout:
 
     def __post_init__(self) -> None:
         embedding = None if self.embedding is None else self.modules.get(self.embedding)
-        if embedding is not None and embedding.parts_beside:
-            part = embedding.parts_beside[0]
-            raise _wrong(f"`{part}` of the embedding `{self.embedding}`", "it only beside linears")
+        if embedding is not None and embedding.parts:
+            raise _wrong(f"`{embedding.parts[0]}` of the embedding `{self.embedding}`", "it only of linears")
         if self.tied and (self.embedding is None or self.head is None):
             raise _wrong("`tied` without `embedding` and `head`", "the paths of both modules")
         if self.tied and self.head in self.modules:
@@ -175,7 +186,7 @@ class ModelLayout:
                     "coding": coding_to_dict(module.coding),
                     "order": module.order,
                     **({"activation": INT8} if module.rounds else {}),
-                    **{part: asdict(getattr(module, part)) for part in module.parts_beside},
+                    **{part: asdict(getattr(module, part)) for part in module.parts},
                 }
                 for name, module in self.modules.items()
             },
@@ -282,6 +293,7 @@ def _module(value: Any, where: str) -> ModuleLayout:
         coding = coding_from_dict(data["coding"])
         low_rank = low_rank_from_dict(data["low_rank"]) if "low_rank" in data else None
         sparse = sparse_from_dict(data["sparse"]) if "sparse" in data else None
+        transform = transform_from_dict(data["transform"]) if "transform" in data else None
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error.given}", error.expected, error.remedy) from None
     return ModuleLayout(
@@ -293,6 +305,7 @@ def _module(value: Any, where: str) -> ModuleLayout:
         "activation" in data,
         low_rank,
         sparse,
+        transform,
     )
 
 
