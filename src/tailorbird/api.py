@@ -255,6 +255,7 @@ def compress(
         codings = planning.codings_of_plan(work, chosen)
         work.low_rank = planning.low_rank_of_plan(work, chosen, codings)
         work.sparse = planning.sparse_of_plan(work, chosen, codings)
+        work.transforms = planning.transforms_of_plan(work, chosen, codings)
         work.rounded_inputs = {p.name: p.activation for p in chosen.places if p.activation is not None}
     else:
         codings = planning.codings_of_recipe(work)
@@ -265,6 +266,7 @@ def compress(
     what["codings"] = planning.describe(codings)
     what["low_rank"] = {name: asdict(part) for name, part in work.low_rank.items()}
     what["sparse"] = {name: asdict(part) for name, part in work.sparse.items()}
+    what["transforms"] = {name: asdict(part) for name, part in work.transforms.items()}
     job, prediction = _begin(work, Path(output), what, resume)
     with job:
         scores, cache = planning.score(work, job)

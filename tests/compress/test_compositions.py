@@ -18,6 +18,7 @@ import torch
 from tailorbird import api
 from tailorbird.compress.recipe import STAGES, parse_recipe
 from tailorbird.errors import UserError
+from tailorbird.formats.codebooks import bits_of
 from tailorbird.model.load import load
 from tiny import make_model, save_model
 
@@ -55,6 +56,7 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
     "ganq": {"rounds": [1, 2], "damping": [0.01, 1.0]},
     "bcq": {"rounds": [0, 1, 2, -1], "damping": [0.01, 1.0]},
     "hadamard": {"seed": [0, 7]},
+    "higgs": {"block": [1, 16, 1024, 48], "seed": [0, 7]},
     "df11": {},
     "leanquant": {"exponent": [0.0, 1.0, 4.0], "asymmetric": ["true", "false"]},
     "double-rounding": {"balance": [0.0, 0.5, 1.0, 2.0], "asymmetric": ["true", "false"]},
@@ -72,6 +74,8 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
 }  # fmt: skip
 #: how often a method gets tables; others hardly ever
 TABLES = {"ganq": 0.8, "bcq": 0.8, "leanquant": 0.3, "rtn": 0.2}
+#: what is drawn of codebooks where most are; others seldom get one
+CODEBOOKS = {"higgs": ["gauss2", "gauss3", "gauss4", "nf4"]}
 #: what is drawn of bits; others take any
 BITS = {"double-rounding": [8, 8, 8, 8, 4]}
 #: bits -> the most of a stranger's divergence that a result may have
@@ -89,7 +93,7 @@ def drawn(seed: int) -> str:
     method = stages["method"]
     stated = []
     if method != "df11" or draw.random() < 0.2:
-        stated.append(coding_drawn(draw, TABLES.get(method, 0.02), BITS.get(method, [2, 3, 4, 5, 6, 8])))
+        stated.append(coding_drawn(draw, method))
     for stage, name in stages.items():
         before = "" if stage == "method" else f"{name}."
         settings = SETTINGS[name]
@@ -103,12 +107,14 @@ def drawn(seed: int) -> str:
     return f"{'+'.join(stages.values())}:{','.join(stated)}"
 
 
-def coding_drawn(draw: random.Random, tables: float, bits: list[int]) -> str:
-    """What a recipe states of the coding; tables with this probability."""
-    if draw.random() < tables:
+def coding_drawn(draw: random.Random, method: str) -> str:
+    """What a recipe states of the coding."""
+    if draw.random() < TABLES.get(method, 0.02):
         return f"table={draw.choice([2, 3, 4])}"
-    codebook, width = draw.choice(["nf4", "fp4"]), draw.choice(bits)
-    stated = [f"codebook={codebook}" if draw.random() < 0.2 else f"bits={width}"]
+    codebook = draw.choice(CODEBOOKS.get(method, ["nf4", "fp4", "gauss2", "gauss3"]))
+    width = draw.choice(BITS.get(method, [2, 3, 4, 5, 6, 8]))
+    often = 0.8 if method in CODEBOOKS else 0.2
+    stated = [f"codebook={codebook}" if draw.random() < often else f"bits={width}"]
     stated.append(f"group={draw.choice([0, 0, 32, 32, 64, 96, 256, 48])}")
     if draw.random() < 0.3:
         stated.append(f"symmetric={draw.choice(['true', 'false'])}")
@@ -120,7 +126,8 @@ def coding_drawn(draw: random.Random, tables: float, bits: list[int]) -> str:
 def fewest_bits(recipe: str) -> int:
     """Of the codes of all linears, the embedding's among them."""
     stated = dict(part.split("=") for part in recipe.partition(":")[2].split(","))
-    bits = stated.get("bits") or stated.get("table") or 4
+    codebook = stated.get("codebook")
+    bits = stated.get("bits") or stated.get("table") or (bits_of(codebook) if codebook else 4)
     return min(int(bits), int(stated.get("embedding_bits", 8)))
 
 

@@ -10,11 +10,11 @@ import tailorbird
 from compressing import compress
 from tailorbird.compress.result import FitResult
 from tailorbird.errors import SettingsError
-from tailorbird.formats.packed import IntegerCoding, TableCoding
+from tailorbird.formats.packed import CodebookCoding, FloatCoding, IntegerCoding, TableCoding
 from tailorbird.model.weights import Weights
 from tailorbird.plan.planfile import load_plan
 
-METHODS = ("spqr", "gptq+eora", "spqr+lq-lora", "ganq", "spqr+signround", "ganq+eora")
+METHODS = ("spqr", "gptq+eora", "spqr+lq-lora", "ganq", "spqr+signround", "ganq+eora", "bcq", "higgs+eora")
 
 
 def fitted(model: Path, output: Path, method: str, **settings: object) -> FitResult:
@@ -31,13 +31,14 @@ def test_parts_beside_codes_count_in_the_budget(model: Path, text: Path, tmp_pat
     stored = Weights.open(Path(result.output))
     assert stored.total_bytes == result.weight_bytes <= result.budget_bytes
     kinds = {type(place.coding.coding()) for place in plan.places if place.block is not None}
-    assert (TableCoding if "ganq" in method else IntegerCoding) in kinds
-    assert (IntegerCoding in kinds) == ("ganq" not in method)
+    special = {"ganq": TableCoding, "bcq": TableCoding, "higgs": CodebookCoding}
+    assert kinds - {FloatCoding} == {special.get(method.split("+")[0], IntegerCoding)}
     inside = [place for place in plan.places if place.block is not None]
     packed = [place for place in inside if place.coding.coding().kind != "float"]
     assert packed
     assert all((place.low_rank is not None) == ("lora" in method or "eora" in method) for place in packed)
     assert all((place.sparse is not None) == ("spqr" in method) for place in packed)
+    assert all((place.transform is not None) == ("higgs" in method) for place in packed)
 
 
 def test_the_plan_of_a_method_with_parts_makes_the_same(model: Path, text: Path, tmp_path: Path) -> None:
@@ -65,7 +66,8 @@ def test_a_correction_is_foreseen_to_lower_the_loss(model: Path, text: Path, tmp
         ("ganq", {"target": "gguf"}, "--target gguf with tables"),
         ("gptq+eora", {"max_latency": "1s"}, "--max-latency with low-rank parts"),
         ("gptq+eora", {"allocator": "evopress"}, "--allocator evopress with low-rank parts"),
-        ("df11", {}, "integers or tables"),
+        ("higgs", {"min_speed": "1tok/s"}, "--min-speed with inputs that are rotated"),
+        ("df11", {}, "a method of codes"),
     ],
 )
 def test_what_the_planner_does_not_know_of_parts_is_refused(

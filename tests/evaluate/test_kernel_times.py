@@ -27,6 +27,7 @@ KERNELS = [
     Kernel(IntegerCoding(4, 64), int8=True),
     Kernel(IntegerCoding(3, 0, symmetric=True)),
     Kernel(CodebookCoding("nf4", 64), int8=True),
+    Kernel(CodebookCoding("gauss2", 64)),
     Kernel(FloatCoding("bfloat16")),
     Kernel(FloatCoding("float16")),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tailorbird.formats.codebooks import LARGEST, LEVELS, normal_quantiles
+from tailorbird.formats.codebooks import LARGEST, LEVELS, UNITS, bits_of, normal_quantiles
 
 #: As printed in appendix E of Dettmers et al. 2023, arXiv:2305.14314.
 PUBLISHED = [
@@ -26,13 +26,18 @@ def test_levels_are_the_quantiles_to_the_nearest_127th() -> None:
 
 
 @pytest.mark.parametrize("name", LEVELS)
-def test_levels_ascend_to_ends_equally_far_and_hold_zero(name: str) -> None:
+def test_levels_ascend_to_ends_equally_far(name: str) -> None:
     levels = LEVELS[name]
     assert levels.dtype == torch.int8
     assert bool((levels[1:] >= levels[:-1]).all())
-    assert (-int(levels[0]), len(levels)) == (int(levels[-1]), 16)
+    assert (-int(levels[0]), len(levels)) == (int(levels[-1]), 1 << bits_of(name))
     assert int(levels[-1]) <= LARGEST
-    assert 0 in levels.tolist()
+
+
+def test_two_hold_zero_and_grids_of_normal_values_mirror_around_it() -> None:
+    assert {name for name, levels in LEVELS.items() if 0 in levels.tolist()} == {"nf4", "fp4"}
+    assert [bits_of(name) for name in UNITS] == [2, 3, 4]
+    assert all(torch.equal(LEVELS[name], -LEVELS[name].flip(0)) for name in UNITS)
 
 
 def test_floats_of_4_bits_are_those_of_their_bits() -> None:

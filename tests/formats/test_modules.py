@@ -30,6 +30,8 @@ CODINGS = st.builds(IntegerCoding, st.sampled_from(BITS), st.just(64), st.boolea
     [
         CodebookCoding("nf4", 64),
         CodebookCoding("fp4", 64),
+        CodebookCoding("gauss2", 64),
+        CodebookCoding("gauss3", 64),
         TableCoding(2, "float16"),
         TableCoding(3),
         TableCoding(4),

@@ -38,7 +38,7 @@ INTEGER = st.builds(
 )
 CODEBOOK = st.builds(
     CodebookCoding,
-    codebook=st.sampled_from(["nf4", "fp4"]),
+    codebook=st.sampled_from(["nf4", "fp4", "gauss2", "gauss3"]),
     group_size=st.sampled_from(GROUP_SIZES),
     scale_dtype=st.sampled_from(sorted(SCALE_DTYPES)),
 )
@@ -86,7 +86,7 @@ def test_a_weight_on_the_grid_survives_packing(coding, shape) -> None:
 @settings(max_examples=40, deadline=None)
 def test_a_codebook_weight_is_levels_times_scales(coding, shape, order) -> None:
     packed = random_packed(coding, shape, order)
-    codes = unpack_codes(packed.tensors["codes"], 4, shape[1]).long()
+    codes = unpack_codes(packed.tensors["codes"], coding.bits, shape[1]).long()
     group_of = torch.arange(shape[1]) // (coding.group_size or shape[1])
     stored = coding.levels.double()[codes] * packed.tensors["scales"].double()[:, group_of]
     weight = packed.dequantize(torch.float64)

@@ -207,7 +207,7 @@ def test_damaged_rows_are_refused(kind: str) -> None:
     for name, tensor in (base.tensors | part).items():
         setattr(module, name, tensor)
     with pytest.raises(CheckpointError, match=r"`some\.linear`: `(counts|columns)`"):
-        module.check_sparse("some.linear")
+        module.check_parts("some.linear")
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def test_every_coding_has_one_fast_path_for_few_bfloat16_rows(bits, group_size, 
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
-@pytest.mark.parametrize("codebook", ["nf4", "fp4"])
+@pytest.mark.parametrize("codebook", ["nf4", "fp4", "gauss2", "gauss3", "gauss4"])
 def test_only_paths_that_look_levels_up_serve_a_codebook(codebook: str, group_size: int) -> None:
     coding = CodebookCoding(codebook, group_size)
     serving = {path.name for path in dispatch.PATHS if coding.kind in path.kinds and path.serves(coding, 512)}

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packed_weights import laid_out, random_packed
+from tailorbird.formats import codebooks
 from tailorbird.formats.modules import CompressedLinear
 from tailorbird.formats.packed import (
     CodebookCoding,
@@ -45,7 +46,7 @@ def codings_with(group_sizes: list[int]) -> st.SearchStrategy[GroupedCoding]:
     """Every kind of codes, with groups and scales of every kind."""
     groups, dtypes = st.sampled_from(group_sizes), st.sampled_from(["float16", "bfloat16"])
     integers = st.builds(IntegerCoding, st.sampled_from(BITS), groups, st.booleans(), dtypes)
-    return integers | st.builds(CodebookCoding, st.sampled_from(["nf4", "fp4"]), groups, dtypes)
+    return integers | st.builds(CodebookCoding, st.sampled_from(sorted(codebooks.LEVELS)), groups, dtypes)
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.skipif(not native.available(), reason="installed withou
 CODINGS: list[Coding] = [
     *(IntegerCoding(bits, 32, symmetric=bits % 2 == 0) for bits in (2, 3, 4, 5, 6, 8)),
     CodebookCoding("nf4", 32),
+    CodebookCoding("gauss3", 32),
 ]
 
 

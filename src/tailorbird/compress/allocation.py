@@ -17,7 +17,8 @@ from tailorbird.compress.smallest import smallest
 from tailorbird.compress.stage import Stage
 from tailorbird.compress.work import Work, narrow, sensitivity_ids
 from tailorbird.errors import SettingsError
-from tailorbird.formats.packed import Coding, IntegerCoding, coding_from_dict
+from tailorbird.formats.packed import Coding, IntegerCoding, TableCoding, coding_from_dict
+from tailorbird.linear.quantize.higgs import Higgs
 from tailorbird.model.anatomy import Anatomy
 from tailorbird.plan.allocate import allocate
 from tailorbird.plan.allocators import DEFAULT, check_allocator
@@ -78,8 +79,10 @@ def check_recipe(work: Work, budgets_of_speed: Iterable[str]) -> None:
     recipe, made = work.recipe, f"as `{work.recipe.name}` has them"
     speeds, judging = list(budgets_of_speed), [f"--allocator {work.allocator}"] * (work.allocator in JUDGING)
     target = [] if work.target is None else [f"--target {work.target}"]
+    kinds = recipe.method.makes
     refused = [
-        (IntegerCoding.kind not in recipe.method.makes, f"tables, {made}", target),
+        ({IntegerCoding.kind, TableCoding.kind} & kinds == {TableCoding.kind}, f"tables, {made}", target),
+        (isinstance(recipe.method, Higgs), f"inputs that are rotated, {made}", [*speeds, *target]),
         (recipe.method.outliers > 0, f"outliers beside codes, {made}", [*speeds, *target]),
         (recipe.correction is not None, f"low-rank parts beside codes, {made}", [*speeds, *target, *judging]),
     ]

@@ -30,7 +30,7 @@ from tailorbird.compress.stored_model import Matrix, StoredModel
 from tailorbird.errors import ExportError, ResourceError, SettingsError, nearest
 from tailorbird.evaluate.quality import Divergence
 from tailorbird.formats import compressed_tensors
-from tailorbird.formats.packed import SCALE_DTYPES, FloatCoding, IntegerCoding, name_part, stored_bytes
+from tailorbird.formats.packed import SCALE_DTYPES, FloatCoding, IntegerCoding, stored_bytes
 from tailorbird.model.checkpoint import Checkpoint, write_json, write_tensors
 from tailorbird.model.json_file import read_json
 from tailorbird.model.load import load
@@ -202,7 +202,7 @@ def _write_compressed_tensors(model: StoredModel, partial: Path) -> list[str]:
     notes: list[str] = []
     for matrix in model.matrices:
         reason = compressed_tensors.refusal(
-            matrix.coding, matrix.in_features, matrix.order, name_part(matrix.low_rank, matrix.sparse)
+            matrix.coding, matrix.in_features, matrix.order, matrix.named_part
         )
         if isinstance(matrix.coding, FloatCoding):
             dense.append(matrix)

@@ -138,6 +138,7 @@ def compression_of(work: Work, scores: Scores, cache: ScoreCache, codings: dict[
         correction=work.recipe.correction,
         low_rank=work.low_rank,
         sparse=work.sparse,
+        transforms=work.transforms,
         block=work.recipe.block,
         whole=work.recipe.whole,
         seed=work.seed,

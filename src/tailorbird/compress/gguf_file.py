@@ -18,7 +18,7 @@ from torch import Tensor
 from tailorbird.compress.stored_model import Matrix, StoredModel
 from tailorbird.errors import CheckpointError, ExportError
 from tailorbird.formats import gguf as blocks
-from tailorbird.formats.packed import IntegerCoding, PackedWeight, name_part
+from tailorbird.formats.packed import IntegerCoding, PackedWeight
 from tailorbird.model.json_file import read_json
 
 #: model_type -> architecture in GGUF
@@ -300,8 +300,7 @@ def _entries(model: StoredModel) -> list[_Entry]:
 
     entries = []
     for matrix in model.matrices:
-        part = name_part(matrix.low_rank, matrix.sparse)
-        reason = blocks.refusal(matrix.coding, matrix.in_features, matrix.order, part)
+        reason = blocks.refusal(matrix.coding, matrix.in_features, matrix.order, matrix.named_part)
         if reason is not None:
             raise ExportError(
                 f"{matrix.label}: {reason}",

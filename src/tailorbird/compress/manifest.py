@@ -56,6 +56,7 @@ def plan_of(
             dtype = work.checkpoint.weights.info(f"{place.name}.weight").dtype
             coding = FloatCoding(str(dtype).removeprefix("torch."))
         low_rank, sparse = compression.low_rank.get(place.name), compression.sparse.get(place.name)
+        transform = compression.transforms.get(place.name)
         places.append(
             {
                 "name": place.name,
@@ -66,7 +67,10 @@ def plan_of(
                 "activation": compression.rounded_inputs.get(place.name),
                 "low_rank": None if low_rank is None else asdict(low_rank),
                 "sparse": None if sparse is None else asdict(sparse),
-                "bytes": stored_bytes(coding, *place.shape, low_rank=low_rank, sparse=sparse),
+                "transform": None if transform is None else asdict(transform),
+                "bytes": stored_bytes(
+                    coding, *place.shape, low_rank=low_rank, sparse=sparse, transform=transform
+                ),
                 "predicted": predicted.get(place.name),
                 "measured": measured.get(place.name),
             }

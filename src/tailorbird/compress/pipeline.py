@@ -43,6 +43,7 @@ from tailorbird.formats.packed import (
     coding_to_dict,
 )
 from tailorbird.formats.sparse import Sparse
+from tailorbird.formats.transform import Transform
 from tailorbird.hardware.memory import trim_heap
 from tailorbird.linear import FoldMethod, LinearMethod
 from tailorbird.linear.correct import Correction
@@ -88,7 +89,7 @@ class Compression:
         Moves scales inside the blocks before their linears are rounded.
     correction : Correction or None
         Puts low-rank parts beside the linears that were rounded.
-    low_rank, sparse : dict
+    low_rank, sparse, transforms : dict
         Linear of the blocks -> its part of that kind.
     block : BlockMethod or None
         Learns the linears of a block together, once they are rounded.
@@ -109,6 +110,7 @@ class Compression:
     correction: Correction | None = None
     low_rank: dict[str, LowRank] = field(default_factory=dict)
     sparse: dict[str, Sparse] = field(default_factory=dict)
+    transforms: dict[str, Transform] = field(default_factory=dict)
     block: BlockMethod | None = None
     whole: ModelMethod | None = None
     seed: int = 0
@@ -481,7 +483,11 @@ class Pipeline:
         config = read_json(self.checkpoint.directory / "config.json") | self.checkpoint.changes
         config["quantization_config"] = quantization_config(
             self.anatomy, self.compression.codings, self.compression.rounded_inputs,
-            {"low_rank": self.compression.low_rank, "sparse": self.compression.sparse}, self._ordered(),
+            {
+                "low_rank": self.compression.low_rank, "sparse": self.compression.sparse,
+                "transform": self.compression.transforms,
+            },
+            self._ordered(),
         )  # fmt: skip
         write_json(self.job.partial / "config.json", config)
 
@@ -527,12 +533,12 @@ def quantization_config(
     anatomy: Anatomy,
     codings: dict[str, Coding],
     rounded_inputs: Mapping[str, str],
-    beside: Mapping[str, Mapping[str, LowRank | Sparse]],
+    parts: Mapping[str, Mapping[str, LowRank | Sparse | Transform]],
     ordered: frozenset[str],
 ) -> dict[str, Any]:
     """The entry of ``config.json`` by which the result is loaded; see ``docs/formats.md``.
 
-    `beside` holds, by the key of a kind of part, which linears have one.
+    `parts` holds, by the key of a kind of part, which linears have one.
     """
     modules: dict[str, Any] = {}
     for place in anatomy.linears():
@@ -552,8 +558,8 @@ def quantization_config(
             }  # fmt: skip
     for name in modules.keys() & rounded_inputs.keys():
         modules[name]["activation"] = rounded_inputs[name]
-    for key, parts in beside.items():
-        for name, part in parts.items():
+    for key, found in parts.items():
+        for name, part in found.items():
             modules[name][key] = asdict(part)
     return {
         "quant_method": "tailorbird",

@@ -28,11 +28,13 @@ from tailorbird.formats.packed import (
     coding_to_dict,
 )
 from tailorbird.formats.sparse import Sparse
+from tailorbird.formats.transform import Transform
 from tailorbird.kernels import dispatch
 from tailorbird.kernels.reference import INT8, SIMULATED
 from tailorbird.linear.lossless.df11 import Df11
 from tailorbird.linear.outliers import without_outliers
 from tailorbird.linear.quantize.double_rounding import DoubleRounding, check_nestable
+from tailorbird.linear.quantize.higgs import Higgs, normal_grid
 from tailorbird.linear.settings import check_codes
 from tailorbird.plan.allocate import Allocation, PlaceOptions, allocate
 from tailorbird.plan.budget import Budget
@@ -304,6 +306,8 @@ def codings_of_plan(work: Work, plan: Plan) -> dict[str, Coding]:
             check_codes(work.recipe.rounding["name"], work.recipe.method.makes, coding)
             if isinstance(work.recipe.method, DoubleRounding):
                 check_nestable(coding)
+            if isinstance(work.recipe.method, Higgs):
+                normal_grid(Higgs.name, coding)
         if not as_stored(work, place.name, coding):
             codings[place.name] = coding
     coded = {name: coding for name, coding in codings.items() if isinstance(coding, EntropyCoding)}
@@ -376,7 +380,7 @@ def low_rank_of_plan(work: Work, plan: Plan, codings: dict[str, Coding]) -> dict
 def sparse_of_plan(work: Work, plan: Plan, codings: dict[str, Coding]) -> dict[str, Sparse]:
     """What the linear method puts beside its codes, once it is known to be what the plan states of it."""
     shapes = work.place_shapes()
-    parts = {name: work.beside(name, shapes[name], coding)[1] for name, coding in codings.items()}
+    parts = {name: work.beside(name, shapes[name], coding).sparse for name, coding in codings.items()}
     made = {name: part for name, part in parts.items() if part is not None}
     for place in plan.places:
         stated = None if place.sparse is None else place.sparse.sparse()
@@ -387,6 +391,23 @@ def sparse_of_plan(work: Work, plan: Plan, codings: dict[str, Coding]) -> dict[s
                 f"what `{work.recipe.name}` with outliers {work.recipe.method.outliers:g} makes: "
                 + ("none" if own is None else f"{own.nonzeros} in {own.dtype}"),
                 "change `outliers` in the method's settings, and remove the line",
+            )
+    return made
+
+
+def transforms_of_plan(work: Work, plan: Plan, codings: dict[str, Coding]) -> dict[str, Transform]:
+    """What inputs go through by the linear method, once it is known to be what the plan states of it."""
+    shapes = work.place_shapes()
+    parts = {name: work.beside(name, shapes[name], coding).transform for name, coding in codings.items()}
+    made = {name: part for name, part in parts.items() if part is not None}
+    for place in plan.places:
+        stated = None if place.transform is None else place.transform.transform()
+        if stated is not None and stated != made.get(place.name):
+            own = made.get(place.name)
+            raise SettingsError(
+                f"`transform` of blocks of {stated.block} at `{place.name}`",
+                f"what `{work.recipe.name}` makes: " + ("none" if own is None else f"blocks of {own.block}"),
+                "change the method's settings, and remove the line",
             )
     return made
 

@@ -35,7 +35,6 @@ from tailorbird.compress.whole import WHOLE_METHODS
 from tailorbird.compress.whole.method import ModelMethod
 from tailorbird.errors import CheckpointError, SettingsError, nearest
 from tailorbird.formats.packed import (
-    TABLE_BITS,
     CodebookCoding,
     Coding,
     FloatCoding,
@@ -51,6 +50,7 @@ from tailorbird.linear.correct import CORRECTIONS, Correction
 from tailorbird.linear.lossless.df11 import Df11
 from tailorbird.linear.quantize.double_rounding import DoubleRounding, check_nestable
 from tailorbird.linear.quantize.gptq import Gptq
+from tailorbird.linear.quantize.higgs import Higgs, normal_grid
 from tailorbird.linear.rotate import ROTATIONS
 from tailorbird.linear.rotate.hadamard import Hadamard
 from tailorbird.linear.settings import check_codes
@@ -249,6 +249,8 @@ def _check_coding(recipe: Recipe, method: str) -> None:
     check_codes(method, recipe.method.makes, coding)
     if isinstance(recipe.method, DoubleRounding):
         check_nestable(coding)
+    if isinstance(recipe.method, Higgs):
+        normal_grid(Higgs.name, coding)
     if isinstance(coding, TableCoding) and recipe.fold:
         raise SettingsError(
             f"`{recipe.name}` with tables",
@@ -382,14 +384,16 @@ def planned_recipe(name: str) -> Recipe:
             "a method of integers of any width, among which a plan chooses",
             f"give all linears 8 bits: compress --recipe {name}:bits=8,group=64",
         )
-    if not recipe.method.makes & {IntegerCoding.kind, TableCoding.kind}:
+    if isinstance(recipe.method, Df11):
         raise SettingsError(
             f"a fit by `{name}`",
-            "a method of integers or tables, among which a plan chooses",
+            "a method of codes, among which a plan chooses",
             f"give all linears one coding: compress --recipe {name}",
         )
     if IntegerCoding.kind not in recipe.method.makes:
-        _check_coding(dataclasses.replace(recipe, coding=TableCoding(TABLE_BITS[0])), recipe.rounding["name"])
+        tables = TableCoding.kind in recipe.method.makes
+        coding: Coding = TableCoding(3) if tables else CodebookCoding("gauss3", 64)
+        _check_coding(dataclasses.replace(recipe, coding=coding), recipe.rounding["name"])
     return recipe
 
 

@@ -10,8 +10,17 @@ import torch
 from torch import Tensor
 
 from tailorbird.errors import ExportError
-from tailorbird.formats.packed import FLOAT_DTYPES, PARTS, Coding, FloatCoding, LowRank, PackedWeight
+from tailorbird.formats.packed import (
+    FLOAT_DTYPES,
+    PARTS,
+    Coding,
+    FloatCoding,
+    LowRank,
+    PackedWeight,
+    name_part,
+)
 from tailorbird.formats.sparse import Sparse
+from tailorbird.formats.transform import Transform
 from tailorbird.model.anatomy import Anatomy, layout_of, read_anatomy
 from tailorbird.model.checkpoint import Checkpoint, open_checkpoint
 from tailorbird.model.layout import ModelLayout
@@ -34,6 +43,8 @@ class Matrix:
     low_rank : LowRank or None
     sparse : Sparse or None
         What stands beside its codes.
+    transform : Transform or None
+        What inputs go through before them.
     kind : str
         ``linear``, ``conv1d`` (GPT-2, whose dense weight is transposed), ``embedding`` or ``head``.
     """
@@ -45,7 +56,13 @@ class Matrix:
     order: bool
     low_rank: LowRank | None
     sparse: Sparse | None
+    transform: Transform | None
     kind: str
+
+    @property
+    def named_part(self) -> str | None:
+        """What there is besides codes, in words."""
+        return name_part(self.low_rank, self.sparse, self.transform)
 
     @property
     def label(self) -> str:
@@ -164,8 +181,8 @@ def _matrices(checkpoint: Checkpoint, anatomy: Anatomy, layout: ModelLayout, den
     for name, rows, columns, kind in shapes:
         stated = layout.modules.get(name)
         if stated is not None and not isinstance(stated.coding, FloatCoding):
-            beside = stated.low_rank, stated.sparse
-            matrices.append(Matrix(name, rows, columns, stated.coding, stated.order, *beside, kind))
+            parts = stated.low_rank, stated.sparse, stated.transform
+            matrices.append(Matrix(name, rows, columns, stated.coding, stated.order, *parts, kind))
             continue
         stored = checkpoint.weights.info(f"{name}.weight").dtype
         if stored not in names:
@@ -174,5 +191,7 @@ def _matrices(checkpoint: Checkpoint, anatomy: Anatomy, layout: ModelLayout, den
                 "16 or 32 bits, or packed integers",
                 "compress the model anew",
             )
-        matrices.append(Matrix(name, rows, columns, FloatCoding(names[stored]), False, None, None, kind))
+        matrices.append(
+            Matrix(name, rows, columns, FloatCoding(names[stored]), False, None, None, None, kind)
+        )
     return matrices

@@ -12,7 +12,7 @@ import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -47,6 +47,7 @@ from tailorbird.formats.packed import (
     stored_bytes,
 )
 from tailorbird.formats.sparse import Sparse
+from tailorbird.formats.transform import Transform
 from tailorbird.hardware.memory import (
     available_bytes,
     return_freed_memory,
@@ -54,6 +55,7 @@ from tailorbird.hardware.memory import (
 from tailorbird.kernels import native
 from tailorbird.linear.lossless.df11 import Df11
 from tailorbird.linear.outliers import sparse_of
+from tailorbird.linear.quantize.higgs import Higgs
 from tailorbird.model.anatomy import Anatomy, read_anatomy
 from tailorbird.model.checkpoint import Checkpoint, demo_text, locate, open_checkpoint
 from tailorbird.model.json_file import read_json
@@ -108,6 +110,14 @@ class Texts:
     self_generated: bool = False
 
 
+class Beside(NamedTuple):
+    """What stands beside the codes of a place; None for nothing."""
+
+    low_rank: LowRank | None = None
+    sparse: Sparse | None = None
+    transform: Transform | None = None
+
+
 @dataclass
 class Work:
     """Everything that one `fit` or `compress` works with.
@@ -125,8 +135,8 @@ class Work:
         for bytes.
     remarks : tuple of str
         What the user should know of choices that were made, beside what is said of the texts.
-    low_rank, sparse : dict
-        Linear -> the part of that kind that is put beside it.
+    low_rank, sparse, transforms : dict
+        Linear -> its part of that kind.
     allocator : str or None
         Who chooses the codings; None where they are given.
     kept : frozenset of str
@@ -152,6 +162,7 @@ class Work:
     remarks: tuple[str, ...] = ()
     low_rank: dict[str, LowRank] = field(default_factory=dict)
     sparse: dict[str, Sparse] = field(default_factory=dict)
+    transforms: dict[str, Transform] = field(default_factory=dict)
     allocator: str | None = None
     kept: frozenset[str] = frozenset()
     stages: list[dict[str, Any]] = field(default_factory=list)
@@ -207,30 +218,31 @@ class Work:
         """Whether a place is a linear of the blocks."""
         return name not in (self.anatomy.embedding, self.anatomy.head)
 
-    def beside(
-        self, name: str, shape: tuple[int, int], coding: Coding
-    ) -> tuple[LowRank | None, Sparse | None]:
+    def beside(self, name: str, shape: tuple[int, int], coding: Coding) -> Beside:
         """What correction and linear method put beside the codes of a place of this shape."""
-        if not self._inside(name):
-            return None, None
-        low_rank, correction = None, self.recipe.correction
-        if correction is not None and isinstance(coding, CodesCoding):
+        if not self._inside(name) or not isinstance(coding, CodesCoding):
+            return Beside()
+        low_rank, method, correction = None, self.recipe.method, self.recipe.correction
+        if correction is not None:
             part = correction.low_rank
             low_rank = replace(part, rank=min(part.rank, *shape))
-        sparse = sparse_of(self.recipe.method, *shape) if isinstance(coding, GroupedCoding) else None
-        return low_rank, sparse
+        return Beside(
+            low_rank,
+            sparse_of(method, *shape) if isinstance(coding, GroupedCoding) else None,
+            method.transform(shape[1]) if isinstance(method, Higgs) else None,
+        )
 
     def bytes_of(self, name: str, shape: tuple[int, int], coding: Coding) -> int:
         """Bytes of a place of this shape, with what stands beside its codes."""
-        low_rank, sparse = self.beside(name, shape, coding)
-        return stored_bytes(coding, *shape, low_rank=low_rank, sparse=sparse)
+        return stored_bytes(coding, *shape, **self.beside(name, shape, coding)._asdict())
 
     def put_beside(self, codings: dict[str, Coding]) -> None:
         """Have the linears of a plan get what correction and linear method put beside their codes."""
         shapes = self.place_shapes()
         parts = {name: self.beside(name, shapes[name], coding) for name, coding in codings.items()}
-        self.low_rank = {name: low_rank for name, (low_rank, _) in parts.items() if low_rank is not None}
-        self.sparse = {name: sparse for name, (_, sparse) in parts.items() if sparse is not None}
+        self.low_rank = {name: part.low_rank for name, part in parts.items() if part.low_rank is not None}
+        self.sparse = {name: part.sparse for name, part in parts.items() if part.sparse is not None}
+        self.transforms = {name: part.transform for name, part in parts.items() if part.transform is not None}
 
     def codings_at(self, name: str, in_features: int) -> list[Coding]:
         """Those of `codings` that a place may have by method and `target`; a 16-bit one is among them."""

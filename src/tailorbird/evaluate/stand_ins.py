@@ -107,7 +107,8 @@ class Weights:
             return self._of_tables(coding, rows, columns)
         groups, size = group_layout(columns, coding.group_size)
         tiles, steps = -(-rows // native.LANES), -(-columns // native.STEP)
-        codes = self._keep(self.arena.empty(tiles, steps, coding.bits, native.LANES))
+        bits = coding.bits if coding.levels is None else native.CODEBOOK_BITS
+        codes = self._keep(self.arena.empty(tiles, steps, bits, native.LANES))
         codes.fill_(0x2B5D1E73)
         scales = self._keep(
             torch.full((tiles, groups, native.LANES), 1e-3, dtype=torch.bfloat16, device="cpu")
@@ -120,7 +121,7 @@ class Weights:
         described = native.WeightStructure(
             codes.data_ptr(), scales.data_ptr(), None if zeros is None else zeros.data_ptr(), rows, columns,
             steps * native.STEP, groups, steps * native.STEP if groups == 1 else size,
-            coding.bits if table is None else 8, 0, None if table is None else table.data_ptr(),
+            bits if table is None else 8, 0, None if table is None else table.data_ptr(),
         )  # fmt: skip
         self.left -= codes.nbytes + scales.nbytes + (0 if zeros is None else zeros.nbytes)
         return LinearStructure(described, None, None, 0, int(self.kernel.int8))

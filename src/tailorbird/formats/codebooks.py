@@ -2,6 +2,11 @@
 
 Levels are whole numbers of one signed byte, so that products of integers read them exactly as those of floats
 do. They belong to the format: another number under the same name would be another weight.
+
+Those of `gauss2`, `gauss3` and `gauss4` are the grids of 4, 8 and 16 points that are nearest to a standard
+normal value in the mean square (Max 1960, "Quantizing for Minimum Distortion"; Lloyd 1982, "Least Squares
+Quantization in PCM"), times the unit beside them and rounded. `python benchmarks/gaussian_grids.py` finds
+them: of all units it takes the one that loses least by the rounding.
 """
 
 from __future__ import annotations
@@ -11,8 +16,6 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-#: bits of a code
-BITS = 4
 #: magnitude of the largest level of any codebook
 LARGEST = 127
 
@@ -48,9 +51,24 @@ def floats_of_4_bits() -> list[float]:
     return [*(-magnitude for magnitude in reversed(magnitudes)), *magnitudes]
 
 
-#: name -> levels, int8 `[16]`, ascending; shared, and never to be changed
+def _mirrored(*above: int) -> Tensor:
+    """Levels that lie symmetrically around zero, from those above it."""
+    return torch.tensor([*(-level for level in reversed(above)), *above], dtype=torch.int8, device="cpu")
+
+
+#: name -> levels, int8 `[2**bits]`, ascending; shared, and never to be changed
 LEVELS = {
     "nf4": _as_bytes(normal_quantiles()),
     # doubled, they are whole
     "fp4": torch.tensor([int(2 * value) for value in floats_of_4_bits()], dtype=torch.int8, device="cpu"),
+    "gauss2": _mirrored(3, 10),
+    "gauss3": _mirrored(10, 31, 55, 88),
+    "gauss4": _mirrored(5, 15, 25, 36, 48, 62, 79, 104),
 }
+#: name of a grid for normal values -> their standard deviation in levels
+UNITS = {"gauss2": 6.62110, "gauss3": 40.90972, "gauss4": 38.15564}
+
+
+def bits_of(codebook: str) -> int:
+    """Bits of a code for the levels of a codebook."""
+    return len(LEVELS[codebook]).bit_length() - 1

@@ -45,7 +45,7 @@ def refusal(
     """Why the layout can't hold a weight of this coding exactly; None where it can.
 
     Float codings have no place in it either: such weights are stored plainly, outside the layout. `beside`
-    names what stands beside the codes, if anything does.
+    names what there is besides codes, if anything.
     """
     if isinstance(coding, FloatCoding):
         return f"`{coding.label}` is not an integer coding"
@@ -56,7 +56,7 @@ def refusal(
     if isinstance(coding, TableCoding):
         return "the tables of its rows have no place in it"
     if beside is not None:
-        return f"its {beside} part has no place in it"
+        return f"its {beside} has no place in it"
     groups, _ = group_layout(in_features, coding.group_size)
     if has_order and groups > 1:
         return "its columns are stored in another order than the inputs', across groups"

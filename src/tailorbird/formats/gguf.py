@@ -43,10 +43,10 @@ def refusal(
 ) -> str | None:
     """Why no GGUF type holds a weight of this coding exactly; None where one does.
 
-    `beside` names what stands beside the codes, if anything does.
+    `beside` names what there is besides codes, if anything.
     """
     if beside is not None:
-        return f"its {beside} part has no place in GGUF's block types"
+        return f"its {beside} has no place in GGUF's block types"
     if isinstance(coding, FloatCoding):
         return None
     if isinstance(coding, CodebookCoding):

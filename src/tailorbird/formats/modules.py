@@ -36,12 +36,16 @@ from tailorbird.formats.sparse import (
     stated_sparse,
     whole_columns,
 )
+from tailorbird.formats.transform import Transform, check_signs, stated_transform
 from tailorbird.kernels import additions, dispatch, entropy, native, reference
+from tailorbird.kernels.walsh import rotate, rotate_back
 
 #: what `torch.autocast` casts before a linear
 _CAST = (torch.float32, torch.bfloat16, torch.float16)
 #: path of a linear that is decoded anew at each call
 DECODED = "decoded"
+#: what the path of a linear begins with whose inputs are transformed
+ROTATED = "rotated "
 _IN_PLACE = {"__setitem__"} | {
     f"__i{operator}__"
     for operator in [
@@ -114,6 +118,7 @@ class _PackedModule(nn.Module):
     tables: Tensor | None
     zeros: Tensor | None
     order: Tensor | None
+    signs: Tensor | None
     up: Tensor | None
     down: Tensor | None
     counts: Tensor | None
@@ -133,6 +138,7 @@ class _PackedModule(nn.Module):
         device: Any,
         low_rank: LowRank | None = None,
         sparse: Sparse | None = None,
+        transform: Transform | None = None,
     ) -> None:
         if isinstance(coding, FloatCoding):
             raise SettingsError(
@@ -142,7 +148,7 @@ class _PackedModule(nn.Module):
             )
         self.coding = coding
         self.compute_dtype = torch.float32
-        layout = tensor_layout(coding, rows, columns, has_order, low_rank, sparse)
+        layout = tensor_layout(coding, rows, columns, has_order, low_rank, sparse, transform)
         for name in PARTS:
             if name in layout:
                 shape, dtype = layout[name]
@@ -189,19 +195,22 @@ class _PackedModule(nn.Module):
     def _read_weight(self) -> Tensor:
         if isinstance(self.coding, EntropyCoding):
             return self._decoded().to(self.compute_dtype).as_subclass(DequantizedWeight)
+        more = self.has_parts_beside or self.signs is not None
         weight = reference.dequantize(
             self.codes,
             self.scales,
             self.zeros,
             in_features=self._shape()[1],
-            dtype=torch.float32 if self.has_parts_beside else self.compute_dtype,
+            dtype=torch.float32 if more else self.compute_dtype,
             order=self.order,
             tables=self.tables,
             **unpacking(self.coding),
         )
+        if self.signs is not None:
+            weight = rotate_back(weight, self.signs)
         if self.has_parts_beside:
-            weight = with_parts(weight, self._stored()).to(self.compute_dtype)
-        return weight.as_subclass(DequantizedWeight)
+            weight = with_parts(weight, self._stored())
+        return weight.to(self.compute_dtype).as_subclass(DequantizedWeight)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -254,6 +263,11 @@ class _PackedModule(nn.Module):
                     check_order(given)
                 except CheckpointError as error:
                     error_msgs.append(f"`{prefix}{name}`: {error}")
+            elif name == "signs":
+                try:
+                    check_signs(given)
+                except CheckpointError as error:
+                    error_msgs.append(f"`{prefix}{name}`: {error}")
         sparse = {name: state_dict[prefix + name] for name in SPARSE_PARTS if prefix + name in state_dict}
         stored = self._stored()
         # of other shapes they are refused below
@@ -295,6 +309,8 @@ class CompressedLinear(_PackedModule, nn.Linear):
     simulated : {"fp8", "int4"}, optional
         What the base's inputs are always rounded to (`reference.round_inputs`), in a product of float32.
         Gradients pass the rounding as if it weren't there.
+    transform : Transform, optional
+        What inputs go through before the base; then there is no order.
 
     Attributes
     ----------
@@ -317,6 +333,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
         low_rank: LowRank | None = None,
         sparse: Sparse | None = None,
         simulated: str | None = None,
+        transform: Transform | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.rounds = rounds
@@ -325,7 +342,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
         self.__dict__["_embedding"] = None
         self.in_features = in_features
         self.out_features = out_features
-        self._create(out_features, in_features, coding, has_order, device, low_rank, sparse)
+        self._create(out_features, in_features, coding, has_order, device, low_rank, sparse, transform)
         self.bias: nn.Parameter | None  # type: ignore[assignment]
         if bias:
             zeros = torch.zeros(out_features, dtype=bias_dtype, device=device)
@@ -365,6 +382,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
             low_rank=packed.low_rank,
             sparse=packed.sparse,
             simulated=simulated,
+            transform=packed.transform,
         )
         for name, tensor in packed.tensors.items():
             setattr(module, name, tensor)
@@ -390,6 +408,8 @@ class CompressedLinear(_PackedModule, nn.Linear):
             tables=None if self.tables is None else self.tables[rows],
             **unpacking(self.coding),
         )
+        if self.signs is not None:
+            base = rotate_back(base, self.signs)
         parts: dict[str, Tensor] = {}
         if self.up is not None and self.down is not None:
             parts = {"up": self.up[rows], "down": self.down}
@@ -407,12 +427,21 @@ class CompressedLinear(_PackedModule, nn.Linear):
         """The sparse part beside the base."""
         return stated_sparse(self._stored())
 
-    def check_sparse(self, name: str) -> None:
-        """Raise `CheckpointError`, with the `name` of this linear, unless its sparse part can be read."""
-        if self.values is None:
-            return
+    @property
+    def transform(self) -> Transform | None:
+        """What inputs go through before the base."""
+        return stated_transform(self._stored())
+
+    def check_parts(self, name: str) -> None:
+        """Raise `CheckpointError`, with the `name` of this linear, unless its parts can be read.
+
+        They are its transform and its sparse part.
+        """
         try:
-            check_sparse(self._stored(), self.in_features)
+            if self.signs is not None:
+                check_signs(self.signs)
+            if self.values is not None:
+                check_sparse(self._stored(), self.in_features)
         except CheckpointError as error:
             raise CheckpointError(f"`{name}`: {error.given}", error.expected, error.remedy) from None
 
@@ -449,9 +478,12 @@ class CompressedLinear(_PackedModule, nn.Linear):
             return DECODED
         device = self.codes.device
         if self.simulated is None:
-            return dispatch.choose(self.coding, self.in_features, rows, dtype, device, self.rounds, gradient)
-        path = dispatch.choose(self.coding, self.in_features, rows, torch.float32, device, gradient=gradient)
-        return f"{path}, inputs in {self.simulated} simulated"
+            base = dispatch.choose(self.coding, self.in_features, rows, dtype, device, self.rounds, gradient)
+        else:
+            wide = torch.float32
+            base = dispatch.choose(self.coding, self.in_features, rows, wide, device, gradient=gradient)
+            base = f"{base}, inputs in {self.simulated} simulated"
+        return base if self.signs is None else ROTATED + base
 
     def forward(self, input: Tensor) -> Tensor:
         """`input [..., in_features]` to `[..., out_features]`, in the dtype of `input` or of autocast."""
@@ -472,9 +504,11 @@ class CompressedLinear(_PackedModule, nn.Linear):
         if isinstance(self.coding, EntropyCoding):
             weight, bias = self._decoded().to(input.dtype), self.bias
             return nn.functional.linear(input, weight, None if bias is None else bias.to(input.dtype))
-        order = stored["order"]
+        order, signs = stored["order"], stored["signs"]
         if stored["values"] is not None and (self.rounds or self.simulated is not None):
             input = self._without_apart(input, stored)
+        if signs is not None:
+            input = rotate(input, signs)
         if self.simulated is None:
             return self._product(input, order, stored)
         assert isinstance(self.coding, GroupedCoding)  # others come with no rounded inputs
@@ -714,9 +748,9 @@ class CompressedEmbedding(_PackedModule, nn.Embedding):
         """An embedding that holds the tensors of `packed`, without copying."""
         if packed.named_part is not None:
             raise SettingsError(
-                f"an embedding with a {packed.named_part} part",
+                f"an embedding with {packed.named_part}",
                 "codes alone",
-                "put the part beside linears only",
+                "leave that to linears",
             )
         if isinstance(packed.coding, FloatCoding):
             raise SettingsError(

@@ -25,9 +25,11 @@ from tailorbird.formats.sparse import (
     stated_sparse,
     with_sparse,
 )
+from tailorbird.formats.transform import Transform, check_signs, stated_transform
 from tailorbird.kernels import entropy
 from tailorbird.kernels.packing import check_bits, pack_codes, packed_width
 from tailorbird.kernels.reference import dequantize, group_layout
+from tailorbird.kernels.walsh import rotate_back
 
 #: version of the stored layout; raised when an old reader would misread a new checkpoint
 SCHEMA_VERSION = 1
@@ -41,7 +43,9 @@ TABLE_BITS = (2, 3, 4)
 FACTOR_DTYPES = SCALE_DTYPES
 #: names of the tensors of a weight that is stored as codes, in the order of the stored layout
 ENTROPY_PARTS = ("lengths", "sizes", "stream", "rest")
-PARTS = ("codes", "scales", "tables", "zeros", "order", "up", "down", *SPARSE_PARTS, *ENTROPY_PARTS)
+PARTS = (
+    "codes", "scales", "tables", "zeros", "order", "signs", "up", "down", *SPARSE_PARTS, *ENTROPY_PARTS,
+)  # fmt: skip
 #: those of them that stand beside the base
 BESIDE = ("up", "down", *SPARSE_PARTS)
 FLOAT_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -105,12 +109,12 @@ class IntegerCoding:
 
 @dataclass(frozen=True)
 class CodebookCoding:
-    """Codes of 4 bits for the 16 levels of a codebook: `scale * levels[code]`, one scale per group of a row.
+    """Codes for the levels of a codebook: `scale * levels[code]`, one scale per group of a row.
 
     Parameters
     ----------
     codebook : str
-        "nf4" or "fp4" (`codebooks`).
+        "nf4" or "fp4", of 4 bits, or "gauss2", "gauss3" or "gauss4" (`codebooks`).
     group_size : int
         As of `IntegerCoding`.
     scale_dtype : str
@@ -129,8 +133,8 @@ class CodebookCoding:
 
     @property
     def bits(self) -> int:
-        """Bits per code: 4."""
-        return codebooks.BITS
+        """Bits per code: 2, 3 or 4."""
+        return codebooks.bits_of(self.codebook)
 
     @property
     def symmetric(self) -> bool:
@@ -139,7 +143,7 @@ class CodebookCoding:
 
     @property
     def levels(self) -> Tensor:
-        """What the codes stand for, up to the scale: int8 `[16]`, ascending."""
+        """What the codes stand for, up to the scale: int8 `[2**bits]`, ascending."""
         return codebooks.LEVELS[self.codebook]
 
     @property
@@ -354,11 +358,12 @@ def tensor_layout(
     has_order: bool = False,
     low_rank: LowRank | None = None,
     sparse: Sparse | None = None,
+    transform: Transform | None = None,
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name, shape and dtype of every stored tensor of a weight `[out_features, in_features]`.
 
     `has_order` says whether the columns are stored in another order than that of the inputs; `low_rank`
-    and `sparse` which parts stand beside codes.
+    and `sparse` which parts stand beside codes; `transform` what inputs go through before these.
     """
     if isinstance(coding, FloatCoding):
         return {"weight": ((out_features, in_features), FLOAT_DTYPES[coding.dtype])}
@@ -381,7 +386,7 @@ def tensor_layout(
         layout["zeros"] = ((out_features, packed_width(groups, coding.bits)), torch.uint8)
     if has_order:
         layout["order"] = ((in_features,), torch.int32)
-    for part in (low_rank, sparse):
+    for part in (transform, low_rank, sparse):
         if part is not None:
             layout |= part.tensor_layout(out_features, in_features)
     return layout
@@ -400,9 +405,10 @@ def stored_bytes(
     has_order: bool = False,
     low_rank: LowRank | None = None,
     sparse: Sparse | None = None,
+    transform: Transform | None = None,
 ) -> int:
     """Exact bytes of the tensors of `tensor_layout`: those of codes and of what is beside them; or floats."""
-    layout = tensor_layout(coding, out_features, in_features, has_order, low_rank, sparse)
+    layout = tensor_layout(coding, out_features, in_features, has_order, low_rank, sparse, transform)
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
 
 
@@ -418,16 +424,17 @@ class PackedWeight:
         Integer coding: `codes` uint8 `[out, ceil(in * bits / 8)]`, `scales` `[out, groups]`, `zeros` uint8
         `[out, ceil(groups * bits / 8)]` unless symmetric, and where columns are permuted `order` int32
         `[in]` (stored column j is input `order[j]`). Codebook: the same without zeros. Table: `codes`,
-        `order` likewise, and `tables` `[out, 2**bits]`. Any of these may have a low-rank part, `up`
-        `[out, rank]` and `down` `[rank, in]`, in 16 bits and in the order of the inputs, and a sparse part
-        (`formats/sparse.py`). Entropy coding: `lengths`, `sizes`, `stream` and `rest` (`kernels/entropy.py`).
+        `order` likewise, and `tables` `[out, 2**bits]`. Any of these may have, in place of an order, `signs`
+        (`formats/transform.py`), and a low-rank part, `up` `[out, rank]` and `down` `[rank, in]`, in 16 bits
+        and of the inputs as they come, and a sparse part likewise (`formats/sparse.py`). Entropy coding:
+        `lengths`, `sizes`, `stream` and `rest` (`kernels/entropy.py`).
         Float coding: `weight` `[out, in]`.
 
     Raises
     ------
     CheckpointError
-        When a tensor is missing, unknown, of another shape or dtype, `order` is no permutation, or the
-        sparse part names places that don't exist.
+        When a tensor is missing, unknown, of another shape or dtype, `order` is no permutation, `signs` are
+        none, or the sparse part names places that don't exist.
     """
 
     coding: Coding
@@ -438,7 +445,7 @@ class PackedWeight:
     def __post_init__(self) -> None:
         layout = tensor_layout(
             self.coding, self.out_features, self.in_features, "order" in self.tensors, self.low_rank,
-            self.sparse,
+            self.sparse, self.transform,
         )  # fmt: skip
         for name in sorted(self.tensors.keys() ^ layout.keys()):
             state = "unknown tensor" if name in self.tensors else "no tensor"
@@ -458,6 +465,12 @@ class PackedWeight:
                 )
         if "order" in self.tensors:
             check_order(self.tensors["order"])
+        if "order" in self.tensors and "signs" in self.tensors:
+            raise CheckpointError(
+                "`order` and `signs` of one weight", "one of them", "check the file or the layout"
+            )
+        if "signs" in self.tensors:
+            check_signs(self.tensors["signs"])
         if "values" in self.tensors:
             check_sparse(self.tensors, self.in_features)
 
@@ -562,6 +575,19 @@ class PackedWeight:
             return self
         return dataclasses.replace(self, tensors=self.tensors | sparse_rows(matrix, mask, dtype))
 
+    def with_transform(self, signs: Tensor) -> PackedWeight:
+        """The weight whose rotated inputs (`kernels/walsh.py`) these codes are for.
+
+        `signs` `[in / block, block]` are 1 and -1; `W Tᵀ` was packed.
+        """
+        return dataclasses.replace(self, tensors=self.tensors | {"signs": signs.to(torch.int8).contiguous()})
+
+    @property
+    def behind_transform(self) -> PackedWeight:
+        """The codes alone, as a weight of inputs that were transformed."""
+        kept = {name: tensor for name, tensor in self.base.tensors.items() if name != "signs"}
+        return dataclasses.replace(self, tensors=kept)
+
     @property
     def base(self) -> PackedWeight:
         """The same without what stands beside its codes."""
@@ -575,8 +601,8 @@ class PackedWeight:
 
     @property
     def named_part(self) -> str | None:
-        """What stands beside the base, in a word: "low-rank", "sparse", or None."""
-        return name_part(self.low_rank, self.sparse)
+        """What there is besides codes, in words: `name_part`."""
+        return name_part(self.low_rank, self.sparse, self.transform)
 
     def product(self) -> Tensor:
         """The low-rank part, float32 `[out_features, in_features]`: `up @ down`, or zeros."""
@@ -593,6 +619,11 @@ class PackedWeight:
     def sparse(self) -> Sparse | None:
         """The sparse part, as far as `values` tells; None where there is none."""
         return stated_sparse(self.tensors)
+
+    @property
+    def transform(self) -> Transform | None:
+        """What inputs go through before the codes; None where they don't."""
+        return stated_transform(self.tensors)
 
     @property
     def low_rank(self) -> LowRank | None:
@@ -620,23 +651,27 @@ class PackedWeight:
 
     def _dequantized_base(self, dtype: torch.dtype = torch.float32) -> Tensor:
         assert isinstance(self.coding, CodesCoding)
-        return dequantize(
+        signs = self.tensors.get("signs")
+        weight = dequantize(
             self.tensors["codes"],
             self.tensors.get("scales"),
             self.tensors.get("zeros"),
             in_features=self.in_features,
-            dtype=dtype,
+            dtype=dtype if signs is None else torch.float32,
             order=self.tensors.get("order"),
             tables=self.tensors.get("tables"),
             **unpacking(self.coding),
         )
+        return weight if signs is None else rotate_back(weight, signs).to(dtype)
 
 
-def name_part(low_rank: LowRank | None, sparse: Sparse | None) -> str | None:
-    """A word for what stands beside a base, for messages; None where nothing does."""
+def name_part(low_rank: LowRank | None, sparse: Sparse | None, transform: Transform | None) -> str | None:
+    """Words for what a weight has besides codes, for messages; None where nothing is."""
+    if transform is not None:
+        return "input transform"
     if low_rank is not None:
-        return "low-rank"
-    return None if sparse is None else "sparse"
+        return "low-rank part"
+    return None if sparse is None else "sparse part"
 
 
 def with_parts(base: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:

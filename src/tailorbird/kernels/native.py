@@ -20,13 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tailorbird.kernels.packing import unpack_codes
+from tailorbird.kernels.packing import pack_codes, unpack_codes
 from tailorbird.kernels.reference import group_layout
 
 #: Rows of a tile, and columns of a step, of the layout in `cpp/layout.h`.
 LANES, STEP = 16, 32
 #: Bytes that are read at once where a row has a table.
 READ = 8
+#: Of a code that a table reads.
+CODEBOOK_BITS = 4
 #: Products of a code and an activation up to which one thread is faster than waking others.
 ONE_THREAD = 1 << 18
 #: Layouts that stay share pieces of memory of this size, in large pages where the system has them.
@@ -80,7 +82,7 @@ class Tiles:
     zeros : Tensor[tiles, groups, LANES], uint8, or None
         None means symmetric.
     table : Tensor[16], uint8, or None
-        Levels of a codebook plus 128; None means that codes are integers.
+        Levels of a codebook plus 128, and zeros behind them; None means that codes are integers.
     out_features, in_features : int
     described : WeightStructure
         The C structure that describes them.
@@ -286,11 +288,14 @@ def tiles(
 ) -> Tiles:
     """Lay a stored weight out for `linear`; other arguments as in `reference.dequantize`.
 
-    Groups are one per row, or hold a multiple of `STEP` columns. With `arena` the codes lie there.
+    Groups are one per row, or hold a multiple of `STEP` columns. With `arena` the codes lie there. Codes of
+    a codebook take 4 bits, however few they are stored in.
     """
     out_features = codes.shape[0]
     groups, size = group_layout(in_features, group_size)
     steps, count = -(-in_features // STEP), -(-out_features // LANES)
+    if levels is not None and bits < CODEBOOK_BITS:
+        codes, bits = pack_codes(unpack_codes(codes, bits, in_features), CODEBOOK_BITS), CODEBOOK_BITS
     codes = codes.contiguous()
     shape = count, steps, bits, LANES
     words = (
@@ -301,7 +306,10 @@ def tiles(
     )
     by_tile = rows_by_tile(scales)
     zero = None if zeros is None else rows_by_tile(unpack_codes(zeros, bits, groups))
-    table = None if levels is None else (levels.short() + 128).to(torch.uint8)
+    table = None
+    if levels is not None:
+        table = torch.zeros(1 << CODEBOOK_BITS, dtype=torch.uint8, device=levels.device)
+        table[: len(levels)] = (levels.short() + 128).to(torch.uint8)
     described = _described(
         words, by_tile, zero, table, out_features, in_features, steps * STEP if groups == 1 else size
     )

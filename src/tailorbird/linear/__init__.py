@@ -22,6 +22,7 @@ from tailorbird.linear.quantize.double_rounding import DoubleRounding
 from tailorbird.linear.quantize.fptq import Fptq
 from tailorbird.linear.quantize.ganq import Ganq
 from tailorbird.linear.quantize.gptq import Gptq
+from tailorbird.linear.quantize.higgs import Higgs
 from tailorbird.linear.quantize.leanquant import Leanquant
 from tailorbird.linear.quantize.llm_int8 import LlmInt8
 from tailorbird.linear.quantize.quantease import Quantease
@@ -116,6 +117,7 @@ LINEAR_METHODS: dict[
         | Ganq
         | Bcq
         | Yaqa
+        | Higgs
         | Df11
     ],
 ] = {
@@ -130,6 +132,7 @@ LINEAR_METHODS: dict[
     "ganq": Ganq,
     "bcq": Bcq,
     "yaqa": Yaqa,
+    "higgs": Higgs,
     "df11": Df11,
 }
 FOLDS: dict[str, type[Awq | Smoothing | Fptq]] = {"awq": Awq, "smoothing": Smoothing, "fptq": Fptq}

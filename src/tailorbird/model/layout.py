@@ -26,12 +26,13 @@ from tailorbird.formats.packed import (
     tensor_layout,
 )
 from tailorbird.formats.sparse import Sparse, sparse_from_dict
+from tailorbird.formats.transform import Transform, transform_from_dict
 from tailorbird.kernels.reference import INT8, LARGEST, SIMULATED
 
 #: value of `quant_method`, by which transformers knows whose checkpoint it is
 METHOD = "tailorbird"
 #: keys of a module that are there only where it has the part
-_PARTS = ("activation", "low_rank", "sparse")
+_PARTS = ("activation", "low_rank", "sparse", "transform")
 #: no model has a dimension, head count or block index beyond this
 _LARGEST = 1 << 31
 _REMEDY = "compress the model again, or update tailorbird"
@@ -56,6 +57,8 @@ class ModuleLayout:
         What stands beside the base; of linears only.
     simulated : {"fp8", "int4", None}
         What inputs are always rounded to.
+    transform : Transform or None
+        What inputs go through before the base; likewise.
     """
 
     out_features: int
@@ -67,12 +70,13 @@ class ModuleLayout:
     low_rank: LowRank | None = None
     sparse: Sparse | None = None
     simulated: str | None = None
+    transform: Transform | None = None
 
     def __post_init__(self) -> None:
         values = "float values" if isinstance(self.coding, FloatCoding) else "entropy-coded values"
         floats = isinstance(self.coding, FloatCoding | EntropyCoding)
-        if self.parts_beside and floats:
-            raise _wrong(f"`{self.parts_beside[0]}` beside {values}", "it only where values are codes")
+        if self.parts and floats:
+            raise _wrong(f"`{self.parts[0]}` beside {values}", "it only where values are codes")
         if self.sparse is not None and self.sparse.nonzeros > self.out_features * self.in_features:
             raise _wrong(
                 f"`sparse` of {self.sparse.nonzeros} nonzeros beside {self.out_features} x "
@@ -85,6 +89,13 @@ class ModuleLayout:
             raise _wrong(
                 f"`activation` {self.activation} with tables", "it only where a group shares a scale"
             )
+        if self.transform is not None and self.in_features % self.transform.block:
+            raise _wrong(
+                f"`transform` of blocks of {self.transform.block} for {self.in_features} inputs",
+                "blocks that divide the inputs",
+            )
+        if self.transform is not None and self.order:
+            raise _wrong("`transform` where `order` is true", "one of them")
         if self.order and floats:
             raise _wrong(f"`order` true with {values}", "order only where values are codes")
 
@@ -94,15 +105,16 @@ class ModuleLayout:
         return INT8 if self.rounds else self.simulated
 
     @property
-    def parts_beside(self) -> list[str]:
-        """Keys of what stands beside the base."""
-        return [key for key in ("low_rank", "sparse") if getattr(self, key) is not None]
+    def parts(self) -> list[str]:
+        """Keys of what there is besides codes."""
+        return [key for key in ("low_rank", "sparse", "transform") if getattr(self, key) is not None]
 
     def tensor_names(self, module: str) -> tuple[str, ...]:
         """Names under which the weight of `module` is stored, the bias not among them."""
         parts = tensor_layout(
-            self.coding, self.out_features, self.in_features, self.order, self.low_rank, self.sparse
-        )
+            self.coding, self.out_features, self.in_features, self.order, self.low_rank, self.sparse,
+            self.transform,
+        )  # fmt: skip
         return tuple(f"{module}.{part}" for part in parts)
 
 
@@ -149,9 +161,8 @@ class ModelLayout:
 
     def __post_init__(self) -> None:
         embedding = None if self.embedding is None else self.modules.get(self.embedding)
-        if embedding is not None and embedding.parts_beside:
-            part = embedding.parts_beside[0]
-            raise _wrong(f"`{part}` of the embedding `{self.embedding}`", "it only beside linears")
+        if embedding is not None and embedding.parts:
+            raise _wrong(f"`{embedding.parts[0]}` of the embedding `{self.embedding}`", "it only of linears")
         if self.tied and (self.embedding is None or self.head is None):
             raise _wrong("`tied` without `embedding` and `head`", "the paths of both modules")
         if self.tied and self.head in self.modules:
@@ -184,7 +195,7 @@ class ModelLayout:
                     "coding": coding_to_dict(module.coding),
                     "order": module.order,
                     **({} if module.activation is None else {"activation": module.activation}),
-                    **{part: asdict(getattr(module, part)) for part in module.parts_beside},
+                    **{part: asdict(getattr(module, part)) for part in module.parts},
                 }
                 for name, module in self.modules.items()
             },
@@ -293,6 +304,7 @@ def _module(value: Any, where: str) -> ModuleLayout:
         coding = coding_from_dict(data["coding"])
         low_rank = low_rank_from_dict(data["low_rank"]) if "low_rank" in data else None
         sparse = sparse_from_dict(data["sparse"]) if "sparse" in data else None
+        transform = transform_from_dict(data["transform"]) if "transform" in data else None
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error.given}", error.expected, error.remedy) from None
     return ModuleLayout(
@@ -305,6 +317,7 @@ def _module(value: Any, where: str) -> ModuleLayout:
         low_rank,
         sparse,
         activation if activation in SIMULATED else None,
+        transform,
     )
 
 

@@ -74,7 +74,7 @@ class TailorbirdQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in model.named_modules():
             if isinstance(module, CompressedLinear):
-                module.check_sparse(name)
+                module.check_parts(name)
         if decode_modules(model):
             self.quantization_config.layout = self.layout.decoded()
             if not self.layout.modules and not self.layout.blocks:

@@ -151,6 +151,7 @@ def _build(old: nn.Module, layout: ModuleLayout, name: str, model: Any) -> nn.Mo
             low_rank=layout.low_rank,
             sparse=layout.sparse,
             simulated=layout.simulated,
+            transform=layout.transform,
         )
         if isinstance(layout.coding, EntropyCoding):
             if not unchanged:
@@ -177,10 +178,10 @@ def _stored_shape(layout: ModuleLayout, transposed: bool) -> tuple[int, int]:
 
 
 def _build_embedding(old: nn.Embedding, layout: ModuleLayout, name: str) -> nn.Module:
-    if layout.parts_beside:
+    if layout.parts:
         raise CheckpointError(
-            f"`{layout.parts_beside[0]}` beside the embedding `{name}`",
-            "it only beside linears",
+            f"`{layout.parts[0]}` of the embedding `{name}`",
+            "it only of linears",
             "compress it again",
         )
     unchanged = tuple(old.weight.shape) == (layout.out_features, layout.in_features)

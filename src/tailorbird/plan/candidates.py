@@ -15,8 +15,10 @@ import torch
 
 from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.errors import SettingsError, nearest
+from tailorbird.formats.codebooks import UNITS
 from tailorbird.formats.packed import (
     TABLE_BITS,
+    CodebookCoding,
     Coding,
     FloatCoding,
     IntegerCoding,
@@ -50,10 +52,14 @@ def candidate_codings(
     float_dtype : str
         The 16-bit dtype that stands for "leave it".
     makes : frozenset of str
-        Kinds of codings that the plan's method makes. One that makes tables and no integers gets tables for
-        linears, beside integers for embedding and head.
+        Kinds of codings that the plan's method makes. One that makes no integers gets tables, or grids of
+        normal values, for linears beside integers for embedding and head.
     """
-    tables = [TableCoding(bits) for bits in TABLE_BITS] if _only_tables(makes) else []
+    others: list[Coding] = []
+    if IntegerCoding.kind not in makes and TableCoding.kind in makes:
+        others = [TableCoding(bits) for bits in TABLE_BITS]
+    elif IntegerCoding.kind not in makes and CodebookCoding.kind in makes:
+        others = [CodebookCoding(codebook, group) for codebook in UNITS for group in GROUPS]
     if target is None:
         integers = [IntegerCoding(bits, group) for bits in BITS for group in GROUPS]
     elif target == "gguf":
@@ -69,11 +75,7 @@ def candidate_codings(
         raise SettingsError(
             f"target `{target}` is unknown", "one of " + ", ".join(TARGETS), nearest(target, TARGETS)
         )
-    return (*integers, *tables, FloatCoding(float_dtype))
-
-
-def _only_tables(makes: frozenset[str]) -> bool:
-    return TableCoding.kind in makes and IntegerCoding.kind not in makes
+    return (*integers, *others, FloatCoding(float_dtype))
 
 
 def distinct(codings: Sequence[Coding], out_features: int, in_features: int) -> list[Coding]:

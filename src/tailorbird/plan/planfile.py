@@ -30,6 +30,7 @@ from tailorbird.formats.packed import (
     stored_bytes,
 )
 from tailorbird.formats.sparse import Sparse, sparse_from_dict
+from tailorbird.formats.transform import Transform, transform_from_dict
 from tailorbird.model.writing import write_text
 from tailorbird.plan.yaml_file import FLOAT, read_yaml, refuse, shortened
 
@@ -141,6 +142,21 @@ class SparseEntry(_Section):
         return Sparse(self.nonzeros, self.dtype)
 
 
+class TransformEntry(_Section):
+    """`Transform`."""
+
+    block: int
+
+    @model_validator(mode="after")
+    def _allowed(self) -> TransformEntry:
+        _check(transform_from_dict, self)
+        return self
+
+    def transform(self) -> Transform:
+        """What these fields state."""
+        return Transform(self.block)
+
+
 class Costs(_Section):
     """What a choice costs: `error` relative to the place's own output, `kl` in nats per token."""
 
@@ -167,6 +183,8 @@ class Place(_Section):
         What a correction puts beside the base.
     sparse : SparseEntry or None
         What the linear method does.
+    transform : TransformEntry or None
+        What inputs go through before the codes of the linear method.
     activation : {"int8", "fp8", "int4", None}
         ``int8``: the inputs may be rounded to bytes where that is faster. The others are always rounded to,
         in products of floats.
@@ -182,6 +200,7 @@ class Place(_Section):
     ]
     low_rank: LowRankEntry | None = None
     sparse: SparseEntry | None = None
+    transform: TransformEntry | None = None
     bytes: Count | None = None
     activation: Literal["int8", "fp8", "int4"] | None = None
     predicted: Costs | None = None
@@ -195,8 +214,9 @@ class Place(_Section):
         coding = self.coding.coding()
         low_rank = None if self.low_rank is None else self.low_rank.low_rank()
         sparse = None if self.sparse is None else self.sparse.sparse()
+        transform = None if self.transform is None else self.transform.transform()
         plain, ordered = (
-            stored_bytes(coding, out_features, in_features, has_order, low_rank, sparse)
+            stored_bytes(coding, out_features, in_features, has_order, low_rank, sparse, transform)
             for has_order in (False, True)
         )
         if self.bytes not in (plain, ordered):
@@ -344,7 +364,7 @@ def save_plan(plan: Plan, path: Path) -> None:
     """
     data = plan.model_dump(by_alias=True, exclude_none=True)
     for place in data["places"]:
-        for key in ("shape", "coding", "low_rank", "sparse", "predicted", "measured"):
+        for key in ("shape", "coding", "low_rank", "sparse", "transform", "predicted", "measured"):
             if key in place:
                 place[key] = _Line(place[key]) if isinstance(place[key], dict) else _Row(place[key])
     for fold in data.get("folds", ()):
@@ -365,6 +385,7 @@ _HEADER = """\
 #   coding: {kind: float, dtype: bfloat16, float16 or float32}
 #   low_rank: {rank: 8, dtype: bfloat16 or float16}, where the method names a correction
 #   sparse: {nonzeros: 655, dtype: bfloat16}, where the method keeps outliers; follows from its settings
+#   transform: {block: 1024}, where the method rotates inputs; likewise
 # A place that is not listed stays as the source stores it. `bytes` is counted anew from shape and coding;
 # `predicted` and `measured` (error relative to the place's output, kl in nats per token) are a record.
 """
@@ -407,6 +428,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "places": Place, "predicted": Costs, "measured": Costs, "integer": IntegerEntry,
     "codebook": CodebookEntry, "table": TableEntry, "entropy": EntropyEntry, "float": FloatEntry,
     "low_rank": LowRankEntry, "sparse": SparseEntry,
+    "transform": TransformEntry,
 }  # fmt: skip
 
 

@@ -262,9 +262,10 @@ def coding_bits(coding: Any) -> int | None:
     if coding.get("kind") in ("integer", "table"):
         return coding["bits"] if isinstance(coding.get("bits"), int) else None
     if coding.get("kind") == "codebook":
-        from tailorbird.formats.codebooks import BITS  # not needed to show help, and loads torch
+        from tailorbird.formats.codebooks import LEVELS, bits_of  # not needed to show help, and loads torch
 
-        return BITS
+        name = coding.get("codebook")
+        return bits_of(name) if isinstance(name, str) and name in LEVELS else None
     if coding.get("kind") == "entropy":
         return 16  # as many hold the value
     return {"bfloat16": 16, "float16": 16, "float32": 32}.get(str(coding.get("dtype")))

@@ -112,6 +112,8 @@ def _packed_rows(module: CompressedEmbedding) -> Rows | None:
     if not native.serves(module.coding, module.embedding_dim) or not all(t.is_contiguous() for t in stored):
         return None
     told = unpacking(module.coding)
+    if "levels" in told and module.coding.bits != native.CODEBOOK_BITS:
+        return None
     if "levels" in told:
         told["levels"] = told["levels"].float()
     packed = native.described_as_stored(

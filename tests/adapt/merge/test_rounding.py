@@ -13,6 +13,7 @@ from tailorbird.adapt.merge.rounding import FITTED, KEPT, NEAREST, Rounding
 from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.formats.packed import CodebookCoding, CodesCoding, IntegerCoding, TableCoding
 from tailorbird.linear.error import row_energies
+from tailorbird.linear.quantize.higgs import Higgs
 from tailorbird.linear.quantize.rtn import Rtn
 
 CODINGS: list[CodesCoding] = [
@@ -20,6 +21,7 @@ CODINGS: list[CodesCoding] = [
     IntegerCoding(4, 32, symmetric=True),
     IntegerCoding(3, 0, scale_dtype="float16"),
     CodebookCoding("nf4", 32),
+    CodebookCoding("gauss3", 32),
     TableCoding(3),
     TableCoding(4, "float16"),
 ]
@@ -76,6 +78,32 @@ def test_no_change_keeps_every_byte(coding: CodesCoding, ordered: bool) -> None:
     assert rounded.rows[KEPT] == ROWS
     for part, tensor in stored.tensors.items():
         assert torch.equal(rounded.packed.tensors[part], tensor), part
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("name", ["gauss2", "gauss3", "gauss4"])
+def test_codes_behind_a_transform_move_there(name: str, rank: int) -> None:
+    coding, known, method = CodebookCoding(name, 32), statistics(), Higgs()
+    stored = method(weight(), None, coding)
+    if rank:
+        generator = torch.Generator().manual_seed(5)
+        up, down = (
+            torch.randn(ROWS, rank, generator=generator),
+            torch.randn(rank, COLUMNS, generator=generator),
+        )
+        stored = stored.with_low_rank(0.1 * up, 0.1 * down)
+    same = Rounding(known)(stored, stored.dequantize()).packed
+    assert all(torch.equal(same.tensors[part], tensor) for part, tensor in stored.tensors.items())
+    target = stored.dequantize() + change(0.5)
+    moved = Rounding(known)(stored, target).packed
+    assert (moved.coding, moved.transform) == (coding, stored.transform)
+    assert torch.equal(moved.tensors["signs"], stored.tensors["signs"])
+    anew = method(target - stored.beside(), None, coding).dequantize() + stored.beside()
+    energies = [
+        float(row_energies(target - one, known.gram).sum())
+        for one in (moved.dequantize(), anew, stored.dequantize())
+    ]
+    assert energies[0] < energies[1] < energies[2]
 
 
 @pytest.mark.parametrize("coding", CODINGS, ids=lambda coding: coding.label)

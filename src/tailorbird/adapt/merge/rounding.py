@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.formats.packed import FloatCoding, PackedWeight, TableCoding
+from tailorbird.kernels.walsh import rotate
 from tailorbird.linear.quantize.descent import descend
 from tailorbird.linear.quantize.ganq import Ganq
 from tailorbird.linear.quantize.gptq import Gptq
@@ -83,6 +84,10 @@ class Rounding:
         if beside:  # stays as it is; the base moves
             base = self(stored.base, target - stored.beside())
             return replace(base, packed=replace(base.packed, tensors=base.packed.tensors | beside))
+        signs = stored.tensors.get("signs")
+        if signs is not None:  # the codes move to the target behind the transform, by its inputs
+            inner = Rounding(_rotated(self.statistics, signs))(stored.behind_transform, rotate(target, signs))
+            return replace(inner, packed=inner.packed.with_transform(signs))
         coding, order = stored.coding, stored.tensors.get("order")
         if isinstance(coding, FloatCoding):
             raise ValueError("floats are rounded once, to their dtype")
@@ -108,6 +113,11 @@ class Rounding:
         if order is not None:
             packed.tensors["order"] = order
         return Rounded(packed, {name: int((best == i).sum()) for i, name in enumerate(found)})
+
+
+def _rotated(statistics: LinearStatistics, signs: Tensor) -> LinearStatistics:
+    """Statistics of transformed inputs, but for `mean_abs`, which no rounding reads."""
+    return replace(statistics, gram=rotate(rotate(statistics.gram, signs).t(), signs))
 
 
 def _ordered(statistics: LinearStatistics, order: Tensor) -> LinearStatistics:

@@ -83,7 +83,8 @@ def fit_grid(
     Returns
     -------
     scales : Tensor[out_features, groups]
-        In the coding's scale dtype, never zero (a group of zeros gets 1).
+        In the coding's scale dtype, never zero (a group of zeros gets 1, or next to nothing where zero is
+        none of the levels).
     zeros : Tensor[out_features, groups], uint8, or None
         None for a symmetric coding and for a codebook.
 
@@ -177,13 +178,17 @@ def steps_of(codes: Tensor, zeros: Tensor | int, coding: GroupedCoding) -> Tenso
 
 
 def stored_scales(scales: Tensor, coding: GroupedCoding) -> Tensor:
-    """Scales rounded to their stored dtype, in float32, of a magnitude that it holds; zero becomes one."""
+    """Scales rounded to their stored dtype, in float32, of a magnitude that it holds.
+
+    Zero becomes one, or the least where zero is none of the levels.
+    """
     dtype = SCALE_DTYPES[coding.scale_dtype]
     information = torch.finfo(dtype)
     # float16 goes on below its normal range with a fixed step; bfloat16 does so where float32 does
     least = information.smallest_normal * (information.eps if dtype == torch.float16 else 1)
     magnitude = scales.abs().clamp(least, information.max).to(dtype).float()
-    return torch.where(scales == 0, 1.0, torch.where(scales < 0, -magnitude, magnitude))
+    none = 1.0 if coding.levels is None or 0 in coding.levels else least
+    return torch.where(scales == 0, none, torch.where(scales < 0, -magnitude, magnitude))
 
 
 def grid_of(packed: PackedWeight) -> Grid:
