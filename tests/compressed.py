@@ -15,6 +15,7 @@ from tailorbird.formats.packed import (
     SCALE_DTYPES,
     CodebookCoding,
     Coding,
+    DoubleCoding,
     EntropyCoding,
     FloatCoding,
     IntegerCoding,
@@ -23,6 +24,7 @@ from tailorbird.formats.packed import (
 )
 from tailorbird.kernels.reference import group_layout
 from tailorbird.linear.quantize.clusters import clustered, nearest_values
+from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.model.checkpoint import write_json, write_tensors
 from tailorbird.model.layout import BlockLayout, ModelLayout, ModuleLayout
 
@@ -42,6 +44,10 @@ def pack(weight: torch.Tensor, coding: Coding, order: torch.Tensor | None = None
     if isinstance(coding, TableCoding):
         tables = clustered(weight, coding)
         return PackedWeight.from_tables(nearest_values(weight, tables), tables, coding, order)
+    if isinstance(coding, DoubleCoding):
+        packed = Rtn()(weight, None, coding)
+        tensors = packed.tensors if order is None else {**packed.tensors, "order": order.to(torch.int32)}
+        return PackedWeight(coding, out, n, tensors)
     groups, size = group_layout(n, coding.group_size)
     padded = torch.nn.functional.pad(weight, (0, groups * size - n)).view(out, groups, size)
     top = (1 << coding.bits) - 1

@@ -12,8 +12,11 @@ from tailorbird.formats.packed import (
     SCALE_DTYPES,
     TABLE_DTYPES,
     CodesCoding,
+    DoubleCoding,
     PackedWeight,
     TableCoding,
+    coded_scales,
+    expanded_scales,
     unpacking,
 )
 
@@ -27,6 +30,10 @@ def random_packed(coding: CodesCoding, shape: tuple[int, int], order: bool = Fal
         values = torch.randint(0, 1 << coding.bits, shape, generator=generator)
         permutation = torch.randperm(columns, generator=generator) if order else None
         return PackedWeight.from_tables(values, tables, coding, permutation)
+    if isinstance(coding, DoubleCoding):
+        plain = random_packed(coding.expanded, shape, order)
+        scales = coded_scales(plain.tensors["scales"])
+        return PackedWeight(coding, rows, columns, plain.tensors | scales)
     groups = 1 if coding.group_size == 0 else math.ceil(columns / coding.group_size)
     scales = torch.rand(rows, groups, generator=generator).to(SCALE_DTYPES[coding.scale_dtype])
     if coding.levels is not None:  # levels reach further than integers of as many bits
@@ -43,7 +50,7 @@ def laid_out(prepare: Callable[..., Any], packed: PackedWeight) -> Any:
     """What a fast path's `prepare` makes of the stored tensors."""
     return prepare(
         packed.tensors["codes"],
-        packed.tensors["scales"],
+        expanded_scales(packed.tensors),
         packed.tensors.get("zeros"),
         in_features=packed.in_features,
         **unpacking(packed.coding),

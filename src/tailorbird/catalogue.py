@@ -11,7 +11,7 @@ from tailorbird.adapt.methods.registry import KNOWN
 from tailorbird.adapt.optimizers.registry import OPTIMIZERS
 from tailorbird.adapt.starts.registry import STARTS
 from tailorbird.compress.recipe import STAGES
-from tailorbird.formats.packed import CodebookCoding, EntropyCoding, IntegerCoding, TableCoding
+from tailorbird.formats.packed import CodebookCoding, DoubleCoding, EntropyCoding, IntegerCoding, TableCoding
 from tailorbird.plan.allocators import ALLOCATORS, OF_BUDGETS
 
 #: order in which the stages of a recipe are listed, and what each but the linear methods fills
@@ -27,6 +27,7 @@ _FILLS = {
 _CODES = {
     IntegerCoding.kind: "integers",
     CodebookCoding.kind: "codebooks",
+    DoubleCoding.kind: "codebooks with codes for scales",
     TableCoding.kind: "tables of rows",
     EntropyCoding.kind: "coded bfloat16",
 }

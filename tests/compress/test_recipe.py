@@ -12,7 +12,7 @@ from tailorbird.compress.blocks.signround import SignRound
 from tailorbird.compress.recipe import make_recipe, parse_recipe, planned_recipe, recipe_of_plan
 from tailorbird.compress.whole.distil import Distil
 from tailorbird.errors import SettingsError
-from tailorbird.formats.packed import CodebookCoding, Coding, IntegerCoding, TableCoding
+from tailorbird.formats.packed import CodebookCoding, Coding, DoubleCoding, IntegerCoding, TableCoding
 from tailorbird.kernels.reference import SIMULATED
 from tailorbird.linear import FoldMethod
 from tailorbird.linear.correct.eora import Eora
@@ -45,6 +45,9 @@ from tailorbird.plan.planfile import Method, Plan
         ("smoothing+rtn:bits=8,smoothing.alpha=0.8", Rtn(), IntegerCoding(8, 64), Smoothing(0.8)),
         ("ganq:table=3", Ganq(), TableCoding(3), None),
         ("bcq:table=2,rounds=0", Bcq(rounds=0), TableCoding(2), None),
+        ("rtn:codebook=nf4,double=true", Rtn(), DoubleCoding("nf4", 64), None),
+        ("rtn:codebook=fp4,group=32,double=true", Rtn(), DoubleCoding("fp4", 32), None),
+        ("rtn:codebook=nf4,group=32,double=false", Rtn(), CodebookCoding("nf4", 32), None),
         ("leanquant:table=2,exponent=3.0", Leanquant(exponent=3.0), TableCoding(2), None),
         ("rtn:table=4,table_dtype=float16", Rtn(), TableCoding(4, "float16"), None),
         ("gptq:codebook=nf4,scale_dtype=float16", Gptq(), CodebookCoding("nf4", 64, "float16"), None),
@@ -175,6 +178,13 @@ def test_a_plan_gives_back_the_recipe(name: str) -> None:
         ("ganq:bits=4", "`ganq` for codes of int4 g64.*table=4"),
         ("bcq:bits=4", "`bcq` for codes of int4 g64.*table=4"),
         ("ganq:codebook=nf4", "`ganq` for codes of nf4 g64"),
+        ("gptq:codebook=nf4,double=true", "`gptq` for codes of nf4 g64 double.*take rtn"),
+        ("rtn:bits=4,double=true", "double without a codebook.*codebook=nf4,group=64,double=true"),
+        ("rtn:codebook=nf4,double=2", "double 2.*true or false"),
+        ("rtn:codebook=nf4,double=true,scale_dtype=float16", "'scale_dtype'.*`double`"),
+        ("awq+rtn:codebook=nf4,double=true", "`awq.rtn` with codes for scales.*leave out the fold"),
+        ("rtn+signround:codebook=nf4,double=true", "`rtn.signround` with codes for scales"),
+        ("rtn:codebook=nf4,double=true,activation=int8", "activation int8 beside weights of nf4 g64 double"),
         ("ganq:table=5", "bits 5.*one of 2, 3, 4"),
         ("ganq:table=3,group=64", "'group_size'.*`table`"),
         ("ganq:table=3,bits=3", "table 3 and bits 3"),

@@ -17,6 +17,7 @@ from tailorbird.formats.packed import (
     GROUP_SIZES,
     CodebookCoding,
     CodesCoding,
+    DoubleCoding,
     EntropyCoding,
     IntegerCoding,
     LowRank,
@@ -25,6 +26,7 @@ from tailorbird.formats.packed import (
     stored_bytes,
 )
 from tailorbird.formats.sparse import Sparse
+from tailorbird.kernels import dynamic_codes
 from tailorbird.kernels.packing import BITS, pack_codes
 
 PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
@@ -44,6 +46,7 @@ GROUPS, SCALES = st.sampled_from(GROUP_SIZES), st.sampled_from(["bfloat16", "flo
 @given(
     coding=st.builds(IntegerCoding, st.sampled_from(BITS), GROUPS, st.booleans(), SCALES)
     | st.builds(CodebookCoding, st.sampled_from(["nf4", "fp4"]), GROUPS, SCALES)
+    | st.builds(DoubleCoding, st.sampled_from(["nf4", "fp4"]), GROUPS)
     | st.builds(TableCoding, st.sampled_from([2, 3, 4]), SCALES),
     order=st.booleans(),
     shape=st.tuples(st.integers(1, 5), st.sampled_from([1, 31, 64, 172, 513])),
@@ -55,11 +58,15 @@ def test_it_gives_the_same_weight(reader, coding: CodesCoding, order: bool, shap
         name: (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
         for name, tensor in packed.tensors.items()
     }
-    levels = reader[coding.codebook.upper()] if isinstance(coding, CodebookCoding) else None
+    levels = reader[coding.codebook.upper()] if isinstance(coding, CodebookCoding | DoubleCoding) else None
     weight = reader["read_weight"](
         tensors, coding.bits, coding.group_size, coding.symmetric, shape[1], levels
     )
     assert torch.equal(torch.from_numpy(weight), packed.dequantize())
+
+
+def test_its_steps_of_scales_are_those_that_are_stored(reader: dict[str, Any]) -> None:
+    assert torch.equal(torch.from_numpy(reader["STEPS"]), dynamic_codes.levels(True))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -122,6 +129,8 @@ def test_the_numbers_of_its_examples() -> None:
     assert round(100 * (256 + 44 + 14540 + 44032) / (2 * 256 * 172)) == 67
     assert "22,016 + 1,536 bytes" in page
     assert stored_bytes(CodebookCoding("nf4", 64), 256, 172) == 22016 + 1536
+    assert "22,016 + 768 + 12 + 4 bytes" in page
+    assert stored_bytes(DoubleCoding("nf4", 64), 256, 172) == 22016 + 768 + 12 + 4
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4"])

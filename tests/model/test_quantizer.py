@@ -15,7 +15,14 @@ from transformers import AutoModelForCausalLM
 from compressed import INT4, linears, save_compressed
 from tailorbird.errors import CheckpointError, UnsupportedArchitecture
 from tailorbird.formats.modules import CompressedEmbedding, CompressedLinear
-from tailorbird.formats.packed import CodebookCoding, FloatCoding, IntegerCoding, TableCoding, coding_to_dict
+from tailorbird.formats.packed import (
+    CodebookCoding,
+    DoubleCoding,
+    FloatCoding,
+    IntegerCoding,
+    TableCoding,
+    coding_to_dict,
+)
 from tailorbird.model.layout import BlockLayout, ModelLayout
 from tailorbird.model.load import load, load_tokenizer
 from tiny import ARCHITECTURES, byte_tokenizer, make_model
@@ -51,7 +58,10 @@ def test_loaded_model_computes_with_the_rounded_weights(tmp_path, architecture, 
 
 @pytest.mark.parametrize(
     "coding",
-    [CodebookCoding("nf4", 32), CodebookCoding("fp4", 32), TableCoding(4), TableCoding(3, "float16")],
+    [
+        *(CodebookCoding("nf4", 32), CodebookCoding("fp4", 32), DoubleCoding("nf4", 32)),
+        *(TableCoding(4), TableCoding(3, "float16")),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_codebooks_and_tables_load_compute_and_are_saved_again(tmp_path, dtype, coding):

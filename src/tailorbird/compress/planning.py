@@ -19,6 +19,7 @@ from tailorbird.errors import ResourceError, SettingsError, nearest
 from tailorbird.formats.packed import (
     CodesCoding,
     Coding,
+    DoubleCoding,
     EntropyCoding,
     FloatCoding,
     GroupedCoding,
@@ -295,6 +296,7 @@ def codings_of_plan(work: Work, plan: Plan) -> dict[str, Coding]:
         coding = place.coding.coding()
         if place.activation is not None and not isinstance(coding, GroupedCoding):
             held = "values of tables" if isinstance(coding, TableCoding) else "floats"
+            held = "codes for scales" if isinstance(coding, DoubleCoding) else held
             raise SettingsError(
                 f"`activation: {place.activation}` at `{place.name}`, whose weight holds {held}",
                 "it only where weights are integers",

@@ -37,6 +37,7 @@ from tailorbird.errors import CheckpointError, SettingsError, nearest
 from tailorbird.formats.packed import (
     CodebookCoding,
     Coding,
+    DoubleCoding,
     FloatCoding,
     GroupedCoding,
     IntegerCoding,
@@ -76,7 +77,7 @@ EXAMPLE_CHAIN = "gptq+signround+distil"
 JOINT = "+"
 SHORT = {"group": "group_size"}
 #: what a line may state of the coding
-CODING = ("bits", "codebook", "table", "symmetric", "scale_dtype", "table_dtype", "group_size")
+CODING = ("bits", "codebook", "double", "table", "symmetric", "scale_dtype", "table_dtype", "group_size")
 EXAMPLE = "write for example gptq:bits=4,group=64"
 
 _Kind = TypeVar("_Kind", bound=LinearMethod | Hadamard | FoldMethod | Correction | BlockMethod)
@@ -251,19 +252,25 @@ def _check_coding(recipe: Recipe, method: str) -> None:
         check_nestable(coding)
     if isinstance(recipe.method, Higgs):
         normal_grid(Higgs.name, coding)
-    if isinstance(coding, TableCoding) and recipe.fold:
+    if isinstance(coding, DoubleCoding | TableCoding) and recipe.fold:
         raise SettingsError(
-            f"`{recipe.name}` with tables",
+            f"`{recipe.name}` with {_values_of(coding)}",
             "integers or a codebook, whose steps the fold evens out",
             "state bits instead, or leave out the fold",
         )
     if not isinstance(coding, IntegerCoding) and (recipe.block or recipe.whole):
-        stated = f"codebook {coding.codebook}" if isinstance(coding, CodebookCoding) else "tables"
         raise SettingsError(
-            f"`{recipe.name}` with {stated}",
+            f"`{recipe.name}` with {_values_of(coding)}",
             "integers, whose codes and scales are what learns",
             "state bits instead, or leave out what learns",
         )
+
+
+def _values_of(coding: Coding) -> str:
+    """What codes of a coding without integers stand for, for messages."""
+    if isinstance(coding, DoubleCoding):
+        return "codes for scales"
+    return f"codebook {coding.codebook}" if isinstance(coding, CodebookCoding) else "tables"
 
 
 def _check_activation(recipe: Recipe) -> None:
@@ -286,16 +293,18 @@ def _check_activation(recipe: Recipe) -> None:
 
 
 def check_end(coding: Coding | None, place: str) -> None:
-    """Refuse tables where a row is a token: one would take as much as its codes.
+    """Refuse tables where a row is a token: one would take as much as its codes. And scales that are codes.
+
+    Those are expanded for all rows where a few are looked up.
 
     Raises
     ------
     SettingsError
         Naming `place`.
     """
-    if isinstance(coding, TableCoding):
+    if isinstance(coding, DoubleCoding | TableCoding):
         raise SettingsError(
-            f"tables at {place}", "integers, a codebook or floats there", "state bits instead"
+            f"{_values_of(coding)} at {place}", "integers, a codebook or floats there", "state bits instead"
         )
 
 
@@ -361,11 +370,29 @@ def _coding(entry: dict[str, Any] | None, usual: IntegerCoding | None = None) ->
         )
     if "table" in entry and "kind" not in entry:
         default, entry = TableCoding(4), {"bits" if key == "table" else key: entry[key] for key in entry}
+    if "double" in entry and "kind" not in entry:
+        default, entry = _doubled(entry, default)
     full = entry if "kind" in entry else {**coding_to_dict(default), **entry}
     try:
         return coding_from_dict(full)
     except CheckpointError as error:
         raise SettingsError(error.given, error.expected, error.remedy) from None
+
+
+def _doubled(entry: dict[str, Any], default: Coding) -> tuple[Coding, dict[str, Any]]:
+    """The coding and the entry that `double` means, without it."""
+    rest = {key: value for key, value in entry.items() if key != "double"}
+    if not isinstance(entry["double"], bool):
+        raise SettingsError(f"double {entry['double']!r}", "true or false", "write one of the two")
+    if not entry["double"]:
+        return default, rest
+    if not isinstance(default, CodebookCoding):
+        raise SettingsError(
+            "double without a codebook",
+            "it where scales of a codebook become codes of 8 bits",
+            "write for example rtn:codebook=nf4,group=64,double=true",
+        )
+    return DoubleCoding(default.codebook, default.group_size), rest
 
 
 def planned_recipe(name: str) -> Recipe:

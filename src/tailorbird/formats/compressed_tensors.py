@@ -27,6 +27,7 @@ from tailorbird.errors import ExportError
 from tailorbird.formats.packed import (
     CodebookCoding,
     Coding,
+    DoubleCoding,
     EntropyCoding,
     FloatCoding,
     IntegerCoding,
@@ -49,7 +50,7 @@ def refusal(
     """
     if isinstance(coding, FloatCoding):
         return f"`{coding.label}` is not an integer coding"
-    if isinstance(coding, CodebookCoding):
+    if isinstance(coding, CodebookCoding | DoubleCoding):
         return f"the levels of `{coding.codebook}` have no place in it"
     if isinstance(coding, EntropyCoding):
         return "its entropy-coded values have no place in it"

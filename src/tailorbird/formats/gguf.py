@@ -21,6 +21,7 @@ from tailorbird.errors import ExportError
 from tailorbird.formats.packed import (
     CodebookCoding,
     Coding,
+    DoubleCoding,
     EntropyCoding,
     FloatCoding,
     GroupedCoding,
@@ -49,7 +50,7 @@ def refusal(
         return f"its {beside} has no place in GGUF's block types"
     if isinstance(coding, FloatCoding):
         return None
-    if isinstance(coding, CodebookCoding):
+    if isinstance(coding, CodebookCoding | DoubleCoding):
         return f"the levels of `{coding.codebook}` have no place in GGUF's block types"
     if isinstance(coding, EntropyCoding):
         return "its entropy-coded values have no place in GGUF's block types"
@@ -111,7 +112,7 @@ def blocks(weight: PackedWeight) -> Tensor:
         )
     if isinstance(coding, FloatCoding):
         return weight.tensors["weight"].contiguous().view(torch.uint8)
-    assert not isinstance(coding, TableCoding | EntropyCoding)  # refused above
+    assert not isinstance(coding, DoubleCoding | TableCoding | EntropyCoding)  # refused above
     values = unpack_codes(weight.tensors["codes"], coding.bits, weight.in_features)
     values = values.view(weight.out_features, -1, BLOCK)
     _, size = group_layout(weight.in_features, coding.group_size)

@@ -17,6 +17,7 @@ from tailorbird.errors import CheckpointError, SettingsError
 from tailorbird.formats.packed import (
     ENTROPY_PARTS,
     PARTS,
+    SCALE_PARTS,
     EntropyCoding,
     FloatCoding,
     GroupedCoding,
@@ -24,6 +25,7 @@ from tailorbird.formats.packed import (
     PackedCoding,
     PackedWeight,
     check_order,
+    expanded_scales,
     tensor_layout,
     unpacking,
     with_parts,
@@ -115,6 +117,8 @@ class _PackedModule(nn.Module):
     compute_dtype: torch.dtype
     codes: Tensor
     scales: Tensor | None
+    scale_sizes: Tensor | None
+    scale_mean: Tensor | None
     tables: Tensor | None
     zeros: Tensor | None
     order: Tensor | None
@@ -164,6 +168,10 @@ class _PackedModule(nn.Module):
     def _stored(self) -> dict[str, Tensor]:
         return {name: tensor for name in PARTS if (tensor := getattr(self, name)) is not None}
 
+    def _scales(self) -> Tensor | None:
+        """Scales of groups as what reads codes takes them."""
+        return expanded_scales({name: getattr(self, name) for name in ("scales", *SCALE_PARTS)})
+
     @property
     def has_parts_beside(self) -> bool:
         """Whether a low-rank or a sparse part stands beside the base."""
@@ -198,7 +206,7 @@ class _PackedModule(nn.Module):
         more = self.has_parts_beside or self.signs is not None
         weight = reference.dequantize(
             self.codes,
-            self.scales,
+            self._scales(),
             self.zeros,
             in_features=self._shape()[1],
             dtype=torch.float32 if more else self.compute_dtype,
@@ -293,7 +301,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
     Parameters
     ----------
     in_features, out_features : int
-    coding : IntegerCoding, CodebookCoding, TableCoding or EntropyCoding
+    coding : IntegerCoding, CodebookCoding, DoubleCoding, TableCoding or EntropyCoding
     bias : bool
     has_order : bool
         Whether columns are stored in another order than that of the inputs.
@@ -399,9 +407,10 @@ class CompressedLinear(_PackedModule, nn.Linear):
         """Some rows of the weight, ``[rows, in_features]`` float32, without the others being dequantized."""
         if isinstance(self.coding, EntropyCoding):
             return self._decoded(rows).float()
+        scales = self._scales()
         base = reference.dequantize(
             self.codes[rows],
-            None if self.scales is None else self.scales[rows],
+            None if scales is None else scales[rows],
             None if self.zeros is None else self.zeros[rows],
             in_features=self.in_features,
             order=self.order,
@@ -539,7 +548,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
             return reference.linear(
                 _ordered(input, order),
                 codes,
-                stored["scales"],
+                expanded_scales(stored),
                 stored["zeros"],
                 in_features=self.in_features,
                 bias=self.bias,
@@ -619,7 +628,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
             settings["tables"] = self.tables
         return path.prepare(
             self.codes,
-            self.scales,
+            self._scales(),
             self.zeros,
             in_features=self.in_features,
             **unpacking(self.coding),
@@ -712,7 +721,7 @@ class CompressedEmbedding(_PackedModule, nn.Embedding):
     Parameters
     ----------
     num_embeddings, embedding_dim : int
-    coding : IntegerCoding, CodebookCoding, TableCoding or EntropyCoding
+    coding : IntegerCoding, CodebookCoding, DoubleCoding, TableCoding or EntropyCoding
     padding_idx : int, optional
         Kept for whoever reads it; its row is what is stored.
     device : torch.device or str, optional
@@ -782,10 +791,10 @@ class CompressedEmbedding(_PackedModule, nn.Embedding):
         """Token ids `[...]` to vectors `[..., embedding_dim]` in `compute_dtype`."""
         if isinstance(self.coding, EntropyCoding):
             return nn.functional.embedding(input, self._decoded().to(self.compute_dtype))
-        ids = input.reshape(-1)
+        ids, scales = input.reshape(-1), self._scales()
         rows = reference.dequantize(
             self.codes.index_select(0, ids),
-            None if self.scales is None else self.scales.index_select(0, ids),
+            None if scales is None else scales.index_select(0, ids),
             None if self.zeros is None else self.zeros.index_select(0, ids),
             in_features=self.embedding_dim,
             dtype=self.compute_dtype,

@@ -26,7 +26,7 @@ from tailorbird.formats.sparse import (
     with_sparse,
 )
 from tailorbird.formats.transform import Transform, check_signs, stated_transform
-from tailorbird.kernels import entropy
+from tailorbird.kernels import dynamic_codes, entropy
 from tailorbird.kernels.packing import check_bits, pack_codes, packed_width
 from tailorbird.kernels.reference import dequantize, group_layout
 from tailorbird.kernels.walsh import rotate_back
@@ -43,9 +43,13 @@ TABLE_BITS = (2, 3, 4)
 FACTOR_DTYPES = SCALE_DTYPES
 #: names of the tensors of a weight that is stored as codes, in the order of the stored layout
 ENTROPY_PARTS = ("lengths", "sizes", "stream", "rest")
+#: of scales that are codes themselves
+SCALE_PARTS = ("scale_sizes", "scale_mean")
 PARTS = (
-    "codes", "scales", "tables", "zeros", "order", "signs", "up", "down", *SPARSE_PARTS, *ENTROPY_PARTS,
-)  # fmt: skip
+    *("codes", "scales", *SCALE_PARTS, "tables", "zeros", "order", "signs", "up", "down"),
+    *SPARSE_PARTS,
+    *ENTROPY_PARTS,
+)
 #: those of them that stand beside the base
 BESIDE = ("up", "down", *SPARSE_PARTS)
 FLOAT_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -156,6 +160,56 @@ class CodebookCoding:
 
 
 @dataclass(frozen=True)
+class DoubleCoding:
+    """A codebook's codes whose scales are codes, too: of 8 bits, for the distances from their mean.
+
+    Double quantization of Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs"
+    (arXiv:2305.14314). The scales of a weight, row after row, less their mean, are coded in blocks of 256
+    with one float32 each (`kernels/dynamic_codes.py`). What they stand for is rounded to bfloat16, so that
+    all that reads a codebook with such scales reads this, once they are expanded.
+
+    Parameters
+    ----------
+    codebook : str
+        As of `CodebookCoding`.
+    group_size : int
+        As of `IntegerCoding`.
+    """
+
+    kind: ClassVar[str] = "double"
+    codebook: str
+    group_size: int
+
+    def __post_init__(self) -> None:
+        _ = self.expanded
+
+    @property
+    def expanded(self) -> CodebookCoding:
+        """The coding of the same codes beside the scales themselves."""
+        return CodebookCoding(self.codebook, self.group_size)
+
+    @property
+    def bits(self) -> int:
+        """Bits per code: 4."""
+        return codebooks.bits_of(self.codebook)
+
+    @property
+    def symmetric(self) -> bool:
+        """True: no zero points are stored."""
+        return True
+
+    @property
+    def levels(self) -> Tensor:
+        """As of `CodebookCoding`."""
+        return codebooks.LEVELS[self.codebook]
+
+    @property
+    def label(self) -> str:
+        """Short name: `nf4 g64 double`."""
+        return f"{self.expanded.label} double"
+
+
+@dataclass(frozen=True)
 class TableCoding:
     """Codes for the values of a table that each row has for itself: `tables[row, code]`, without scales.
 
@@ -250,11 +304,11 @@ class EntropyCoding:
 #: codings of codes with scales of groups
 GroupedCoding = IntegerCoding | CodebookCoding
 #: codings of codes
-CodesCoding = GroupedCoding | TableCoding
+CodesCoding = GroupedCoding | DoubleCoding | TableCoding
 #: those of weights that are held by modules of tailorbird's own
 PackedCoding = CodesCoding | EntropyCoding
 Coding = PackedCoding | FloatCoding
-_CODINGS = (IntegerCoding, CodebookCoding, TableCoding, EntropyCoding, FloatCoding)
+_CODINGS = (IntegerCoding, CodebookCoding, DoubleCoding, TableCoding, EntropyCoding, FloatCoding)
 _KINDS: dict[str, type[Coding]] = {coding.kind: coding for coding in _CODINGS}
 
 
@@ -380,6 +434,10 @@ def tensor_layout(
     }
     if isinstance(coding, TableCoding):
         layout["tables"] = ((out_features, 1 << coding.bits), TABLE_DTYPES[coding.table_dtype])
+    elif isinstance(coding, DoubleCoding):
+        layout["scales"] = ((out_features, groups), torch.uint8)
+        layout["scale_sizes"] = ((dynamic_codes.blocks_of(out_features * groups),), torch.float32)
+        layout["scale_mean"] = ((1,), torch.float32)
     else:
         layout["scales"] = ((out_features, groups), SCALE_DTYPES[coding.scale_dtype])
     if not coding.symmetric:
@@ -396,6 +454,25 @@ def unpacking(coding: CodesCoding) -> dict[str, Any]:
     """What those who read codes, such as `reference.dequantize`, are told of a coding."""
     told: dict[str, Any] = {"bits": coding.bits, "group_size": coding.group_size}
     return told if coding.levels is None else {**told, "levels": coding.levels}
+
+
+def coded_scales(scales: Tensor) -> dict[str, Tensor]:
+    """Scales `[out_features, groups]`, finite, as those of a `DoubleCoding` are stored."""
+    values = scales.float().flatten()
+    mean = values.mean(0, keepdim=True)
+    codes = torch.empty(len(values), dtype=torch.uint8, device=scales.device)
+    sizes = torch.empty(dynamic_codes.blocks_of(len(values)), device=scales.device)
+    dynamic_codes.encode(values - mean, codes, sizes, signed=True)
+    return {"scales": codes.view(scales.shape), "scale_sizes": sizes, "scale_mean": mean}
+
+
+def expanded_scales(tensors: Mapping[str, Tensor | None]) -> Tensor | None:
+    """The scales `[out_features, groups]` among stored tensors, as what reads codes takes them."""
+    scales, sizes, mean = (tensors.get(name) for name in ("scales", *SCALE_PARTS))
+    if scales is None or sizes is None or mean is None:
+        return scales
+    values = dynamic_codes.decode(scales.flatten(), sizes, signed=True)
+    return values.add_(mean).bfloat16().view(scales.shape)
 
 
 def stored_bytes(
@@ -424,10 +501,11 @@ class PackedWeight:
         Integer coding: `codes` uint8 `[out, ceil(in * bits / 8)]`, `scales` `[out, groups]`, `zeros` uint8
         `[out, ceil(groups * bits / 8)]` unless symmetric, and where columns are permuted `order` int32
         `[in]` (stored column j is input `order[j]`). Codebook: the same without zeros. Table: `codes`,
-        `order` likewise, and `tables` `[out, 2**bits]`. Any of these may have, in place of an order, `signs`
-        (`formats/transform.py`), and a low-rank part, `up` `[out, rank]` and `down` `[rank, in]`, in 16 bits
-        and of the inputs as they come, and a sparse part likewise (`formats/sparse.py`). Entropy coding:
-        `lengths`, `sizes`, `stream` and `rest` (`kernels/entropy.py`).
+        `order` likewise, and `tables` `[out, 2**bits]`. Double: as codebook, but `scales` uint8, with
+        `scale_sizes` float32 `[ceil(out * groups / 256)]` and `scale_mean` float32 `[1]`. Any of these may
+        have, in place of an order, `signs` (`formats/transform.py`), and a low-rank part, `up` `[out, rank]`
+        and `down` `[rank, in]`, in 16 bits and of the inputs as they come, and a sparse part likewise
+        (`formats/sparse.py`). Entropy coding: `lengths`, `sizes`, `stream` and `rest` (`kernels/entropy.py`).
         Float coding: `weight` `[out, in]`.
 
     Raises
@@ -515,6 +593,16 @@ class PackedWeight:
             tensors["order"] = order.to(torch.int32).contiguous()
         out_features, in_features = values.shape
         return cls(coding, out_features, in_features, tensors)
+
+    @property
+    def expanded(self) -> PackedWeight:
+        """The same with scales that aren't codes; itself where they never were."""
+        if not isinstance(self.coding, DoubleCoding):
+            return self
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name not in SCALE_PARTS}
+        scales = expanded_scales(self.tensors)
+        assert scales is not None
+        return dataclasses.replace(self, coding=self.coding.expanded, tensors={**tensors, "scales": scales})
 
     @classmethod
     def from_tables(
@@ -654,7 +742,7 @@ class PackedWeight:
         signs = self.tensors.get("signs")
         weight = dequantize(
             self.tensors["codes"],
-            self.tensors.get("scales"),
+            expanded_scales(self.tensors),
             self.tensors.get("zeros"),
             in_features=self.in_features,
             dtype=dtype if signs is None else torch.float32,

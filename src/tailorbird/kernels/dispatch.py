@@ -92,7 +92,7 @@ class Path:
     rounds: bool = False
     differentiable: bool = False
     as_stored: bool = False
-    kinds: tuple[str, ...] = ("integer", "codebook")
+    kinds: tuple[str, ...] = ("integer", "codebook", "double")
 
 
 def _fits_signed_bytes(coding: GroupedCodes, in_features: int) -> bool:

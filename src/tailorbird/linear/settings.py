@@ -7,6 +7,7 @@ import math
 from tailorbird.errors import SettingsError
 from tailorbird.formats.packed import (
     CodebookCoding,
+    DoubleCoding,
     EntropyCoding,
     GroupedCoding,
     IntegerCoding,
@@ -20,6 +21,7 @@ GRIDS = frozenset({IntegerCoding.kind, CodebookCoding.kind})
 _CODES = {
     IntegerCoding.kind: "integers (bits=4)",
     CodebookCoding.kind: "a codebook (codebook=nf4)",
+    DoubleCoding.kind: "a codebook with codes for scales (double=true)",
     TableCoding.kind: "a table of values per row (table=4)",
     EntropyCoding.kind: "bfloat16, entropy-coded",
 }
@@ -67,8 +69,11 @@ def check_codes(method: str, kinds: frozenset[str], coding: PackedCoding) -> Non
     """
     if coding.kind not in kinds:
         expected = " or ".join(words for kind, words in _CODES.items() if kind in kinds)
-        makers = {TableCoding.kind: "rtn, leanquant, ganq or bcq, which fill tables"}
-        makers[EntropyCoding.kind] = "df11"
+        makers = {
+            DoubleCoding.kind: "rtn",
+            TableCoding.kind: "rtn, leanquant, ganq or bcq, which fill tables",
+            EntropyCoding.kind: "df11",
+        }
         remedy = f"take {makers[coding.kind]}" if coding.kind in makers else "state the coding like this"
         raise SettingsError(f"`{method}` for codes of {coding.label}", expected, remedy)
 

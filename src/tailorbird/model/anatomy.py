@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tailorbird.errors import CheckpointError, UnsupportedArchitecture
-from tailorbird.formats.packed import ENTROPY_PARTS
+from tailorbird.formats.packed import ENTROPY_PARTS, SCALE_PARTS
 from tailorbird.model.checkpoint import Checkpoint
 from tailorbird.model.layout import ModelLayout
 from tailorbird.model.naming import check_tensors, translate
@@ -56,7 +56,9 @@ BATCH_ARGUMENTS = frozenset(
     {"attention_mask", "causal_mask", "position_ids", "position_embeddings", "cache_position", "alibi",
      "position_bias"}
 )  # fmt: skip
-WEIGHT_PARTS = ("weight", "codes", "scales", "tables", "zeros", "order", "signs", *ENTROPY_PARTS)
+WEIGHT_PARTS = (
+    "weight", "codes", "scales", *SCALE_PARTS, "tables", "zeros", "order", "signs", *ENTROPY_PARTS,
+)  # fmt: skip
 CONTEXT_FIELDS = ("max_position_embeddings", "max_seq_len", "seq_length", "max_sequence_length")
 #: 16-bit keys and values
 BYTES_PER_CACHED_VALUE = 2

@@ -242,11 +242,12 @@ def coding_text(coding: Any) -> str:
     """The short name of a stored coding: ``int4 g64``, ``int8 row``, ``bf16``; ``–`` for anything else."""
     if not isinstance(coding, Mapping):
         return ABSENT
-    if coding.get("kind") in ("integer", "codebook"):
+    if coding.get("kind") in ("integer", "codebook", "double"):
         group = coding.get("group_size")
         symmetric = " sym" if coding.get("symmetric") else ""
         values = f"int{coding.get('bits')}" if coding["kind"] == "integer" else str(coding.get("codebook"))
-        return f"{values} {f'g{group}' if group else 'row'}{symmetric}"
+        double = " double" if coding["kind"] == "double" else ""
+        return f"{values} {f'g{group}' if group else 'row'}{symmetric}{double}"
     if coding.get("kind") == "table":
         return f"table{coding.get('bits')}{' fp16' if coding.get('table_dtype') == 'float16' else ''}"
     if coding.get("kind") == "entropy":
@@ -261,7 +262,7 @@ def coding_bits(coding: Any) -> int | None:
         return None
     if coding.get("kind") in ("integer", "table"):
         return coding["bits"] if isinstance(coding.get("bits"), int) else None
-    if coding.get("kind") == "codebook":
+    if coding.get("kind") in ("codebook", "double"):
         from tailorbird.formats.codebooks import LEVELS, bits_of  # not needed to show help, and loads torch
 
         name = coding.get("codebook")

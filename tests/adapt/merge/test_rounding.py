@@ -11,7 +11,7 @@ from torch import Tensor
 from compressed import pack
 from tailorbird.adapt.merge.rounding import FITTED, KEPT, NEAREST, Rounding
 from tailorbird.calibrate.statistics import LinearStatistics
-from tailorbird.formats.packed import CodebookCoding, CodesCoding, IntegerCoding, TableCoding
+from tailorbird.formats.packed import CodebookCoding, CodesCoding, DoubleCoding, IntegerCoding, TableCoding
 from tailorbird.linear.error import row_energies
 from tailorbird.linear.quantize.higgs import Higgs
 from tailorbird.linear.quantize.rtn import Rtn
@@ -70,7 +70,22 @@ def test_no_row_is_worse_than_rounded_to_nearest(coding: CodesCoding, size: floa
 
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["in order", "reordered"])
-@pytest.mark.parametrize("coding", CODINGS, ids=lambda coding: coding.label)
+@pytest.mark.parametrize("size", [0.02, 0.5])
+def test_scales_that_are_codes_stay_and_codes_are_as_on_their_grid(size: float, ordered: bool) -> None:
+    order = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(3)) if ordered else None
+    stored, known = pack(weight(), DoubleCoding("nf4", 32), order), statistics()
+    target = stored.dequantize() + change(size)
+    rounded = Rounding(known)(stored, target)
+    assert rounded.rows == {KEPT: ROWS}
+    assert rounded.packed.tensors.keys() == stored.tensors.keys()
+    for name in ("scales", "scale_sizes", "scale_mean"):
+        assert torch.equal(rounded.packed.tensors[name], stored.tensors[name])
+    errors = [row_energies(target - one.dequantize(), known.gram).sum() for one in (rounded.packed, stored)]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["in order", "reordered"])
+@pytest.mark.parametrize("coding", [*CODINGS, DoubleCoding("nf4", 32)], ids=lambda coding: coding.label)
 def test_no_change_keeps_every_byte(coding: CodesCoding, ordered: bool) -> None:
     order = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(3)) if ordered else None
     stored = pack(weight(), coding, order)

@@ -9,8 +9,9 @@ depend on each other, so that each takes the best of
 - those that they find on a grid fitted to the target,
 - rounding to nearest on a fitted grid, so that the result is never worse than that.
 
-For codes of tables the grid is the row's table, fitted by `ganq.py`, and there is no descent. A target that
-is the weight itself gives back the very bytes.
+Scales that are codes themselves stay, as rows share what these stand for. For codes of tables the grid is
+the row's table, fitted by `ganq.py`, and there is no descent. A target that is the weight itself gives back
+the very bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from tailorbird.calibrate.statistics import LinearStatistics
-from tailorbird.formats.packed import FloatCoding, PackedWeight, TableCoding
+from tailorbird.formats.packed import DoubleCoding, FloatCoding, PackedWeight, TableCoding
 from tailorbird.kernels.walsh import rotate
 from tailorbird.linear.quantize.descent import descend
 from tailorbird.linear.quantize.ganq import Ganq
@@ -45,7 +46,7 @@ class Rounded:
     packed : PackedWeight
         Coding and order are those it had.
     rows : dict of str to int
-        How many rows came from each of `KEPT`, `FITTED` and `NEAREST`.
+        How many rows came from each of `KEPT`, `FITTED` and `NEAREST`, those that were tried.
     """
 
     packed: PackedWeight
@@ -96,6 +97,10 @@ class Rounding:
             target, statistics = target[:, order], _ordered(statistics, order)
             rounded = METHOD.prepare(statistics)
         gram = statistics.gram
+        if isinstance(coding, DoubleCoding):
+            kept = rounded(target, coding.expanded, grid_of(stored.expanded))
+            codes = {"codes": descend(target, kept, gram).tensors["codes"]}
+            return Rounded(replace(stored, tensors=stored.tensors | codes), {KEPT: stored.out_features})
         if isinstance(coding, TableCoding):
             tables = stored.tensors["tables"].float().sort(-1).values
             found = {

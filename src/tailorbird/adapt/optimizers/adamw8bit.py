@@ -1,10 +1,10 @@
 """AdamW with averages of 8 bits.
 
 Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization" (https://arxiv.org/abs/2110.02861). The
-averages are read from their codes (`dynamic_codes`), take the gradient in, give AdamW's direction in float32,
-and are written as codes again. Mean squares above zero stay above zero, which the paper doesn't ask for: a
-divisor that became zero would throw its weight far away. Small tensors keep averages of 32 bits, as in the
-authors' code.
+averages are read from their codes (`kernels/dynamic_codes.py`), take the gradient in, give AdamW's direction
+in float32, and are written as codes again. Mean squares above zero stay above zero, which the paper doesn't
+ask for: a divisor that became zero would throw its weight far away. Small tensors keep averages of 32 bits,
+as in the authors' code.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tailorbird.adapt.optimizers.dynamic_codes import blocks_of, decode, encode
 from tailorbird.adapt.optimizers.moments import Averages
 from tailorbird.adapt.optimizers.rule import Array, Rule, Slot, check, check_averages, check_rates
+from tailorbird.kernels.dynamic_codes import blocks_of, decode, encode
 
 
 @dataclass(frozen=True)

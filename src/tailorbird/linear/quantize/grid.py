@@ -53,6 +53,7 @@ def fit_grid(
     importance: Tensor | None = None,
     clip: bool = True,
     apart: bool = False,
+    upright: bool = False,
 ) -> Grid:
     """Fit the grid of every group of a weight.
 
@@ -79,6 +80,8 @@ def fit_grid(
     apart : bool
         With `clip`, whether the two ends of the span are narrowed each for itself: every pair of steps is
         tried. It is the same for grids that lie symmetrically, as these have one end.
+    upright : bool
+        With a codebook, whether it is tried one way round only, so that scales are above zero.
 
     Returns
     -------
@@ -112,6 +115,7 @@ def fit_grid(
                 coding,
                 clip,
                 apart,
+                upright,
             )
             scales[rows, first : first + count] = grid.scales.to(scales.dtype)
             zeros[rows, first : first + count] = grid.zeros.to(torch.uint8)
@@ -208,7 +212,12 @@ def coding_zero(coding: GroupedCoding) -> int:
 
 
 def _fit_groups(
-    values: Tensor, importance: Tensor | None, coding: GroupedCoding, clip: bool, apart: bool
+    values: Tensor,
+    importance: Tensor | None,
+    coding: GroupedCoding,
+    clip: bool,
+    apart: bool,
+    upright: bool,
 ) -> _Grid:
     """The grid of values `[rows, groups, length]`, float32, with importance `[groups, length]`."""
     low, high = torch.aminmax(values, dim=-1)
@@ -218,7 +227,7 @@ def _fit_groups(
     spans = [(shrink, shrink) for shrink in shrinks]
     if apart and not coding.symmetric:
         spans = list(itertools.product(shrinks, shrinks))
-    grids = [grid for down, up in spans for grid in _spanning_grids(low * down, high * up, coding)]
+    grids = [grid for down, up in spans for grid in _spanning_grids(low * down, high * up, coding, upright)]
     best = grids[0]
     if len(grids) > 1:
         least = _grid_error(values, importance, best, coding)
@@ -235,7 +244,7 @@ def _fit_groups(
     return _choose(one_value, _constant_grid(low, coding), best)
 
 
-def _spanning_grids(low: Tensor, high: Tensor, coding: GroupedCoding) -> list[_Grid]:
+def _spanning_grids(low: Tensor, high: Tensor, coding: GroupedCoding, upright: bool) -> list[_Grid]:
     """Grids whose first and last code lie at the ends of the span from `low` to `high` and zero."""
     levels = (1 << coding.bits) - 1
     if not coding.symmetric:
@@ -245,6 +254,8 @@ def _spanning_grids(low: Tensor, high: Tensor, coding: GroupedCoding) -> list[_G
     largest = torch.where(high >= -low, high, low)
     lowest, highest = _ends(coding)
     zeros = torch.full_like(largest, coding_zero(coding))
+    if upright:
+        return [_Grid(stored_scales(largest.abs() / highest, coding), zeros)]
     return [
         _Grid(stored_scales(largest / lowest, coding), zeros),
         _Grid(stored_scales(largest / highest, coding), zeros),

@@ -26,7 +26,7 @@ from tailorbird.linear.quantize.feedback import FeedbackMethod
 from tailorbird.linear.quantize.gptq import GptqRounding, inverse_diagonal
 from tailorbird.linear.quantize.grid import fit_grid
 from tailorbird.linear.quantize.tables import codes_by_feedback
-from tailorbird.linear.settings import GRIDS, check_setting
+from tailorbird.linear.settings import GRIDS, check_setting, on_grids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,5 +63,6 @@ class Leanquant(FeedbackMethod):
         if isinstance(coding, TableCoding):
             tables = clustered(target, coding, importance)
             return PackedWeight.from_tables(codes_by_feedback(rounding, target, tables), tables, coding)
-        grid = fit_grid(target, coding, importance, apart=True)
-        return rounding.round(target, coding, grid)
+        grids = on_grids(self.name, coding)
+        grid = fit_grid(target, grids, importance, apart=True)
+        return rounding.round(target, grids, grid)

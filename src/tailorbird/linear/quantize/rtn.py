@@ -13,10 +13,22 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.errors import SettingsError
-from tailorbird.formats.packed import FLOAT_DTYPES, Coding, FloatCoding, PackedWeight, TableCoding
+from tailorbird.formats.packed import (
+    FLOAT_DTYPES,
+    Coding,
+    DoubleCoding,
+    FloatCoding,
+    PackedWeight,
+    TableCoding,
+    coded_scales,
+    expanded_scales,
+)
+from tailorbird.kernels.packing import pack_codes
+from tailorbird.kernels.reference import group_layout
 from tailorbird.linear.quantize.clusters import clustered, nearest_values
 from tailorbird.linear.quantize.grid import fit_grid, quantize_to_grid
 from tailorbird.linear.settings import GRIDS, on_grids
@@ -36,7 +48,7 @@ class Rtn:
     kind: ClassVar[str] = "linear method"
     paper: ClassVar[str] = "round to nearest, the common baseline"
     requirements: ClassVar[frozenset[str]] = frozenset()
-    makes: ClassVar[frozenset[str]] = GRIDS | {TableCoding.kind}
+    makes: ClassVar[frozenset[str]] = GRIDS | {DoubleCoding.kind, TableCoding.kind}
     outliers: ClassVar[float] = 0.0
     least_token: ClassVar[float] = 1.0
 
@@ -77,9 +89,34 @@ class Rtn:
         if isinstance(coding, TableCoding):
             tables = clustered(weight, coding, importance)
             return PackedWeight.from_tables(nearest_values(weight, tables), tables, coding)
+        if isinstance(coding, DoubleCoding):
+            return self._double(weight, importance, coding)
         coding = on_grids("rtn", coding)
         scales, zeros = fit_grid(weight, coding, importance, self.clip_search)
         return PackedWeight.from_codes(quantize_to_grid(weight, scales, zeros, coding), scales, zeros, coding)
+
+    def _double(self, weight: Tensor, importance: Tensor | None, coding: DoubleCoding) -> PackedWeight:
+        """Codes for the levels nearest by scales that are codes themselves.
+
+        Scales stay above zero, so that they lie near their mean. That of a group of zeros is any: it is the
+        mean of the others.
+        """
+        out_features, in_features = weight.shape
+        scales, _ = fit_grid(weight, coding.expanded, importance, self.clip_search, upright=True)
+        scales = scales.float()
+        groups, size = group_layout(in_features, coding.group_size)
+        padded = functional.pad(weight, (0, groups * size - in_features))
+        empty = (padded.view(out_features, groups, size) == 0).all(-1)
+        if bool(empty.any()) and not bool(empty.all()):
+            scales = torch.where(empty, scales[~empty].mean(), scales)
+        stored = coded_scales(scales)
+        read = expanded_scales(stored)
+        assert read is not None
+        # one that is small beside its block's largest may become zero, and with it all that it scales
+        divisors = torch.where(read == 0, torch.ones_like(read), read)
+        codes = quantize_to_grid(weight, divisors, None, coding.expanded)
+        tensors = {"codes": pack_codes(codes, coding.bits), **stored}
+        return PackedWeight(coding, out_features, in_features, tensors)
 
 
 def round_to_float(weight: Tensor, coding: FloatCoding) -> PackedWeight:

@@ -27,6 +27,7 @@ from tailorbird.adapt.methods.zeroth.direction import Direction
 from tailorbird.adapt.methods.zeroth.moved import Moved
 from tailorbird.errors import SettingsError
 from tailorbird.formats.modules import CompressedLinear
+from tailorbird.formats.packed import GroupedCoding
 
 #: Least magnitude of a scale.
 LEAST = 1e-7
@@ -58,7 +59,7 @@ class MovedScales(Moved):
         packed = {
             path: place.module
             for path, place in places.items()
-            if isinstance(place.module, CompressedLinear) and place.module.scales is not None
+            if isinstance(place.module, CompressedLinear) and isinstance(place.module.coding, GroupedCoding)
         }
         if not packed:
             raise SettingsError(
