@@ -194,7 +194,7 @@ def test_it_is_tuned_and_merged_and_keeps_its_format(turned: Path, tmp_path: Pat
 
 
 def test_exports_hold_it_or_refuse_it_by_name(turned: Path, tmp_path: Path) -> None:
-    for to, what in (("compressed-tensors", "levels of `gauss3`"), ("gguf", "input transform")):
+    for to, what in (("compressed-tensors", "levels of `gauss3`"), ("gguf", "no place in GGUF")):
         with pytest.raises(ExportError, match=what):
             api.export(turned, to, tmp_path / to)
     assert api.export(turned, "dense", tmp_path / "dense").kl_mean < 1e-3

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packed_weights import random_packed
+from tailorbird.formats.codebooks import LEVELS, UNITS
 from tailorbird.formats.packed import (
     GROUP_SIZES,
     CodebookCoding,
@@ -26,6 +27,7 @@ from tailorbird.formats.packed import (
     stored_bytes,
 )
 from tailorbird.formats.sparse import Sparse
+from tailorbird.formats.transform import Transform
 from tailorbird.kernels import dynamic_codes
 from tailorbird.kernels.packing import BITS, pack_codes
 
@@ -45,8 +47,8 @@ GROUPS, SCALES = st.sampled_from(GROUP_SIZES), st.sampled_from(["bfloat16", "flo
 
 @given(
     coding=st.builds(IntegerCoding, st.sampled_from(BITS), GROUPS, st.booleans(), SCALES)
-    | st.builds(CodebookCoding, st.sampled_from(["nf4", "fp4"]), GROUPS, SCALES)
-    | st.builds(DoubleCoding, st.sampled_from(["nf4", "fp4"]), GROUPS)
+    | st.builds(CodebookCoding, st.sampled_from(sorted(LEVELS)), GROUPS, SCALES)
+    | st.builds(DoubleCoding, st.sampled_from(sorted(LEVELS)), GROUPS)
     | st.builds(TableCoding, st.sampled_from([2, 3, 4]), SCALES),
     order=st.booleans(),
     shape=st.tuples(st.integers(1, 5), st.sampled_from([1, 31, 64, 172, 513])),
@@ -96,6 +98,19 @@ def test_it_adds_a_sparse_part(reader: dict[str, Any], dtype: str, rank: int) ->
     torch.testing.assert_close(torch.from_numpy(weight), packed.dequantize())
 
 
+@pytest.mark.parametrize("block", [1, 4, 64])
+def test_it_turns_inputs_back(reader: dict[str, Any], block: int) -> None:
+    signs = torch.randint(0, 2, (192 // block, block), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    packed = random_packed(CodebookCoding("gauss3", 64), (5, 192)).with_transform(signs)
+    packed = packed.with_low_rank(torch.randn(5, 3), torch.randn(3, 192))
+    tensors = {
+        name: (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        for name, tensor in packed.tensors.items()
+    }
+    weight = reader["read_weight"](tensors, 3, 64, True, 192, reader["GAUSS3"])
+    torch.testing.assert_close(torch.from_numpy(weight), packed.dequantize())
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (65, 172), (2, 4500)])
 def test_it_reads_entropy_coded_floats(reader: dict[str, Any], shape: tuple[int, int]) -> None:
     packed = PackedWeight.from_bfloat16(
@@ -127,13 +142,19 @@ def test_the_numbers_of_its_examples() -> None:
     assert "256 + 44 + 14,540 + 44,032 bytes, 67 %" in page
     assert stored_bytes(EntropyCoding(14540), 256, 172) == 256 + 44 + 14540 + 44032
     assert round(100 * (256 + 44 + 14540 + 44032) / (2 * 256 * 172)) == 67
+    assert "172 bytes beside those of the codes" in page
+    plain, turned = (
+        stored_bytes(IntegerCoding(3, 64), 256, 172, transform=part) for part in (None, Transform(4))
+    )
+    assert turned - plain == 172
+    assert f"{UNITS['gauss2']:.4f}, {UNITS['gauss3']:.4f} and {UNITS['gauss4']:.4f} levels" in page
     assert "22,016 + 1,536 bytes" in page
     assert stored_bytes(CodebookCoding("nf4", 64), 256, 172) == 22016 + 1536
     assert "22,016 + 768 + 12 + 4 bytes" in page
     assert stored_bytes(DoubleCoding("nf4", 64), 256, 172) == 22016 + 768 + 12 + 4
 
 
-@pytest.mark.parametrize("name", ["nf4", "fp4"])
+@pytest.mark.parametrize("name", LEVELS)
 def test_the_levels_of_its_table_are_those_of_the_reader(reader: dict[str, Any], name: str) -> None:
     (row,) = re.findall(rf"\| `{name}` \| (.*) \|", PAGE.read_text(encoding="utf-8"))
     assert [int(level.replace("−", "-")) for level in row.split(",")] == reader[name.upper()]

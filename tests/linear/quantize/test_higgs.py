@@ -144,7 +144,7 @@ def test_other_codes_are_refused(coding: Any, match: str) -> None:
 
 
 def test_weights_beyond_the_scales_are_refused() -> None:
-    weight = weights("normal", (4, 64)) * 1e6
+    weight = weights("normal", (4, 64)) * 1e8
     assert bool(Higgs()(weight, None, CodebookCoding("gauss4", 64)).dequantize().isfinite().all())
     with pytest.raises(SettingsError, match="bfloat16 scales"):
         Higgs()(weight, None, CodebookCoding("gauss4", 64, "float16"))
