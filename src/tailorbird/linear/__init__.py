@@ -16,6 +16,7 @@ from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.formats.packed import Coding, PackedWeight
 from tailorbird.linear.lossless.df11 import Df11
 from tailorbird.linear.quantize.awq import Awq
+from tailorbird.linear.quantize.cfp import Cfp
 from tailorbird.linear.quantize.decoupleq import Decoupleq
 from tailorbird.linear.quantize.double_rounding import DoubleRounding
 from tailorbird.linear.quantize.fptq import Fptq
@@ -114,4 +115,6 @@ LINEAR_METHODS: dict[
     "yaqa": Yaqa,
     "df11": Df11,
 }
-FOLDS: dict[str, type[Awq | Smoothing | Fptq]] = {"awq": Awq, "smoothing": Smoothing, "fptq": Fptq}
+FOLDS: dict[str, type[Awq | Smoothing | Fptq | Cfp]] = {
+    "awq": Awq, "smoothing": Smoothing, "fptq": Fptq, "cfp": Cfp,
+}  # fmt: skip
