@@ -63,6 +63,7 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
     "decoupleq": {"rounds": [1, 0], "clip_search": ["true", "false"]},
     "smoothing": {"alpha": [0.3, 1.0, 1.5]},
     "fptq": {},
+    "cfp": {"alpha": [0.5, 1.0, 1.5]},
     "awq": {"grid": [1, 4], "clip_search": ["true", "false"]},
     "eora": {"rank": [1, 8, 48, 1000], "dtype": ["bfloat16", "float16", "int8"]},
     "lq-lora": {"rank": [1, 8, 48, 1000], "dtype": ["bfloat16", "float16"], "iterations": [1, 2, 0]},
@@ -71,6 +72,8 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
         for stage in ("block", "whole")
         for name in STAGES[stage]
     },
+    "cbq": {"steps": [1, 3], "window": [2, 3, 1], "overlap": [0, 1, 2], "rank": [1, 5]},
+    "omniquant": {"steps": [1, 3], "batch": [1, 4, 64], "transform": ["true", "false"]},
 }  # fmt: skip
 #: how often a method gets tables; others hardly ever
 TABLES = {"ganq": 0.8, "bcq": 0.8, "leanquant": 0.3, "rtn": 0.2}

@@ -34,7 +34,7 @@ def test_each_stage_brings_a_result_nearer_to_its_source(
             "rtn": "rtn:bits=2,group=32",
             **{
                 name: f"rtn+{name}:bits=2,group=32,{name}.steps=60,{name}.batch=4"
-                for name in ("signround", "flexround", "efficientqat", "omniquant")
+                for name in ("signround", "flexround", "efficientqat", "omniquant", "cbq")
             },
             "distil": f"rtn+distil:bits=2,group=32,{learning}",
         }.items()

@@ -122,7 +122,7 @@ def test_a_fold_brings_its_needs_and_is_part_of_the_description() -> None:
 
 def test_every_method_of_rounding_can_stand_in_a_recipe() -> None:
     rows = api.methods("quantize")
-    assert {row.name for row in rows if row.kind == "fold"} == {"awq", "smoothing", "fptq"}
+    assert {row.name for row in rows if row.kind == "fold"} == {"awq", "smoothing", "fptq", "cfp"}
     joined = {"fold": "{}+gptq", "block method": "gptq+{}", "model method": "gptq+{}"}
     for row in rows:
         assert make_recipe(joined.get(row.kind, "{}").format(row.name)).name

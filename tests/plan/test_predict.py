@@ -26,6 +26,8 @@ def foresee(
     block_updates: tuple[int, int] = (0, 0),
     whole_updates: tuple[int, int] = (0, 0),
     whole_bytes: int = 0,
+    together: int = 1,
+    again: int = 0,
 ) -> Prediction:
     checkpoint = open_checkpoint(str(directory))
     anatomy = read_anatomy(checkpoint)
@@ -46,6 +48,8 @@ def foresee(
             CODINGS,
             output or directory,
             True,
+            together,
+            again,
         )
     )
 
@@ -81,6 +85,19 @@ def test_learning_takes_time_by_its_updates_and_memory_by_its_windows(small: Pat
         assert plain[0] < few[0]
         assert few[1] == often[1]
         assert wide[1] > few[1] > plain[1]
+
+
+@pytest.mark.usefixtures("steady")
+def test_windows_of_blocks_take_memory_by_their_size_and_time_by_their_overlap(small: Path) -> None:
+    def compress(**settings: int) -> tuple[float, int]:
+        stages = foresee(small, block_updates=(10, 4), **settings).stages  # type: ignore[arg-type]
+        return stages[2].seconds, stages[2].peak_rss_bytes
+
+    plain = {stage.name: stage.seconds for stage in foresee(small).stages}["compress"]
+    one, apart, again = compress(), compress(together=2), compress(together=2, again=1)
+    assert apart[1] == again[1] > one[1]
+    assert apart[0] == one[0]
+    assert again[0] - plain == pytest.approx(2 * (one[0] - plain))
 
 
 @pytest.mark.usefixtures("steady")

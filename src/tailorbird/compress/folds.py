@@ -3,7 +3,8 @@
 `BlockFolding` asks a fold (`linear.FOLDS`) for scales and applies them to the block that is
 being compressed: first between pairs of linears, while nothing of the block is rounded yet, then
 between each norm and its readers just before these are rounded. Only linears that become integers
-take part. The scales asked for are recorded in one file beside the weights (`linear/folds.py`).
+take part. A block method may learn further scales once all are rounded (`blocks/transform.py`). The scales
+asked for are recorded in one file beside the weights (`linear/folds.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from tailorbird.calibrate.statistics import LinearStatistics
@@ -18,8 +20,8 @@ from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.formats.packed import Coding, GroupedCoding
 from tailorbird.linear import FoldMethod
 from tailorbird.linear.folds import scales_name
-from tailorbird.linear.scaling import apply_norm_fold, apply_pair_fold, scale_statistics
-from tailorbird.model.anatomy import BlockAnatomy, LinearPlace
+from tailorbird.linear.scaling import FoldedNorm, apply_norm_fold, apply_pair_fold, scale_statistics
+from tailorbird.model.anatomy import BlockAnatomy, LinearPlace, NormGroup, ScalePair
 from tailorbird.model.outline import put_tensor
 
 
@@ -28,8 +30,8 @@ class BlockFolding:
 
     Parameters
     ----------
-    fold : FoldMethod
-        Finds scales.
+    fold : FoldMethod or None
+        Finds scales; None where only learned ones are added.
     model : StreamingModel
         Of the source.
     working : nn.Module
@@ -52,7 +54,7 @@ class BlockFolding:
 
     def __init__(
         self,
-        fold: FoldMethod,
+        fold: FoldMethod | None,
         model: StreamingModel,
         working: nn.Module,
         anatomy: BlockAnatomy,
@@ -65,6 +67,7 @@ class BlockFolding:
         self.anatomy = anatomy
         self.codings = codings
         self.tensors = tensors
+        self.source = dict(tensors)
         self.found: dict[str, Tensor] = {}
         self.divided: dict[str, Tensor] = {}
 
@@ -76,6 +79,8 @@ class BlockFolding:
         statistics : callable
             Statistics of the input of a linear in `working` as it then is.
         """
+        if self.fold is None:
+            return
         places = {place.name: place for place in self.anatomy.linears}
         for pair in self.anatomy.scale_pairs:
             if not self._rounded((pair.source, pair.target)):
@@ -110,7 +115,7 @@ class BlockFolding:
         """
         names = {place.name for place in together}
         group = next((g for g in self.anatomy.norm_groups if set(g.linears) == names), None)
-        if group is None or not self._rounded(names):
+        if self.fold is None or group is None or not self._rounded(names):
             return statistics
         weights = [self.model.weight_of(self.working, place) for place in together]
         inputs = replace(statistics, cross=None)  # which no fold reads
@@ -127,6 +132,33 @@ class BlockFolding:
         self._put(group.norm, "bias", folded.bias)
         self.found[scales_name(group)] = scales
         return scale_statistics(statistics, folded.scales)
+
+    def effective(self, fold: NormGroup | ScalePair, scales: Tensor) -> Tensor:
+        """Of scales on top of those found so far, the ones that would be in effect, ``[in_features]``."""
+        if isinstance(fold, ScalePair):
+            return scales
+        before = self.found.get(scales_name(fold))
+        whole = self._folded(fold, scales if before is None else before * scales)
+        return whole.scales if before is None else whole.scales / self._folded(fold, before).scales
+
+    def add(self, fold: NormGroup | ScalePair, scales: Tensor) -> None:
+        """Fold by scales on top of those found so far: a norm or a bias; linears are the caller's."""
+        name = scales_name(fold)
+        self.found[name] = whole = self.found[name] * scales if name in self.found else scales
+        if isinstance(fold, NormGroup):
+            folded = self._folded(fold, whole)
+            self._put(fold.norm, "weight", folded.weight)
+            self._put(fold.norm, "bias", folded.bias)
+            return
+        bias = self.source.get(f"{fold.source}.bias")
+        if bias is not None:
+            empty = torch.empty(len(whole), 0), torch.empty(0, len(whole))
+            self._put(fold.source, "bias", apply_pair_fold(empty[0], bias, empty[1], whole).bias)
+
+    def _folded(self, group: NormGroup, scales: Tensor) -> FoldedNorm:
+        """The norm of the source after a fold, without its readers."""
+        bias = self.source[f"{group.norm}.bias"] if group.has_bias else None
+        return apply_norm_fold(self.source[f"{group.norm}.weight"], bias, [], scales, group.offset)
 
     def _rounded(self, names: Iterable[str]) -> bool:
         return all(isinstance(self.codings.get(name), GroupedCoding) for name in names)

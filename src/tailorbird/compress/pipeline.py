@@ -4,9 +4,10 @@ Two streams of hidden states walk over the blocks: one through the source, one t
 compressed so far. Inside a block the linears are treated in the order in which data reaches them;
 after each group that shares an input the block runs again, so that every linear is rounded against
 the inputs it will really see (and, for asymmetric calibration, S139, towards the outputs of the
-source). Then a block method, where there is one, learns them all together. When a block is finished
-its file is written, both streams are saved at its boundary and the block is marked done: a killed run
-continues there and ends with the same bytes. At the end a model method may learn all blocks together.
+source). Then a block method, where there is one, learns them all together; some learn several blocks at a
+time (`blocks/windows.py`). When a block, or such a window, is finished its files are written, both streams
+are saved at its boundary and it is marked done: a killed run continues there and ends with the same bytes.
+At the end a model method may learn all blocks together.
 
 Files are those of `model/shards.py`; with a fold (`compress/folds.py`) one more records its scales, after a
 rotation (`compress/rotation.py`) one more says by what the source was rotated.
@@ -18,6 +19,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,12 +31,16 @@ from tailorbird.calibrate.statistics import GramAccumulator, LinearStatistics
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.compress.blocks.beside import begin
 from tailorbird.compress.blocks.method import BlockMethod, LearnedWeight
+from tailorbird.compress.blocks.omniquant import OmniQuantWeight
 from tailorbird.compress.blocks.training import Learned, learn
+from tailorbird.compress.blocks.transform import BlockTransform
+from tailorbird.compress.blocks.windows import Window, windows_of
 from tailorbird.compress.folds import BlockFolding
 from tailorbird.compress.whole.method import ModelMethod
 from tailorbird.compress.whole.stage import learn_whole, put_learned
 from tailorbird.evaluate.streamed import batches
 from tailorbird.formats.packed import (
+    PARTS,
     Coding,
     IntegerCoding,
     LowRank,
@@ -56,7 +62,7 @@ from tailorbird.linear.rotate.weights import ROTATION_FILE
 from tailorbird.model.anatomy import Anatomy, BlockAnatomy, LinearPlace
 from tailorbird.model.checkpoint import Checkpoint
 from tailorbird.model.json_file import read_json
-from tailorbird.model.outline import Reached
+from tailorbird.model.outline import Reached, put_tensor
 from tailorbird.model.shards import file_count, file_name, write_index
 from tailorbird.model.weights import Weights
 from tailorbird.model.writing import write_json, write_tensors
@@ -67,6 +73,8 @@ from tailorbird.progress import Progress
 STATES = "whole-states"
 #: Of a job: where the sketches of all linears lie until the blocks are done.
 SKETCHES = "sketches"
+#: Of a job: blocks that were learned in one window and are to be learned again in the next.
+WINDOWS = "windows"
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ class Compression:
     low_rank, sparse, transforms : dict
         Linear of the blocks -> its part of that kind.
     block : BlockMethod or None
-        Learns the linears of a block together, once they are rounded.
+        Learns the linears of a block, or of several, together, once they are rounded.
     whole : ModelMethod or None
         Learns those of all blocks together, at the end.
     seed : int
@@ -142,6 +150,7 @@ class Pipeline:
         self.gathers = "gram" in compression.method.needs | folds | corrects
         self.streamed = self.gathers or compression.block is not None
         self.paired = self.crossed or compression.block is not None
+        self.transforms = compression.block is not None and compression.block.transform
 
     @torch.no_grad()
     def run(self) -> dict[str, dict[str, float]]:
@@ -158,13 +167,21 @@ class Pipeline:
             self.job.step(SKETCHES, self._sketch)
             self.progress.stage("compress", len(blocks) + 1)
         measured |= self.job.step("embedding", self._embedding)
-        for block in blocks:
-            measured |= self.job.step(
-                f"block-{block.index:05d}",
-                partial(self._block, block),
-                self._stream_names(block.index + 1) if self.streamed else set(),
-            )
-            self.progress.advance(note=block.name)
+        method = self.compression.block
+        if method is None or method.window == 1:
+            for block in blocks:
+                measured |= self.job.step(
+                    f"block-{block.index:05d}",
+                    partial(self._block, block),
+                    self._stream_names(block.index + 1) if self.streamed else set(),
+                )
+                self.progress.advance(note=block.name)
+        else:
+            for window in windows_of(len(blocks), method.window, method.overlap):
+                kept = {f"result-{window.kept}", f"source-{window.stop}"}
+                measured |= self.job.step(f"window-{window.number:05d}", partial(self._window, window), kept)
+                self.progress.advance(window.kept - window.start, note=blocks[window.stop - 1].name)
+            self.job.drop_part(WINDOWS)
         self.job.drop_part(SKETCHES)
         if not self.anatomy.tied:
             measured |= self.job.step("head", self._head)
@@ -264,24 +281,73 @@ class Pipeline:
 
     def _block(self, anatomy: BlockAnatomy) -> dict[str, Any]:
         """Compress one block, write its file, carry both streams over it."""
+        block = self._rounded(anatomy)
+        self._learn_together([block])
+        self._write(block)
+        if self.streamed:
+            self._carry("result", anatomy.index, block.module)
+        return block.done
+
+    def _window(self, window: Window) -> dict[str, Any]:
+        """Compress the new blocks of a window, learn all of it, and finish those that the next one hasn't."""
+        blocks: list[_Block] = []
+        for anatomy in self.anatomy.blocks[window.start : window.stop]:
+            if blocks:
+                self._carry("result", anatomy.index - 1, blocks[-1].module)
+            learned = anatomy.index < window.new
+            blocks.append(self._again(window, anatomy) if learned else self._rounded(anatomy))
+        self._learn_together(blocks)
+        done: dict[str, Any] = {}
+        for block in blocks:
+            done |= block.done
+            if block.anatomy.index < window.kept:
+                self._write(block)
+                self._carry("result", block.anatomy.index, block.module)
+            else:
+                write_tensors(self._between(window.number, block.anatomy), block.state())
+        return done
+
+    def _between(self, number: int, anatomy: BlockAnatomy) -> Path:
+        """Where a block waits that the window of this number left to the next."""
+        return self.job.part(WINDOWS).work / f"{number:05d}-{anatomy.index:05d}.safetensors"
+
+    def _again(self, window: Window, anatomy: BlockAnatomy) -> _Block:
+        """A block as the window before left it, to be learned once more."""
+        stored = Weights.open_file(self._between(window.number - 1, anatomy))
+        block = _Block(anatomy, self.model.load_block(anatomy.index))
+        block.take_state({name: stored.read(name) for name in stored.names})
+        for name in anatomy.other:
+            module, _, part = name.rpartition(".")
+            put_tensor(
+                self.model.module_of(block.module, module), part, block.tensors[name].to(self.model.dtype)
+            )
+        for place in anatomy.linears:
+            if place.name not in self.compression.codings:
+                continue
+            packed = self._read_back(place, block.tensors)
+            self.model.set_weight(block.module, place, packed.dequantize())
+            self._begin(block, place, block.learning.originals.get(place.name), packed)
+        return block
+
+    def _rounded(self, anatomy: BlockAnatomy) -> _Block:
+        """Round the linears of a block, and carry the source's stream over it."""
         index = anatomy.index
         chosen = [p for p in anatomy.linears if p.name in self.compression.codings]
-        working = self.model.load_block(index)
+        block = _Block(anatomy, self.model.load_block(index))
+        working = block.module
         source = self.model.load_block(index) if self.streamed and self.paired else None
-        tensors = {other: self.checkpoint.weights.read(other) for other in anatomy.other}
+        tensors = block.tensors
+        tensors |= {other: self.checkpoint.weights.read(other) for other in anatomy.other}
         for place in anatomy.linears:
             if place not in chosen:
                 tensors[place.weight_name] = self.checkpoint.weights.read(place.weight_name)
-        done: dict[str, Any] = {}
-        rows: dict[str, torch.Tensor] = {}
         weights = self._token_weights(index, working) if self.weighted else None
         folding = None
-        if self.compression.fold is not None:
-            folding = BlockFolding(
+        if self.compression.fold is not None or self.transforms:
+            folding = block.folding = BlockFolding(
                 self.compression.fold, self.model, working, anatomy, self.compression.codings, tensors
             )
             folding.fold_pairs(lambda place: self._statistics(index, place, working, None, None, weights))
-        learning = _Learning()
         for together in sharing_input(chosen):
             statistics = None
             if self.gathers:
@@ -299,34 +365,69 @@ class Pipeline:
                 weight = self.model.weight_of(working, place)
                 coding = self.compression.codings[place.name]
                 packed = rounded(weight, coding, self.compression.low_rank.get(place.name))
-                if self.compression.block is not None and isinstance(coding, IntegerCoding):
-                    learning.add(self.compression.block, place, weight, packed, coding)
+                self._begin(block, place, weight, packed)
                 approximation = packed.dequantize()
                 gram = None if statistics is None else statistics.gram
-                done[place.name] = {"error": output_error(weight, approximation, gram)}
-                rows[place.name] = row_errors(weight, approximation)
+                block.done[place.name] = {"error": output_error(weight, approximation, gram)}
+                block.rows[place.name] = row_errors(weight, approximation)
                 tensors |= self._stored(place, packed)
                 self.model.set_weight(working, place, approximation)
                 del weight, approximation, packed
             del rounded, statistics
         if source is not None:
             self._carry("source", index, source)
-        if learning.weights:
-            found = self._learn(index, working, learning)
-            done[anatomy.name] = {"block_error_before": found.before, "block_error_after": found.after}
+        return block
+
+    def _begin(
+        self, block: _Block, place: LinearPlace, weight: torch.Tensor | None, packed: PackedWeight
+    ) -> None:
+        """Let a linear learn that was rounded, where a method learns its codes."""
+        coding = self.compression.codings[place.name]
+        if self.compression.block is not None and isinstance(coding, IntegerCoding):
+            assert weight is not None
+            block.learning.add(self.compression.block, place, weight, packed, coding)
+
+    def _learn_together(self, blocks: list[_Block]) -> None:
+        """Learn the linears of blocks that are rounded, and put in what is better than it was."""
+        if not any(block.learning.weights for block in blocks):
+            return
+        transforms = [self._transform(block) for block in blocks if self.transforms]
+        found = self._learn(blocks)
+        blocks[-1].done[blocks[-1].anatomy.name] = {
+            "block_error_before": found.before, "block_error_after": found.after,
+        }  # fmt: skip
+        if found.better:
+            for block, transform in zip(blocks, transforms, strict=False):
+                assert block.folding is not None
+                for fold, scales in transform.learned():
+                    block.folding.add(fold, scales)
+                for name, weight in block.learning.originals.items():
+                    block.learning.originals[name] = transform.transformed(name, weight)
+        for block in blocks:
+            learning = block.learning
             for name, packed in learning.packed(found.better):
                 place = learning.places[name]
-                rows[name] = row_errors(learning.originals[name], packed.dequantize())
-                tensors |= self._stored(place, packed)
-                self.model.set_weight(working, place, packed.dequantize())
-        write_tensors(self.job.partial / file_name(self.anatomy, index + 1), tensors)
-        if rows:
-            self._write_row_errors(f"block-{index:05d}", rows)
-        if folding is not None and folding.found:
-            write_tensors(self.job.work / "done" / f"block-{index:05d}.{FOLDS_FILE}", folding.found)
-        if self.streamed:
-            self._carry("result", index, working)
-        return done
+                block.rows[name] = row_errors(learning.originals[name], packed.dequantize())
+                block.tensors |= self._stored(place, packed)
+                self.model.set_weight(block.module, place, packed.dequantize())
+
+    def _transform(self, block: _Block) -> BlockTransform:
+        """Scales between the linears of a block that learn, beside what these learn."""
+        assert block.folding is not None
+        weights = {
+            name: weight for name, weight in block.learning.weights.items()
+            if isinstance(weight, OmniQuantWeight)
+        }  # fmt: skip
+        return BlockTransform(block.anatomy, weights, block.folding.effective)
+
+    def _write(self, block: _Block) -> None:
+        """Write the file of a block that is finished, how far its rows are from the source, and its folds."""
+        index = block.anatomy.index
+        write_tensors(self.job.partial / file_name(self.anatomy, index + 1), block.tensors)
+        if block.rows:
+            self._write_row_errors(f"block-{index:05d}", block.rows)
+        if block.folds:
+            write_tensors(self.job.work / "done" / f"block-{index:05d}.{FOLDS_FILE}", block.folds)
 
     def _prepared(self, statistics: LinearStatistics | None) -> Corrected:
         """The method, and the correction after it, for weights that read one input."""
@@ -335,17 +436,27 @@ class Pipeline:
             return lambda weight, coding, part: rounded(weight, coding)
         return self.compression.correction.prepare(rounded, statistics)
 
-    def _learn(self, index: int, block: torch.nn.Module, learning: _Learning) -> Learned:
-        """Learn the linears of a block that is rounded, and whose source has its outputs already."""
+    def _learn(self, blocks: list[_Block]) -> Learned:
+        """Learn the linears of blocks that follow one another, and whose source has its outputs already."""
         assert self.compression.block is not None
         assert self.compression.ids is not None
-        inputs, targets = self._open_stream("result", index), self._open_stream("source", index + 1)
+        first, last = blocks[0].anatomy.index, blocks[-1].anatomy.index
+        inputs, targets = self._open_stream("result", first), self._open_stream("source", last + 1)
+
+        def run(hidden: torch.Tensor) -> torch.Tensor:
+            for block in blocks:
+                hidden = self.model.run_block(block.module, block.anatomy.index, hidden)
+            return hidden
+
         found = learn(
             self.compression.block,
-            {name: self.model.module_of(block, name) for name in learning.places},
-            learning.weights,
-            lambda hidden: self.model.run_block(block, index, hidden),
-            inputs, targets, self.compression.seed + index, batches(*self.compression.ids.shape),
+            {
+                name: self.model.module_of(block.module, name)
+                for block in blocks
+                for name in block.learning.places
+            },
+            {name: weight for block in blocks for name, weight in block.learning.weights.items()},
+            run, inputs, targets, self.compression.seed + first, batches(*self.compression.ids.shape),
         )  # fmt: skip
         inputs.close()
         targets.close()
@@ -357,6 +468,15 @@ class Pipeline:
         if place.transposed and "weight" in parts:
             parts["weight"] = parts["weight"].t().contiguous()
         return {f"{place.name}.{part}": tensor for part, tensor in parts.items()}
+
+    def _read_back(self, place: LinearPlace, tensors: Mapping[str, torch.Tensor]) -> PackedWeight:
+        """The linear of which `_stored` made `tensors`, among others."""
+        names = {part: f"{place.name}.{part}" for part in ("weight", *PARTS)}
+        parts = {part: tensors[name] for part, name in names.items() if name in tensors}
+        if place.transposed and "weight" in parts:
+            parts["weight"] = parts["weight"].t().contiguous()
+        coding = self.compression.codings[place.name]
+        return PackedWeight(coding, place.out_features, place.in_features, parts)
 
     def _statistics(
         self,
@@ -519,6 +639,54 @@ class _Learning:
         """The linears as they are stored: as learned where that is better, else as they began."""
         for name, weight in self.weights.items():
             yield name, weight.packed() if better else self.rounded[name]
+
+
+class _Block:
+    """A block that is being compressed.
+
+    Attributes
+    ----------
+    module : nn.Module
+        As far as it is compressed.
+    tensors : dict
+        What its file will hold.
+    done, rows : dict
+        What was measured: what the step records, and the relative errors of rows.
+    folding : BlockFolding or None
+    """
+
+    #: In a state: before the names of tensors, errors of rows, weights before they were rounded, scales.
+    PARTS = ("tensors", "rows", "originals", "folds")
+
+    def __init__(self, anatomy: BlockAnatomy, module: torch.nn.Module) -> None:
+        self.anatomy, self.module = anatomy, module
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.done: dict[str, Any] = {}
+        self.rows: dict[str, torch.Tensor] = {}
+        self.folding: BlockFolding | None = None
+        self.learning = _Learning()
+        self._folds: dict[str, torch.Tensor] = {}
+
+    @property
+    def folds(self) -> dict[str, torch.Tensor]:
+        """Scales by which it was folded."""
+        return self._folds if self.folding is None else self.folding.found
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that it takes to learn the block once more."""
+        parts = (self.tensors, self.rows, self.learning.originals, self.folds)
+        return {
+            f"{part}/{name}": tensor
+            for part, tensors in zip(self.PARTS, parts, strict=True)
+            for name, tensor in tensors.items()
+        }
+
+    def take_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Be what `state` was made of; linears yet have to begin to learn."""
+        parts = (self.tensors, self.rows, self.learning.originals, self._folds)
+        for key, tensor in state.items():
+            part, _, name = key.partition("/")
+            parts[self.PARTS.index(part)][name] = tensor
 
 
 def sharing_input(places: list[LinearPlace]) -> list[list[LinearPlace]]:

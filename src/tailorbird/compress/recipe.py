@@ -223,7 +223,21 @@ def make_recipe(
             "columns in the order of their inputs, in which they learn",
             "leave static_groups as it is, or leave out what learns",
         )
+    _check_transform(recipe)
     return recipe
+
+
+def _check_transform(recipe: Recipe) -> None:
+    """Refuse to learn scales of weights beside which something stands that wouldn't be scaled."""
+    if recipe.block is None or not recipe.block.transform:
+        return
+    if recipe.correction is not None or recipe.method.outliers:
+        beside = "a correction" if recipe.correction is not None else "outliers"
+        raise SettingsError(
+            f"`{recipe.name}` with transform and {beside} beside the weights that it scales",
+            "weights that stand alone",
+            "leave out transform, or what stands beside the weights",
+        )
 
 
 def _check_lossless(recipe: Recipe) -> None:

@@ -30,7 +30,7 @@ from tailorbird.calibrate.text import (
     split_held_out,
     token_windows,
 )
-from tailorbird.compress.blocks.method import BlockMethod
+from tailorbird.compress.blocks.method import LearningMethod
 from tailorbird.compress.recipe import Recipe
 from tailorbird.compress.rotation import rotate
 from tailorbird.errors import CheckpointError, ExportError, ResourceError, SettingsError, TextError, nearest
@@ -566,6 +566,7 @@ def foresee(work: Work, output: Path) -> Prediction:
     """Memory, disk and time per stage, and whether this machine has them; samples no text."""
     calibration, held_out = _text_shapes(work)
     windows, length = calibration
+    block = work.recipe.block
     prediction = predict(
         Workload(
             anatomy=work.anatomy,
@@ -576,12 +577,14 @@ def foresee(work: Work, output: Path) -> Prediction:
             gradients=by_gradients(work),
             needs=work.recipe.needs,
             corrects=work.recipe.correction is not None,
-            block_updates=_updates(work.recipe.block),
+            block_updates=_updates(block),
             whole_updates=_updates(work.recipe.whole),
             whole_bytes=0 if work.recipe.whole is None else work.recipe.whole.bytes_per_weight,
             codings=work.codings,
             output=output,
             packed_products=native.available() and work.rounded_inputs != {},
+            together=1 if block is None else block.window,
+            again=0 if block is None else block.overlap,
         )
     )
     if not work.lossless:
@@ -589,7 +592,7 @@ def foresee(work: Work, output: Path) -> Prediction:
     return replace(prediction, stages=tuple(s for s in prediction.stages if s.name not in SCORING))
 
 
-def _updates(method: BlockMethod | None) -> tuple[int, int]:
+def _updates(method: LearningMethod | None) -> tuple[int, int]:
     """How often a method learns, and from how many windows at a time."""
     return (0, 0) if method is None else (method.steps, method.batch)
 

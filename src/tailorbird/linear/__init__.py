@@ -17,6 +17,7 @@ from tailorbird.formats.packed import Coding, PackedWeight
 from tailorbird.linear.lossless.df11 import Df11
 from tailorbird.linear.quantize.awq import Awq
 from tailorbird.linear.quantize.bcq import Bcq
+from tailorbird.linear.quantize.cfp import Cfp
 from tailorbird.linear.quantize.decoupleq import Decoupleq
 from tailorbird.linear.quantize.double_rounding import DoubleRounding
 from tailorbird.linear.quantize.fptq import Fptq
@@ -135,4 +136,6 @@ LINEAR_METHODS: dict[
     "higgs": Higgs,
     "df11": Df11,
 }
-FOLDS: dict[str, type[Awq | Smoothing | Fptq]] = {"awq": Awq, "smoothing": Smoothing, "fptq": Fptq}
+FOLDS: dict[str, type[Awq | Smoothing | Fptq | Cfp]] = {
+    "awq": Awq, "smoothing": Smoothing, "fptq": Fptq, "cfp": Cfp,
+}  # fmt: skip

@@ -91,6 +91,8 @@ class Workload:
         Whether a low-rank part is put beside what was rounded.
     block_updates, whole_updates : tuple of int
         ``(updates, windows of each)`` in which each block is learned, and the whole model; zeros for none.
+    together, again : int
+        Blocks that are learned together, and how many of them once more with those after them.
     whole_bytes : int
         What learning the whole model holds for each weight, beside the weight and its gradient.
     packed_products : bool
@@ -111,6 +113,8 @@ class Workload:
     codings: tuple[Coding, ...]
     output: Path
     packed_products: bool
+    together: int = 1
+    again: int = 0
 
 
 @dataclass(frozen=True)
@@ -296,7 +300,9 @@ def predict(work: Workload) -> Prediction:
         compress = max(compress, passing, 2 * s.end + 4 * s.logits, both_sides)
     block_tokens, whole_tokens = (windows * cal[1] for _, windows in (work.block_updates, work.whole_updates))
     if block_tokens:
-        compress = max(compress, (2 + LEARNED_COPIES) * s.block + SAVED * s.activations(block_tokens))
+        window = min(work.together, s.blocks)
+        copies = 1 + window * (1 + LEARNED_COPIES)
+        compress = max(compress, copies * s.block + window * SAVED * s.activations(block_tokens))
     if whole_tokens:
         compress = max(compress, _whole_peak(work, s, whole_tokens))
     gate = max(
@@ -330,9 +336,10 @@ def predict(work: Workload) -> Prediction:
         )
     head_flops = 2.0 * s.vocabulary * s.width
     # Forward and backward, of the whole model the source's forward too; each update rounds all weights.
-    learning = 3 * work.block_updates[0] * forward(block_tokens)
+    often = work.together / (work.together - work.again)  # a block is learned, on average
+    learning = 3 * often * work.block_updates[0] * forward(block_tokens)
     learning += work.whole_updates[0] * (4 * forward(whole_tokens) + 4 * whole_tokens * head_flops)
-    updates = work.block_updates[0] + work.whole_updates[0]
+    updates = often * work.block_updates[0] + work.whole_updates[0]
     learning += updates * s.parameters * UPDATE_PASSES / PASS_RATE * rate
     times = {
         "statistics": forward(tokens["cal"]) + grams + rounding + comparing + searching / PASS_RATE * rate,

@@ -12,6 +12,7 @@ from torch import nn
 
 from learned_weights import begun, files, weight_of
 from tailorbird.compress.blocks import BLOCK_METHODS
+from tailorbird.compress.blocks.cbq import Cbq
 from tailorbird.compress.blocks.efficientqat import EfficientQat
 from tailorbird.compress.blocks.flexround import FlexRound
 from tailorbird.compress.blocks.omniquant import OmniQuant
@@ -69,6 +70,7 @@ def test_what_is_stored_is_what_was_learned(coding: IntegerCoding, name: str) ->
         SignRound(steps=100, batch=4, scale_rate=1e-9),
         FlexRound(steps=100, batch=4, rate=0.05, scale_rate=0.0),
         EfficientQat(steps=100, batch=4, rate=0.05, scale_rate=0.0, zero_rate=0.0),
+        Cbq(steps=100, batch=4, rate=0.05, scale_rate=0.0),
     ],
     ids=lambda method: type(method).__name__,
 )
@@ -109,6 +111,7 @@ def test_a_weight_of_few_numbers_comes_near_the_best_of_all_codes(tmp_path: Path
         FlexRound(steps=1, batch=1, rate=1.0, scale_rate=1.0),
         EfficientQat(steps=1, batch=1, rate=3.0, scale_rate=0.5, zero_rate=2.0),
         OmniQuant(steps=1, batch=1, rate=9.0),
+        Cbq(steps=1, batch=1, rate=9.0, scale_rate=0.5),
     ],
     ids=lambda method: type(method).__name__,
 )

@@ -1,10 +1,14 @@
-"""The block methods by name: each learns the weights of one block together, after a linear method."""
+"""The block methods by name: each learns the weights of one block, or of several, after a linear method."""
 
+from tailorbird.compress.blocks.cbq import Cbq
 from tailorbird.compress.blocks.efficientqat import EfficientQat
 from tailorbird.compress.blocks.flexround import FlexRound
 from tailorbird.compress.blocks.omniquant import OmniQuant
 from tailorbird.compress.blocks.signround import SignRound
 
-BLOCK_METHODS: dict[str, type[EfficientQat] | type[FlexRound] | type[OmniQuant] | type[SignRound]] = {
-    "efficientqat": EfficientQat, "flexround": FlexRound, "omniquant": OmniQuant, "signround": SignRound,
+BLOCK_METHODS: dict[
+    str, type[Cbq] | type[EfficientQat] | type[FlexRound] | type[OmniQuant] | type[SignRound]
+] = {
+    "cbq": Cbq, "efficientqat": EfficientQat, "flexround": FlexRound, "omniquant": OmniQuant,
+    "signround": SignRound,
 }  # fmt: skip

@@ -7,12 +7,14 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from tailorbird.compress.blocks.method import BlockMethod, LearnedWeight
+from tailorbird.compress.blocks.method import LearnedWeight, LearningMethod
 from tailorbird.formats.packed import IntegerCoding, PackedWeight
 
 
-def begin(method: BlockMethod, weight: Tensor, rounded: PackedWeight, coding: IntegerCoding) -> LearnedWeight:
-    """`BlockMethod.begin`, also where `rounded` has parts beside it: of what they leave of the weight."""
+def begin(
+    method: LearningMethod, weight: Tensor, rounded: PackedWeight, coding: IntegerCoding
+) -> LearnedWeight:
+    """`LearningMethod.begin`, also where `rounded` has parts beside it: of what they leave of the weight."""
     if not rounded.parts_beside:
         return method.begin(weight, rounded, coding)
     return BesideParts(method.begin(weight - rounded.beside(), rounded.base, coding), rounded)
@@ -42,3 +44,6 @@ class BesideParts(LearnedWeight):
 
     def limit(self) -> None:
         self.base.limit()
+
+    def settle(self) -> None:
+        self.base.settle()

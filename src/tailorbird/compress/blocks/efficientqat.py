@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tailorbird.compress.blocks.method import LearnedWeight, check_settings
+from tailorbird.compress.blocks.method import LearnedWeight, SquaredError, check_settings
 from tailorbird.compress.blocks.steps import anchored, rounded
 from tailorbird.compress.blocks.straight_through import StraightThroughWeight
 from tailorbird.formats.packed import IntegerCoding, PackedWeight
@@ -31,7 +31,7 @@ LEAST_FACTOR = 0.01
 
 
 @dataclass(frozen=True)
-class EfficientQat:
+class EfficientQat(SquaredError):
     """Weights, scales and zero points.
 
     Parameters

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tailorbird.compress.blocks.method import LearnedWeight, check_settings
+from tailorbird.compress.blocks.method import LearnedWeight, SquaredError, check_settings
 from tailorbird.compress.blocks.steps import anchored
 from tailorbird.compress.blocks.straight_through import StraightThroughWeight
 from tailorbird.formats.packed import IntegerCoding, PackedWeight
 
 
 @dataclass(frozen=True)
-class FlexRound:
+class FlexRound(SquaredError):
     """Divisors of weights and rows, and scales.
 
     Parameters

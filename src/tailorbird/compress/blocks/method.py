@@ -40,22 +40,25 @@ class LearnedWeight(nn.Module, ABC):
     def limit(self) -> None:
         """Bring parameters back into their range after an update."""
 
+    def settle(self) -> None:
+        """After the last update: take the values that can be stored beside the weight."""
 
-class BlockMethod(Protocol):
-    """What every block method offers.
+
+class LearningMethod(Protocol):
+    """What every method offers that learns linears after they were rounded.
 
     Attributes
     ----------
     family : str
         The folder of what it learns: "quantize".
     kind : str
-        "block method".
+        "block method" or "model method".
     paper : str
         Authors, year and number of the paper.
     requirements : frozenset of str
         What it reads beside the block: "outputs" of the source's block.
     steps : int
-        Updates in each block.
+        Updates of all that is learned together.
     batch : int
         Calibration windows that an update reads.
     """
@@ -87,19 +90,79 @@ class BlockMethod(Protocol):
         ...
 
     def optimizer(self, weights: Sequence[LearnedWeight]) -> Optimizer:
-        """Over the parameters of all linears of a block, at the highest rates."""
+        """Over the parameters of all linears that are learned together, at the highest rates."""
         ...
 
 
-def check_settings(name: str, method: BlockMethod) -> None:
+class BlockMethod(LearningMethod, Protocol):
+    """What every block method offers.
+
+    Attributes
+    ----------
+    window, overlap : int
+        Blocks that are learned together, and how many of them once more with those after them.
+    transform : bool
+        Whether scales between the linears are learned, too (`blocks/transform.py`).
+    """
+
+    @property
+    def window(self) -> int: ...
+
+    @property
+    def overlap(self) -> int: ...
+
+    @property
+    def transform(self) -> bool: ...
+
+    def loss(self, outputs: Tensor, targets: Tensor, weights: Sequence[LearnedWeight], done: float) -> Tensor:
+        """What an update makes less.
+
+        Parameters
+        ----------
+        outputs, targets : Tensor[windows, length, hidden_size], float32
+            Of what is learned, and of the source.
+        weights : sequence of LearnedWeight
+            All that are learned together.
+        done : float
+            Share of the updates before this one.
+        """
+        ...
+
+
+class SquaredError:
+    """What learns one block at a time, by the mean squared difference of its outputs."""
+
+    @property
+    def window(self) -> int:
+        """One block."""
+        return 1
+
+    @property
+    def overlap(self) -> int:
+        """None."""
+        return 0
+
+    @property
+    def transform(self) -> bool:
+        """Not learned."""
+        return False
+
+    def loss(self, outputs: Tensor, targets: Tensor, weights: Sequence[LearnedWeight], done: float) -> Tensor:
+        """As `BlockMethod.loss`."""
+        return nn.functional.mse_loss(outputs, targets)
+
+
+def check_settings(name: str, method: LearningMethod, may_be_none: frozenset[str] = frozenset()) -> None:
     """Refuse counts below one, and rates below zero or without end.
 
     Parameters
     ----------
     name : str
         Of the method, for the message.
-    method : BlockMethod
-        Its settings are counts, whose defaults are whole numbers, and rates.
+    method : LearningMethod
+        Its settings are switches, counts, whose defaults are whole numbers, and rates.
+    may_be_none : frozenset of str
+        Counts that may be 0.
 
     Raises
     ------
@@ -108,10 +171,13 @@ def check_settings(name: str, method: BlockMethod) -> None:
     """
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)
+        if isinstance(value, bool):
+            continue
         counts = isinstance(field.default, int)
-        if not (value >= 1 if counts else 0 <= value < math.inf):
+        least = 1 if counts and field.name not in may_be_none else 0
+        if not least <= value < math.inf:
             raise SettingsError(
                 f"{field.name} {value} of {name}",
-                "at least 1" if counts else "0 or more",
+                "at least 1" if least else "0 or more",
                 f"set `{field.name}` higher" if counts else f"set another `{field.name}`",
             )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tailorbird.compress.blocks.method import LearnedWeight, check_settings
+from tailorbird.compress.blocks.method import LearnedWeight, SquaredError, check_settings
 from tailorbird.compress.blocks.steps import anchored
 from tailorbird.compress.blocks.straight_through import StraightThroughWeight
 from tailorbird.formats.packed import IntegerCoding, PackedWeight
@@ -30,7 +30,7 @@ WIDEST_OFFSET, WIDEST_FACTOR = 0.5, 0.5
 
 
 @dataclass(frozen=True)
-class SignRound:
+class SignRound(SquaredError):
     """Offsets before the rounding, and factors of the scales, by signed gradient descent.
 
     Parameters

@@ -1,9 +1,9 @@
-"""Learns the weights of one block together, so that its outputs come near those of the source's block.
+"""Learns the weights of one block, or of a window of blocks, so that outputs come near the source's.
 
 The block reads what the compressed blocks before it give, and aims at what the source's block makes of its
-own inputs. The loss is the mean squared difference over the windows of an update; rates fall to zero in
-equal steps. Afterwards all calibration windows are read with the weights as they were and as they are
-now, and what differs less from the source is kept: no block ends farther from the source than it began.
+own inputs. The loss is the method's, over the windows of an update; rates fall to zero in equal steps.
+Afterwards all calibration windows are read with the weights as they were and as they are now, and what
+differs less from the source, by squares, is kept: no block ends farther from it than it began.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from tailorbird.calibrate.activations import ActivationFile
 from tailorbird.compress.blocks.method import BlockMethod, LearnedWeight
 from tailorbird.plan.predict import narrow_products
 
-#: Runs the block on hidden states ``[windows, length, hidden_size]``.
+#: Runs the blocks on hidden states ``[windows, length, hidden_size]``.
 Run = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Learned:
-    """What training a block did.
+    """What training did.
 
     Attributes
     ----------
@@ -52,19 +52,19 @@ def learn(
     seed: int,
     batches: Sequence[tuple[int, int]],
 ) -> Learned:
-    """Learn the weights of some modules of a block; the modules themselves stay as they are.
+    """Learn the weights of some modules of the blocks; the modules themselves stay as they are.
 
     Parameters
     ----------
     method : BlockMethod
     modules : mapping of str to nn.Module
-        Linears of the block by name, each holding the weight that it has so far.
+        Linears of the blocks by name, each holding the weight that it has so far.
     weights : mapping of str to LearnedWeight
         By the same names; changed in place.
     run : callable
-        The block, with gradients.
+        All blocks, one after the other, with gradients.
     inputs, targets : ActivationFile
-        What enters the block, and what leaves the source's.
+        What enters the first block, and what leaves the last one of the source.
     seed : int
         Of the order of windows.
     batches : sequence of (int, int)
@@ -75,7 +75,8 @@ def learn(
         return _difference(run, inputs, targets, batches)
 
     before = difference()
-    optimizer = method.optimizer([weight.own for weight in weights.values()])
+    own = [weight.own for weight in weights.values()]
+    optimizer = method.optimizer(own)
     rates = [group["lr"] for group in optimizer.param_groups]
     order = windows_of_updates(inputs.windows, method.batch, seed)
     for step in range(method.steps):
@@ -84,12 +85,16 @@ def learn(
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - step / method.steps)
         with torch.enable_grad(), products(), replaced(modules, weights):
-            loss = torch.nn.functional.mse_loss(run(x).float(), y)
+            outputs = run(x).float()
+        with torch.enable_grad():
+            loss = method.loss(outputs, y, own, step / method.steps)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         for weight in weights.values():
             weight.limit()
+    for weight in weights.values():
+        weight.settle()
     with replaced(modules, weights):
         return Learned(before, difference())
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Protocol
 
-from tailorbird.compress.blocks.method import BlockMethod
+from tailorbird.compress.blocks.method import LearningMethod
 
 
-class ModelMethod(BlockMethod, Protocol):
+class ModelMethod(LearningMethod, Protocol):
     """What every model method offers; the gradients that it is given are those of the divergence.
 
     Attributes
