@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from packed_weights import laid_out, random_packed
-from tailorbird.formats.packed import IntegerCoding, PackedWeight
+from tailorbird.formats import codebooks
+from tailorbird.formats.packed import CodebookCoding, IntegerCoding, PackedWeight
 from tailorbird.kernels import native, panels
 from tailorbird.kernels.packing import BITS
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
 
+# the C structures point at them
+LEVELS = {name: levels.float() for name, levels in codebooks.LEVELS.items()}
 BF16, F32 = torch.bfloat16, torch.float32
 #: distance from 1 to the next number, halved
 UNIT = {BF16: 2.0**-8, F32: 2.0**-24}
@@ -29,7 +32,7 @@ codings = st.builds(
     st.sampled_from([0, 32, 64, 96, 128, 256]),
     st.booleans(),
     st.sampled_from(["float16", "bfloat16"]),
-)
+) | st.builds(CodebookCoding, st.sampled_from(["nf4", "fp4", "gauss4"]), st.sampled_from([0, 32, 64, 256]))
 shapes = st.tuples(st.sampled_from([1, 15, 16, 33, 130]), st.sampled_from([1, 31, 64, 172, 320, 1030]))
 versions = st.integers(0, native.best_version())
 
@@ -41,15 +44,16 @@ def stored_weight(packed: PackedWeight) -> panels.StoredWeight:
 def arguments(weight: panels.StoredWeight) -> tuple[Any, ...]:
     """As the operators take them."""
     return (
-        weight.codes, weight.scales, weight.zeros, weight.order,
+        weight.codes, weight.scales, weight.zeros, weight.order, weight.levels,
         weight.bits, weight.group_size, weight.in_features,
     )  # fmt: skip
 
 
 def described(packed: PackedWeight) -> native.StoredStructure:
     weight = stored_weight(packed)
+    levels = LEVELS[packed.coding.codebook] if isinstance(packed.coding, CodebookCoding) else None
     return native.described_as_stored(
-        weight.codes, weight.scales, weight.zeros, weight.bits, weight.group_size, weight.in_features
+        weight.codes, weight.scales, weight.zeros, weight.bits, weight.group_size, weight.in_features, levels
     )
 
 

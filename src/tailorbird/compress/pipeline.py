@@ -150,7 +150,7 @@ class Pipeline:
         self.gathers = "gram" in compression.method.needs | folds | corrects
         self.streamed = self.gathers or compression.block is not None
         self.paired = self.crossed or compression.block is not None
-        self.transforms = compression.block is not None and compression.block.transform
+        self.learns_scales = compression.block is not None and compression.block.transform
 
     @torch.no_grad()
     def run(self) -> dict[str, dict[str, float]]:
@@ -343,7 +343,7 @@ class Pipeline:
                 tensors[place.weight_name] = self.checkpoint.weights.read(place.weight_name)
         weights = self._token_weights(index, working) if self.weighted else None
         folding = None
-        if self.compression.fold is not None or self.transforms:
+        if self.compression.fold is not None or self.learns_scales:
             folding = block.folding = BlockFolding(
                 self.compression.fold, self.model, working, anatomy, self.compression.codings, tensors
             )
@@ -391,7 +391,7 @@ class Pipeline:
         """Learn the linears of blocks that are rounded, and put in what is better than it was."""
         if not any(block.learning.weights for block in blocks):
             return
-        transforms = [self._transform(block) for block in blocks if self.transforms]
+        transforms = [self._transform(block) for block in blocks if self.learns_scales]
         found = self._learn(blocks)
         blocks[-1].done[blocks[-1].anatomy.name] = {
             "block_error_before": found.before, "block_error_after": found.after,

@@ -40,8 +40,10 @@ class StoredWeight:
     scales : Tensor[out_features, groups], float16 or bfloat16
     zeros : Tensor[out_features, ceil(groups * bits / 8)], uint8, or None
     bits, group_size, in_features : int
-        Groups are as in `native.serves`; the codes are integers.
+        Groups are as in `native.serves`.
     order : Tensor[in_features], integer, or None
+    levels : Tensor[16], int8, or None
+        Of a codebook, whose codes have 4 bits; None where codes are integers.
     """
 
     codes: Tensor
@@ -51,6 +53,14 @@ class StoredWeight:
     group_size: int
     in_features: int
     order: Tensor | None = None
+    levels: Tensor | None = None
+
+
+def serves(coding: Any, in_features: int) -> bool:
+    """Whether the compiled library dequantizes pieces of such a weight."""
+    return native.serves(coding, in_features) and (
+        coding.levels is None or coding.bits == native.CODEBOOK_BITS
+    )
 
 
 def linear(x: Tensor, weight: StoredWeight) -> Tensor:
@@ -65,7 +75,7 @@ def linear(x: Tensor, weight: StoredWeight) -> Tensor:
     weight : StoredWeight
     """
     return torch.ops.tailorbird.panel_linear(
-        x, weight.codes, weight.scales, weight.zeros, weight.order,
+        x, weight.codes, weight.scales, weight.zeros, weight.order, weight.levels,
         weight.bits, weight.group_size, weight.in_features,
     )  # fmt: skip
 
@@ -87,12 +97,14 @@ def _linear(
     scales: Tensor,
     zeros: Tensor | None,
     order: Tensor | None,
+    levels: Tensor | None,
     bits: int,
     group_size: int,
     in_features: int,
 ) -> Tensor:
     x, codes, scales, zeros = _contiguous(_rearranged(x, order), codes, scales, zeros)
-    weight = native.described_as_stored(codes, scales, zeros, bits, group_size, in_features)
+    table = None if levels is None else levels.float()
+    weight = native.described_as_stored(codes, scales, zeros, bits, group_size, in_features, table)
     out_features = codes.shape[0]
     y = x.new_empty(len(x), out_features)
     step = min(_fitting(in_features, x.dtype), out_features)
@@ -110,6 +122,7 @@ def _linear_gradient(
     scales: Tensor,
     zeros: Tensor | None,
     order: Tensor | None,
+    levels: Tensor | None,
     bits: int,
     group_size: int,
     in_features: int,
@@ -119,7 +132,8 @@ def _linear_gradient(
     Where rows of the weight are cut too, each piece's sums are rounded to the dtype and added in float32.
     """
     gradient, codes, scales, zeros = _contiguous(gradient, codes, scales, zeros)
-    weight = native.described_as_stored(codes, scales, zeros, bits, group_size, in_features)
+    table = None if levels is None else levels.float()
+    weight = native.described_as_stored(codes, scales, zeros, bits, group_size, in_features, table)
     out_features, dtype = codes.shape[0], gradient.dtype
     x = gradient.new_empty(len(gradient), in_features)
     length = min(out_features, _fitting(FEWEST_COLUMNS, dtype))
@@ -146,7 +160,8 @@ def _contiguous(*tensors: Any) -> Any:
 
 
 _WEIGHT = (
-    "Tensor codes, Tensor scales, Tensor? zeros, Tensor? order, int bits, int group_size, int in_features"
+    "Tensor codes, Tensor scales, Tensor? zeros, Tensor? order, Tensor? levels, "
+    "int bits, int group_size, int in_features"
 )
 torch.library.define("tailorbird::panel_linear", f"(Tensor x, {_WEIGHT}) -> Tensor")
 torch.library.define("tailorbird::panel_linear_gradient", f"(Tensor gradient, {_WEIGHT}) -> Tensor")
@@ -165,17 +180,17 @@ def _shape_of_gradient(gradient: Tensor, *weight: Any) -> Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:5])
-    ctx.numbers = inputs[5:]
+    ctx.save_for_backward(*inputs[1:6])
+    ctx.numbers = inputs[6:]
 
 
 def _gradient_of_linear(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     gradient = torch.ops.tailorbird.panel_linear_gradient(gradient, *ctx.saved_tensors, *ctx.numbers)
-    return gradient, *[None] * 7
+    return gradient, *[None] * 8
 
 
 def _gradient_of_gradient(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
-    return torch.ops.tailorbird.panel_linear(x, *ctx.saved_tensors, *ctx.numbers), *[None] * 7
+    return torch.ops.tailorbird.panel_linear(x, *ctx.saved_tensors, *ctx.numbers), *[None] * 8
 
 
 torch.library.register_autograd("tailorbird::panel_linear", _gradient_of_linear, setup_context=_keep)
