@@ -18,6 +18,7 @@ from tailorbird import api
 from tailorbird.adapt.merged import merge_tuned, tune_to_merge
 from tailorbird.adapt.settings import TuneSettings
 from tailorbird.adapt.tune import Data
+from tailorbird.compress.recipe import planned_recipe
 from tailorbird.errors import CheckpointError, ExportError, SettingsError
 from tailorbird.evaluate.speed import linear_paths
 from tailorbird.formats.modules import ROTATED, CompressedLinear
@@ -128,6 +129,11 @@ def test_a_plan_that_contradicts_itself_is_refused(
 def test_other_codes_are_refused_before_work(recipe: str) -> None:
     with pytest.raises(SettingsError, match="higgs"):
         api.compress("demo", "nowhere", recipe=recipe)
+
+
+def test_a_budget_does_not_choose_it() -> None:
+    with pytest.raises(SettingsError, match=r"compress --recipe higgs:codebook=gauss3"):
+        planned_recipe("higgs")
 
 
 def test_a_correction_stands_beside_it(model: Path, text: Path, tmp_path: Path) -> None:

@@ -384,11 +384,12 @@ def planned_recipe(name: str) -> Recipe:
             f"give all linears 8 bits: compress --recipe {name}:bits=8,group=64",
         )
     if IntegerCoding.kind not in recipe.method.makes:
+        examples = {TableCoding.kind: ":table=3", CodebookCoding.kind: ":codebook=gauss3"}
+        stated = "".join(examples.get(kind, "") for kind in recipe.method.makes)
         raise SettingsError(
             f"a fit by `{name}`",
             "a method of integers, among which a plan chooses",
-            f"give all linears one coding: compress --recipe {name}"
-            + (":table=3" if TableCoding.kind in recipe.method.makes else ""),
+            f"give all linears one coding: compress --recipe {name}{stated}",
         )
     if recipe.method.outliers:
         raise SettingsError(
