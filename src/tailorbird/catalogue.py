@@ -12,6 +12,7 @@ from tailorbird.adapt.optimizers.registry import OPTIMIZERS
 from tailorbird.adapt.starts.registry import STARTS
 from tailorbird.compress.recipe import STAGES
 from tailorbird.formats.packed import CodebookCoding, DoubleCoding, EntropyCoding, IntegerCoding, TableCoding
+from tailorbird.linear.quantize.higgs import Higgs
 from tailorbird.plan.allocators import ALLOCATORS, OF_BUDGETS
 
 #: order in which the stages of a recipe are listed, and what each but the linear methods fills
@@ -98,4 +99,6 @@ def _filled(kind: Any) -> str:
     parts = [words for coding, words in _CODES.items() if coding in kind.makes]
     if any(field.name == "outliers" for field in dataclasses.fields(kind)):
         parts.append("sparse part")
+    if kind is Higgs:
+        parts.append("input transform")
     return ", ".join(parts)

@@ -22,6 +22,7 @@ from tailorbird.linear.quantize.decoupleq import Decoupleq
 from tailorbird.linear.quantize.fptq import Fptq
 from tailorbird.linear.quantize.ganq import Ganq
 from tailorbird.linear.quantize.gptq import Gptq
+from tailorbird.linear.quantize.higgs import Higgs
 from tailorbird.linear.quantize.leanquant import Leanquant
 from tailorbird.linear.quantize.quantease import Quantease
 from tailorbird.linear.quantize.rtn import Rtn
@@ -264,12 +265,14 @@ def test_tables_are_for_linears_and_stated_alike_in_a_file(tmp_path: Path) -> No
         parse_recipe(str(path))
 
 
-@pytest.mark.parametrize(("name", "method"), [("leanquant", Leanquant()), ("ganq", Ganq())])
-def test_a_budget_chooses_among_integers_or_tables(name: str, method: object) -> None:
+@pytest.mark.parametrize(
+    ("name", "method"), [("leanquant", Leanquant()), ("ganq", Ganq()), ("higgs", Higgs())]
+)
+def test_a_budget_chooses_among_the_codings_of_a_method(name: str, method: object) -> None:
     assert planned_recipe(name).method == method
 
 
-@pytest.mark.parametrize("name", ["ganq+signround", "awq+ganq", "ganq+distil"])
-def test_what_learns_or_folds_is_refused_where_a_budget_chooses_tables(name: str) -> None:
-    with pytest.raises(SettingsError, match="with tables"):
+@pytest.mark.parametrize("name", ["ganq+signround", "awq+ganq", "ganq+distil", "higgs+signround"])
+def test_what_learns_or_folds_is_refused_beside_codes_without_integers(name: str) -> None:
+    with pytest.raises(SettingsError, match="with (tables|codebook)"):
         planned_recipe(name)
