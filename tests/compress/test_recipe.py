@@ -274,5 +274,5 @@ def test_a_budget_chooses_among_the_codings_of_a_method(name: str, method: objec
 
 @pytest.mark.parametrize("name", ["ganq+signround", "awq+ganq", "ganq+distil", "higgs+signround"])
 def test_what_learns_or_folds_is_refused_beside_codes_without_integers(name: str) -> None:
-    with pytest.raises(SettingsError, match="with (tables|codebook)"):
+    with pytest.raises(SettingsError, match=r"with (tables|codebook)"):
         planned_recipe(name)
