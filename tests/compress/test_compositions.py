@@ -87,7 +87,7 @@ SHARE = {2: 1.0, 3: 0.5, 4: 0.2, 5: 0.1, 6: 0.05, 8: 0.02}
 
 def drawn(seed: int) -> str:
     """A recipe as one line, some of which no tool could follow."""
-    draw = random.Random(seed)
+    draw = random.Random(3000 + seed)
     stages = {
         stage: draw.choice(sorted(known))
         for stage, known in STAGES.items()
