@@ -53,7 +53,7 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
     "quantease": {
         "sweeps": [1, 2], "start": ["gptq", "rtn"], "least_token": [0.01, 1.0], "outliers": [0.0, 0.01],
     },
-    "ganq": {"rounds": [1, 2], "damping": [0.01, 1.0]},
+    "ganq": {"rounds": [1, 2], "damping": [0.01, 1.0], "asymmetric": ["true", "false"]},
     "bcq": {"rounds": [0, 1, 2, -1], "damping": [0.01, 1.0]},
     "hadamard": {"seed": [0, 7]},
     "higgs": {"block": [1, 16, 1024], "seed": [0, 7]},
@@ -169,7 +169,8 @@ def test_every_method_is_drawn() -> None:
     joined = {name for line in lines for name in line.partition(":")[0].split("+")}
     assert joined == {name for known in STAGES.values() for name in known}
     assert len(set(lines)) == RECIPES
-    assert sum(is_recipe(line) for line in lines) > RECIPES / 2
+    # methods of tables go with nothing that folds or learns
+    assert sum(is_recipe(line) for line in lines) > 0.4 * RECIPES
 
 
 def is_recipe(line: str) -> bool:
