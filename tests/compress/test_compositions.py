@@ -59,7 +59,7 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
     "decoupleq": {"rounds": [1, 0], "clip_search": ["true", "false"]},
     "smoothing": {"alpha": [0.3, 1.0, 1.5]},
     "fptq": {},
-    "cfp": {"alpha": [0.5, 1.0, 1.5]},
+    "cfp": {"alpha": [0.5, 1.0]},
     "awq": {"grid": [1, 4], "clip_search": ["true", "false"]},
     "eora": {"rank": [1, 8, 48, 1000], "dtype": ["bfloat16", "float16", "int8"]},
     "lq-lora": {"rank": [1, 8, 48, 1000], "dtype": ["bfloat16", "float16"], "iterations": [1, 2, 0]},
@@ -68,8 +68,8 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
         for stage in ("block", "whole")
         for name in STAGES[stage]
     },
-    "cbq": {"steps": [1, 3], "window": [2, 3, 1], "overlap": [0, 1, 2], "rank": [1, 5]},
-    "omniquant": {"steps": [1, 3], "batch": [1, 4, 64], "transform": ["true", "false"]},
+    "cbq": {"steps": [1, 3], "batch": [1, 4, 64], "window": [2, 3], "overlap": [0, 1], "rank": [1, 5]},
+    "omniquant": {"steps": [1, 3], "batch": [1, 4, 64], "transform": ["true", "false", "false"]},
 }  # fmt: skip
 #: how often a method gets tables; others hardly ever
 TABLES = {"ganq": 0.8, "leanquant": 0.3, "rtn": 0.2}
@@ -110,7 +110,7 @@ def coding_drawn(draw: random.Random, tables: float, bits: list[int]) -> str:
         return f"table={draw.choice([2, 3, 4])}"
     codebook, width = draw.choice(["nf4", "fp4"]), draw.choice(bits)
     stated = [f"codebook={codebook}" if draw.random() < 0.2 else f"bits={width}"]
-    stated.append(f"group={draw.choice([0, 0, 32, 32, 64, 96, 256, 48])}")
+    stated.append(f"group={draw.choice([0, 0, 32, 32, 64, 64, 96, 256, 48])}")
     if draw.random() < 0.3:
         stated.append(f"symmetric={draw.choice(['true', 'false'])}")
     if draw.random() < 0.3:
