@@ -21,11 +21,14 @@ from typing import Any
 BATCH = 8
 #: A scale, or a zero point that isn't rounded.
 FLOAT_BITS = 16
+#: Subjects that are a recipe with settings.
+VARIANTS = {"rtn+omniquant-transform": ("rtn+omniquant", ",omniquant.transform=true")}
 
 
 def recipe_of(name: str, bits: int, group: int) -> str:
     """A method of the project with codes of so many bits."""
-    return f"{name}:table={bits}" if name == "ganq" else f"{name}:bits={bits},group={group}"
+    name, settings = VARIANTS.get(name, (name, ""))
+    return f"{name}:table={bits}" if name == "ganq" else f"{name}:bits={bits},group={group}{settings}"
 
 
 def run_tailorbird(settings: dict[str, Any]) -> dict[str, Any]:

@@ -59,6 +59,7 @@ SEQUENCES = 128
 OWN = (
     "rtn", "gptq", "awq+gptq", "hadamard+gptq", "quantease", "leanquant", "decoupleq", "yaqa", "spqr", "ganq",
     "gptq+signround", "decoupleq+signround", "gptq+signround+distil", "spqr+signround+distil",
+    "rtn+omniquant", "rtn+omniquant-transform", "rtn+cbq", "gptq+cbq", "cfp+rtn+cbq",
 )  # fmt: skip
 #: Peer -> folder of its environment, and the package whose version is noted.
 PEERS = {

@@ -656,7 +656,7 @@ class _Block:
     """
 
     #: In a state: before the names of tensors, errors of rows, weights before they were rounded, scales.
-    PARTS = ("tensors", "rows", "originals", "folds")
+    KEPT = ("tensors", "rows", "originals", "folds")
 
     def __init__(self, anatomy: BlockAnatomy, module: torch.nn.Module) -> None:
         self.anatomy, self.module = anatomy, module
@@ -677,7 +677,7 @@ class _Block:
         parts = (self.tensors, self.rows, self.learning.originals, self.folds)
         return {
             f"{part}/{name}": tensor
-            for part, tensors in zip(self.PARTS, parts, strict=True)
+            for part, tensors in zip(self.KEPT, parts, strict=True)
             for name, tensor in tensors.items()
         }
 
@@ -686,7 +686,7 @@ class _Block:
         parts = (self.tensors, self.rows, self.learning.originals, self._folds)
         for key, tensor in state.items():
             part, _, name = key.partition("/")
-            parts[self.PARTS.index(part)][name] = tensor
+            parts[self.KEPT.index(part)][name] = tensor
 
 
 def sharing_input(places: list[LinearPlace]) -> list[list[LinearPlace]]:
