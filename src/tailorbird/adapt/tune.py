@@ -280,7 +280,8 @@ def tune(
         before = history.loss_before
         after = next((look["loss"] for look in history.looks if look["step"] == history.best), None)
         if work.method.conclude() and history.looks:
-            before, after = _own_losses(work, room)
+            own, after = _own_losses(work, room)
+            before = own if work.method.changed() is None else before  # it's no longer there
         origin = {
             "base": identity(checkpoint), "base_name": model, "base_licence": checkpoint.licence,
             "method": asdict(settings)
@@ -378,7 +379,8 @@ def _write(work: Work, directory: Path, origin: dict[str, Any]) -> int:
         written = write_adapter(directory, work.places, work.method, work.all_paths, work.name, origin)
         text = card(origin, read_json(directory / CONFIG_FILE), work.name)
     else:
-        written = write_checkpoint(directory, work.checkpoint, work.anatomy, changed, origin)
+        parts = method.low_rank_parts()
+        written = write_checkpoint(directory, work.checkpoint, work.anatomy, changed, origin, parts)
         text = checkpoint_card(origin, work.name)
     write_text(directory / README, text)
     return written

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from tailorbird.adapt.save import ORIGIN
 from tailorbird.errors import UnsupportedArchitecture
+from tailorbird.formats.packed import LowRank
 from tailorbird.model.anatomy import Anatomy
 from tailorbird.model.checkpoint import Checkpoint
+from tailorbird.model.json_file import read_json
 from tailorbird.model.shards import file_count, file_name, write_index
 from tailorbird.model.writing import write_json, write_tensors
 
@@ -53,6 +56,7 @@ def write_checkpoint(
     anatomy: Anatomy,
     changed: Mapping[str, Tensor],
     origin: Mapping[str, Any],
+    parts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> int:
     """Write a checkpoint with these tensors changed; returns the bytes of all its tensors.
 
@@ -68,6 +72,9 @@ def write_checkpoint(
         By their names in the checkpoint; of any dtype, rounded to the source's.
     origin : mapping
         JSON types, how it came to be.
+    parts : mapping of str to (Tensor, Tensor), optional
+        Low-rank parts, up and down by the path of the packed linear that they stand beside; rounded to
+        bfloat16.
 
     Raises
     ------
@@ -82,13 +89,30 @@ def write_checkpoint(
                 tensors[name] = changed[name].detach().to(weights.info(name).dtype)
             else:
                 tensors[name] = weights.read(name)
+        for path, factors in (parts or {}).items():
+            if f"{path}.codes" in tensors:
+                factored = zip(("up", "down"), factors, strict=True)
+                tensors |= {f"{path}.{name}": one.bfloat16().contiguous() for name, one in factored}
         write_tensors(directory / file_name(anatomy, part), tensors)
         written += sum(tensor.nbytes for tensor in tensors.values())
     write_index(directory, anatomy)
-    shutil.copyfile(checkpoint.directory / CONFIG, directory / CONFIG)
+    _write_config(directory, checkpoint, parts or {})
     checkpoint.copy_companions(directory)
     write_json(directory / ORIGIN, dict(origin))
     return written
+
+
+def _write_config(
+    directory: Path, checkpoint: Checkpoint, parts: Mapping[str, tuple[Tensor, Tensor]]
+) -> None:
+    """The source's config, with the low-rank parts that are new."""
+    if not parts:
+        shutil.copyfile(checkpoint.directory / CONFIG, directory / CONFIG)
+        return
+    config = read_json(checkpoint.directory / CONFIG)
+    for path, (_, down) in parts.items():
+        config["quantization_config"]["modules"][path]["low_rank"] = asdict(LowRank(len(down)))
+    write_json(directory / CONFIG, config)
 
 
 def _parts(checkpoint: Checkpoint, anatomy: Anatomy) -> list[list[str]]:

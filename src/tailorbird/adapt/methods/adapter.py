@@ -173,12 +173,16 @@ class Attached(nn.Module):
         """Those that are learned in one step, where they are most: the optimizer has states of no others."""
         return self.learned()
 
-    def changed(self) -> dict[str, nn.Parameter] | None:
-        """The model's own parameters that are learned, by their names in the model.
+    def changed(self) -> Mapping[str, Tensor] | None:
+        """The model's own tensors that change, by their names in the model.
 
         None for a method that leaves them as they are, and whose result is an adapter.
         """
         return None
+
+    def low_rank_parts(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """What a checkpoint with `changed` tensors gets beside packed linears: up and down, by path."""
+        return {}
 
     def prompt(self) -> Tensor | None:
         """Embeddings of the tokens that each example begins with, ``[prompt_tokens, width]``, or None."""

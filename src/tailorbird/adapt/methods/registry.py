@@ -24,6 +24,7 @@ from tailorbird.adapt.methods.lisa import Lisa
 from tailorbird.adapt.methods.loca import Loca
 from tailorbird.adapt.methods.loldu import Loldu
 from tailorbird.adapt.methods.lomo import Lomo
+from tailorbird.adapt.methods.loqt import Loqt
 from tailorbird.adapt.methods.lora_pro import LoraPro
 from tailorbird.adapt.methods.lora_xs import LoraXs
 from tailorbird.adapt.methods.low_rank import Lora
@@ -71,6 +72,9 @@ METHODS: dict[str, type] = {
 #: those that change the model's own weights: what they make is a checkpoint
 OF_WEIGHTS: dict[str, type] = {kind.name: kind for kind in (Full, Lisa, BAdam, Lomo, Spectrum, SlimFit)}
 
+#: those that learn beside weights, which take that in time and again: what they make is a checkpoint, too
+OF_MERGES: dict[str, type] = {Loqt.name: Loqt}
+
 #: those that change what stands before a text, and no weight
 OF_BEGINNINGS: dict[str, type] = {kind.name: kind for kind in (PromptTuning, PrefixTuning)}
 
@@ -78,7 +82,9 @@ OF_BEGINNINGS: dict[str, type] = {kind.name: kind for kind in (PromptTuning, Pre
 OF_STAND_INS: dict[str, type] = {Emloc.name: Emloc}
 
 #: every method of tuning
-KNOWN: dict[str, type] = METHODS | OF_STAND_INS | OF_PEFT | OF_BEGINNINGS | OF_WEIGHTS | OF_ZEROTH_ORDER
+KNOWN: dict[str, type] = (
+    METHODS | OF_STAND_INS | OF_PEFT | OF_BEGINNINGS | OF_WEIGHTS | OF_MERGES | OF_ZEROTH_ORDER
+)
 
 
 def method_named(name: str, **settings: Any) -> Method:
