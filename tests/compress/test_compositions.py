@@ -131,6 +131,8 @@ def fewest_bits(recipe: str) -> int:
     stated = dict(part.split("=") for part in recipe.partition(":")[2].split(","))
     codebook = stated.get("codebook")
     bits = stated.get("bits") or stated.get("table") or (bits_of(codebook) if codebook else 4)
+    if stated.get("balance") == "0.0":  # codes of 8 bits that are chosen for the narrower ones
+        bits = 4
     return min(int(bits), int(stated.get("embedding_bits", 8)))
 
 
