@@ -22,8 +22,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two files at a time, each on one thread, unless a test asks for more.
 test: lint
-	$(BIN)/python -m pytest -m 'not full'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not full' -n 2 --dist loadfile
 
 test-full: lint
 	$(BIN)/python -m pytest

@@ -14,7 +14,15 @@ from tailorbird.formats.packed import CodebookCoding, FloatCoding, IntegerCoding
 from tailorbird.model.weights import Weights
 from tailorbird.plan.planfile import load_plan
 
-METHODS = ("spqr", "gptq+eora", "spqr+lq-lora", "ganq", "spqr+signround", "ganq+eora", "bcq", "higgs+eora")
+#: those that count on every run, and those that count where time is no object
+QUICK = ("spqr", "ganq", "higgs+eora")
+METHODS = (
+    *QUICK,
+    *(
+        pytest.param(name, marks=pytest.mark.full)
+        for name in ("gptq+eora", "spqr+lq-lora", "spqr+signround", "ganq+eora", "bcq")
+    ),
+)
 
 
 def fitted(model: Path, output: Path, method: str, **settings: object) -> FitResult:

@@ -152,7 +152,7 @@ def test_a_window_of_one_is_learning_block_by_block(text: Path, tmp_path: Path) 
         result = torch.cat([run(result[a:b]) for a, b in batches(*ids.shape)])
 
 
-@pytest.mark.parametrize("recipe", ["rtn+eora+cbq", "awq+gptq+cbq"])
+@pytest.mark.parametrize("recipe", [pytest.param("rtn+eora+cbq", marks=pytest.mark.full), "awq+gptq+cbq"])
 def test_a_kill_inside_a_window_ends_with_the_same_bytes(
     recipe: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
