@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from packed_weights import laid_out, random_packed
@@ -33,7 +33,7 @@ from tailorbird.kernels.packing import BITS
 CPU = torch.device("cpu")
 NF4, FP4 = CodebookCoding("nf4", 64), CodebookCoding("fp4", 64)
 # the C structures point at them
-LEVELS = {coding.codebook: coding.levels.float() for coding in (NF4, FP4)}
+LEVELS = {name: levels.float() for name, levels in codebooks.LEVELS.items()}
 ROOT = Path(__file__).parents[2]
 
 built = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
@@ -353,6 +353,7 @@ def assert_same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
 def test_rows_have_the_bits_of_the_reference(
     coding: GroupedCoding, shape: tuple[int, int], dtype: torch.dtype, factor: float, seed: int, version: int
 ) -> None:
+    assume(coding.levels is None or coding.bits == native.CODEBOOK_BITS)  # narrower ones aren't compiled
     packed = random_packed(coding, shape)
     ids = torch.randint(0, shape[0], (seed % 7,), generator=torch.Generator().manual_seed(seed))
     expected = packed.dequantize(dtype)[ids]

@@ -98,7 +98,7 @@ def stored_scales(scales: Tensor, coding: TableCoding) -> Tensor:
     power = torch.exp2(torch.frexp(scales.abs().sum(-1, keepdim=True)).exponent.float())  # above the sum
     step = (power / 2 * held.eps).clamp(min=held.smallest_normal * held.eps)
     rounded = (scales / step).round() * step
-    above = rounded.abs().sum(-1, keepdim=True) > power  # by rounding, where distances are twice as large
+    above = rounded.abs().sum(-1, keepdim=True) >= power  # by rounding, where distances are twice as large
     rounded = torch.where(above, (scales / (2 * step)).round() * (2 * step), rounded).float()
     stored_values(rounded.abs().sum(-1), coding)
     return rounded
