@@ -195,8 +195,8 @@ def fit(
     job, prediction = _begin(work, target_path, what, resume)
     with job:
         codings, scores, cache = allocation.planned(work, job, budget)
-        work.put_beside(codings)
         points = fitting.measure_frontier(work, job, scores, cache, budget) if frontier else None
+        work.put_beside(codings)  # the points had their own
         result, accepted = fitting.make(
             work, job, scores, cache, codings, budget,
             limits, prediction, command_line(), points, measure_spread,

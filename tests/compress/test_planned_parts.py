@@ -83,3 +83,19 @@ def test_what_the_planner_does_not_know_of_parts_is_refused(
 ) -> None:
     with pytest.raises(SettingsError, match=message):
         fitted(model, tmp_path / "out", method, **settings)
+
+
+@pytest.mark.parametrize("method", ["spqr", pytest.param("higgs", marks=pytest.mark.full)])
+def test_points_of_the_frontier_leave_the_plans_own_parts(
+    model: Path, text: Path, tmp_path: Path, method: str
+) -> None:
+    result = fitted(model, tmp_path / "out", method, calibration=str(text), frontier=True)
+    assert Weights.open(Path(result.output)).total_bytes == result.weight_bytes <= result.budget_bytes
+
+
+@pytest.mark.parametrize("method", ["ganq", pytest.param("higgs", marks=pytest.mark.full)])
+def test_whole_models_are_judged_with_ends_as_they_will_be(
+    model: Path, text: Path, tmp_path: Path, method: str
+) -> None:
+    result = fitted(model, tmp_path / "out", method, calibration=str(text), allocator="ip-calibrated")
+    assert result.weight_bytes <= result.budget_bytes

@@ -21,6 +21,7 @@ from tailorbird.evaluate.streamed import batches, embed_windows, position_chunks
 from tailorbird.formats.packed import Coding, PackedWeight, stored_bytes
 from tailorbird.hardware.memory import available_bytes
 from tailorbird.linear import LinearMethod
+from tailorbird.linear.ends import end_method
 from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.model.anatomy import Anatomy, BlockAnatomy
 from tailorbird.model.weights import Weights
@@ -134,7 +135,10 @@ class _Rounding:
             if name in self.offered:
                 statistics = self.end_statistics.get(name)
                 method = Rtn() if statistics is None else self.method
-                tensors |= self._rounded(method, name, self.model.end_weight(name), statistics)
+                weight = self.model.end_weight(name)
+                for index, coding in enumerate(self.offered[name]):
+                    packed = end_method(method, coding).prepare(statistics)(weight, coding)
+                    tensors |= {f"{name}|{index}|{part}": t for part, t in packed.tensors.items()}
         self.model.release_ends()
         write_tensors(self._path("ends"), tensors, hashes=False)
         embed_windows(self.model, self.ids, self.ledger.stream(_boundary(0))).close()
@@ -156,16 +160,16 @@ class _Rounding:
             for place in anatomy.linears:
                 if place.shares_input == key and place.name in self.offered:
                     weight = model.weight_of(block, place)
-                    tensors |= self._rounded(self.method, place.name, weight, statistics)
+                    tensors |= self._rounded(place.name, weight, statistics)
         write_tensors(self._path(f"block-{index:05d}"), tensors, hashes=False)
         before.close()
         after.close()
         return sorted(tensors)
 
     def _rounded(
-        self, method: LinearMethod, name: str, weight: torch.Tensor, statistics: LinearStatistics | None
+        self, name: str, weight: torch.Tensor, statistics: LinearStatistics
     ) -> dict[str, torch.Tensor]:
-        prepared = method.prepare(statistics)
+        prepared = self.method.prepare(statistics)
         return {
             f"{name}|{index}|{part}": tensor
             for index, coding in enumerate(self.offered[name])
