@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,21 @@ def compress(model: Path, text: Path, output: Path, recipe: str | None = None, *
         str(model), output, recipe=recipe, calibration=str(text), sequences=8, length=32,
         measure_speed=False, measure_spread=False, max_kl=100.0, max_perplexity_increase=1e9, **settings,
     )  # fmt: skip
+
+
+def copied(source: Path, target: Path) -> Path:
+    """The files of a checkpoint in another directory, which is there."""
+    for file in source.glob("*"):
+        if file.is_file():
+            (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def modules_of(output: Path) -> dict[str, Any]:
+    """What a checkpoint's config.json says of its compressed modules."""
+    config = json.loads((output / "config.json").read_text())
+    modules: dict[str, Any] = config["quantization_config"]["modules"]
+    return modules
 
 
 @contextmanager

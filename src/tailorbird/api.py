@@ -253,9 +253,9 @@ def compress(
     )  # fmt: skip
     if chosen is not None:
         codings = planning.codings_of_plan(work, chosen)
+        work.put_beside(codings)
         work.low_rank = planning.low_rank_of_plan(work, chosen, codings)
-        work.sparse = planning.sparse_of_plan(work, chosen, codings)
-        work.transforms = planning.transforms_of_plan(work, chosen, codings)
+        planning.check_recorded(work, chosen)
         work.rounded_inputs = {p.name: p.activation for p in chosen.places if p.activation is not None}
     else:
         codings = planning.codings_of_recipe(work)

@@ -126,6 +126,14 @@ def test_a_cell_that_fails_stops_no_other_and_is_tried_again(
     assert all(cell.total_bytes for cell in cells)
 
 
+def test_a_budget_too_small_for_one_method_is_no_reason_against_another(
+    source: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    cells, _ = table(source, tmp_path / "table", "26%", "gptq+eora gptq", settings)
+    assert [cell.total_bytes is None for cell in cells] == [True, False]
+    assert "the smallest possible plan" in cells[0].failure
+
+
 def test_an_interruption_leaves_what_is_finished(
     source: Path, tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

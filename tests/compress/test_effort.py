@@ -15,6 +15,7 @@ from tailorbird.compress import effort as efforts
 from tailorbird.compress.effort import EFFORTS, methods_run, recipe_of
 from tailorbird.compress.recipe import make_recipe
 from tailorbird.errors import SettingsError
+from tailorbird.plan import predict
 from tailorbird.plan.predict import Prediction
 from tiny import save_model
 
@@ -62,7 +63,10 @@ def test_an_effort_beside_a_method_and_an_unknown_one_are_refused(
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_dry_run_foresees_more_for_more(model: Path, settings: dict[str, Any]) -> None:
+def test_a_dry_run_foresees_more_for_more(
+    model: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "resident_bytes", lambda: 10**9)  # at each of them
     runs = [tailorbird.fit(str(model), "45%", dry_run=True, effort=effort, **settings) for effort in EFFORTS]
     assert [run.method for run in runs] == list(EFFORTS.values())
     stages = [{stage["name"]: stage for stage in run.stages}["compress"] for run in runs]

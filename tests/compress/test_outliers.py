@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from compressed import linears
-from compressing import compress, killed_at_block
+from compressing import compress, copied, killed_at_block, modules_of
 from results import digests
 from tailorbird import api
 from tailorbird.errors import CheckpointError, ExportError, SettingsError
@@ -33,19 +33,6 @@ def kept(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     output = tmp_path_factory.mktemp("kept") / "out"
     compress(model, text, output, SPQR)
     return output
-
-
-def copied(source: Path, target: Path) -> Path:
-    for file in source.glob("*"):
-        if file.is_file():
-            (target / file.name).write_bytes(file.read_bytes())
-    return target
-
-
-def modules_of(output: Path) -> dict[str, Any]:
-    config = json.loads((output / "config.json").read_text())
-    modules: dict[str, Any] = config["quantization_config"]["modules"]
-    return modules
 
 
 @pytest.mark.parametrize(

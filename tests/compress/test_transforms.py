@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from compressing import compress, killed_at_block
+from compressing import compress, copied, killed_at_block, modules_of
 from engines import Watched, engine
 from results import digests
 from tailorbird import api
@@ -37,19 +37,6 @@ def turned(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
     output = tmp_path_factory.mktemp("turned") / "out"
     compress(model, text, output, HIGGS)
     return output
-
-
-def copied(source: Path, target: Path) -> Path:
-    for file in source.glob("*"):
-        if file.is_file():
-            (target / file.name).write_bytes(file.read_bytes())
-    return target
-
-
-def modules_of(output: Path) -> dict[str, Any]:
-    config = json.loads((output / "config.json").read_text())
-    modules: dict[str, Any] = config["quantization_config"]["modules"]
-    return modules
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

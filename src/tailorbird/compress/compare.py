@@ -128,7 +128,8 @@ def compare(
         model, next(iter(recipes.values())), calibration=calibration, evaluation=evaluation,
         sequences=sequences, length=length, context=None, target=None, seed=seed, progress=progress,
     )  # fmt: skip
-    limits = {text: budget_of(work, text, None, None) for text in texts}
+    smallest = min((_with(work, recipe) for recipe in recipes.values()), key=lambda one: one.smallest_bytes)
+    limits = {text: budget_of(smallest, text, None, None) for text in texts}
     _make_directories(output)
     for remark in work.texts.notes:
         progress.note(remark)
@@ -137,6 +138,14 @@ def compare(
     _remove_if_empty(output / UNFINISHED)
     write_json(output / DATA, _facts(work, command) | {"cells": [asdict(cell) for cell in cells]})
     return cells
+
+
+def _with(work: Work, recipe: Recipe) -> Work:
+    """The same work, with its texts where they are opened, by another recipe."""
+    other = copy.copy(work)
+    other.recipe, other.stages, other.ledger = recipe, [], None
+    other.codings = candidate_codings(None, work.float_dtype, recipe.method.makes)
+    return other
 
 
 def _each(named: Sequence[str], flag: str, example: str) -> list[str]:
@@ -181,9 +190,7 @@ class _Table:
         """What the recipe makes within the budget; a failure is an answer, too."""
         self.reached += 1
         label = f"cell {self.reached} of {self.count}, {recipe.name} within {budget.text}"
-        work = copy.copy(self.work)  # with its texts, which are opened
-        work.recipe, work.stages, work.ledger = recipe, [], None
-        work.codings = candidate_codings(None, work.float_dtype, recipe.method.makes)
+        work = _with(self.work, recipe)
         work.progress = Labelled(self.work.progress, label)
         record = record_of(work, {"budget": asdict(budget)})
         name = _file_name(record, budget, recipe)

@@ -180,6 +180,8 @@ class Pipeline:
             for window in windows_of(len(blocks), method.window, method.overlap):
                 kept = {f"result-{window.kept}", f"source-{window.stop}"}
                 measured |= self.job.step(f"window-{window.number:05d}", partial(self._window, window), kept)
+                for waited in self.job.part(WINDOWS).work.glob(f"{window.number - 1:05d}-*"):
+                    waited.unlink()
                 self.progress.advance(window.kept - window.start, note=blocks[window.stop - 1].name)
             self.job.drop_part(WINDOWS)
         self.job.drop_part(SKETCHES)

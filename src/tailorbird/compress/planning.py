@@ -28,8 +28,6 @@ from tailorbird.formats.packed import (
     coding_from_dict,
     coding_to_dict,
 )
-from tailorbird.formats.sparse import Sparse
-from tailorbird.formats.transform import Transform
 from tailorbird.kernels import dispatch
 from tailorbird.kernels.reference import INT8, SIMULATED
 from tailorbird.linear.lossless.df11 import Df11
@@ -76,7 +74,7 @@ def score_cache(work: Work) -> ScoreCache:
             "source": work.checkpoint.fingerprint,
             "calibration": work.texts.calibration.fingerprint,
             "method": work.recipe.rounding,
-            "correction": work.recipe.describe().get("correction_settings"),
+            "correction": work.recipe.correcting,
             "codings": [coding_to_dict(coding) for coding in work.codings],
             "sensitivity_tokens": work.sensitivity_tokens,
             "gradients": work.seed if by_gradients(work) else None,
@@ -379,39 +377,34 @@ def low_rank_of_plan(work: Work, plan: Plan, codings: dict[str, Coding]) -> dict
     return stated
 
 
-def sparse_of_plan(work: Work, plan: Plan, codings: dict[str, Coding]) -> dict[str, Sparse]:
-    """What the linear method puts beside its codes, once it is known to be what the plan states of it."""
-    shapes = work.place_shapes()
-    parts = {name: work.beside(name, shapes[name], coding).sparse for name, coding in codings.items()}
-    made = {name: part for name, part in parts.items() if part is not None}
+def check_recorded(work: Work, plan: Plan) -> None:
+    """Refuse a plan that states other sparse parts or transforms than its linear method makes.
+
+    Raises
+    ------
+    SettingsError
+        Naming the place, and what stands beside its codes.
+    """
+    method = work.recipe.method
     for place in plan.places:
-        stated = None if place.sparse is None else place.sparse.sparse()
-        if stated is not None and stated != made.get(place.name):
-            own = made.get(place.name)
+        sparse = None if place.sparse is None else place.sparse.sparse()
+        if sparse is not None and sparse != work.sparse.get(place.name):
+            own = work.sparse.get(place.name)
             raise SettingsError(
-                f"`sparse` of {stated.nonzeros} nonzeros in {stated.dtype} at `{place.name}`",
-                f"what `{work.recipe.name}` with outliers {work.recipe.method.outliers:g} makes: "
+                f"`sparse` of {sparse.nonzeros} nonzeros in {sparse.dtype} at `{place.name}`",
+                f"what `{work.recipe.name}` with outliers {method.outliers:g} makes: "
                 + ("none" if own is None else f"{own.nonzeros} in {own.dtype}"),
                 "change `outliers` in the method's settings, and remove the line",
             )
-    return made
-
-
-def transforms_of_plan(work: Work, plan: Plan, codings: dict[str, Coding]) -> dict[str, Transform]:
-    """What inputs go through by the linear method, once it is known to be what the plan states of it."""
-    shapes = work.place_shapes()
-    parts = {name: work.beside(name, shapes[name], coding).transform for name, coding in codings.items()}
-    made = {name: part for name, part in parts.items() if part is not None}
-    for place in plan.places:
-        stated = None if place.transform is None else place.transform.transform()
-        if stated is not None and stated != made.get(place.name):
-            own = made.get(place.name)
+        transform = None if place.transform is None else place.transform.transform()
+        if transform is not None and transform != work.transforms.get(place.name):
+            made = work.transforms.get(place.name)
             raise SettingsError(
-                f"`transform` of blocks of {stated.block} at `{place.name}`",
-                f"what `{work.recipe.name}` makes: " + ("none" if own is None else f"blocks of {own.block}"),
+                f"`transform` of blocks of {transform.block} at `{place.name}`",
+                f"what `{work.recipe.name}` makes: "
+                + ("none" if made is None else f"blocks of {made.block}"),
                 "change the method's settings, and remove the line",
             )
-    return made
 
 
 def describe(codings: dict[str, Coding]) -> dict[str, Any]:

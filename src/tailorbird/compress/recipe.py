@@ -130,9 +130,17 @@ class Recipe:
 
     @property
     def rounding(self) -> dict[str, Any]:
-        """The linear method alone, as `describe` has it: all that scores of a source depend on."""
+        """The linear method alone, as `describe` has it; scores depend on it, and on `correcting`."""
         name = next(part for part in self.name.split(JOINT) if part in LINEAR_METHODS)
         return {"name": name, **dataclasses.asdict(self.method)}
+
+    @property
+    def correcting(self) -> dict[str, Any] | None:
+        """The correction alone, likewise: scores count what it leaves."""
+        if self.correction is None:
+            return None
+        name = next(part for part in self.name.split(JOINT) if part in CORRECTIONS)
+        return {"name": name, **dataclasses.asdict(self.correction)}
 
     @property
     def rotation_facts(self) -> dict[str, Any] | None:

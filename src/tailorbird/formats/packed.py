@@ -190,7 +190,7 @@ class DoubleCoding:
 
     @property
     def bits(self) -> int:
-        """Bits per code: 4."""
+        """Bits per code: those of the codebook."""
         return codebooks.bits_of(self.codebook)
 
     @property

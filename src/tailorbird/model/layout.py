@@ -15,6 +15,7 @@ from tailorbird.errors import CheckpointError, nearest
 from tailorbird.formats.packed import (
     SCHEMA_VERSION,
     Coding,
+    DoubleCoding,
     EntropyCoding,
     FloatCoding,
     LowRank,
@@ -85,9 +86,10 @@ class ModuleLayout:
             )
         if self.activation is not None and floats:
             raise _wrong(f"`activation` {self.activation} with {values}", "it only where values are codes")
-        if self.activation is not None and isinstance(self.coding, TableCoding):
+        if self.activation is not None and isinstance(self.coding, DoubleCoding | TableCoding):
+            held = "tables" if isinstance(self.coding, TableCoding) else "codes for scales"
             raise _wrong(
-                f"`activation` {self.activation} with tables", "it only where a group shares a scale"
+                f"`activation` {self.activation} with {held}", "it only where a group has a scale of its own"
             )
         if self.transform is not None and self.in_features % self.transform.block:
             raise _wrong(

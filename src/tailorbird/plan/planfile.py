@@ -388,11 +388,12 @@ _HEADER = """\
 # One choice per place. Edit a coding and run: tailorbird compress MODEL --plan THIS_FILE -o OUT
 #   coding: {kind: integer, bits: 2 3 4 5 6 or 8, group_size: 32 64 128 ... or 0 for one group per row,
 #            symmetric: true or false, scale_dtype: bfloat16 or float16}
-#   coding: {kind: codebook, codebook: nf4, group_size and scale_dtype likewise}
+#   coding: {kind: codebook, codebook: nf4 fp4 gauss2 gauss3 or gauss4, group_size and scale_dtype likewise}
 #   coding: {kind: double, codebook: nf4, group_size likewise}, scales in 8 bits, for rtn
 #   coding: {kind: table, bits: 2 3 or 4, table_dtype: bfloat16 or float16}, for rtn, leanquant, ganq, bcq
 #   coding: {kind: entropy, stream_bytes: 5423}, for df11; the bytes follow from the source's weights
 #   coding: {kind: float, dtype: bfloat16, float16 or float32}
+#   activation: int8, where inputs may be rounded to bytes; fp8 or int4, where they are, in products of floats
 #   low_rank: {rank: 8, dtype: bfloat16 or float16}, where the method names a correction
 #   sparse: {nonzeros: 655, dtype: bfloat16}, where the method keeps outliers; follows from its settings
 #   transform: {block: 1024}, where the method rotates inputs; likewise

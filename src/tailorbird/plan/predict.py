@@ -356,6 +356,7 @@ def predict(work: Workload) -> Prediction:
     }
     states = STATES * work.whole_bytes * s.parameters
     sketches = sum(s.sketches) if "sketch" in work.needs else 0
+    waiting = 2 * work.again * 2 * s.block  # of two windows, weights before they were rounded and after
     passes = max(2 * streams, s.blocks + 3 if sketches else 0)
     stages = (
         Stage("statistics", base + statistics, 0, hidden(cal, 2), times["statistics"] / rate),
@@ -370,7 +371,7 @@ def predict(work: Workload) -> Prediction:
             "compress",
             base + compress,
             0,
-            max(hidden(cal, passes) + sketches, states) + source_bytes,
+            max(hidden(cal, passes) + sketches + waiting, states) + source_bytes,
             times["compress"] / rate,
         ),
         Stage("gate", base + gate, 0, hidden(held, 2) + source_bytes, times["gate"] / rate),

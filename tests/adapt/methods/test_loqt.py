@@ -239,3 +239,12 @@ def test_other_bases_are_refused(tmp_path: Path) -> None:
         Loqt(rank=100000).attach_to(model, places, torch.Generator())
     with pytest.raises(SettingsError, match="changes the model's modules by itself"):
         method_named("ist", method="loqt")
+
+
+def test_a_base_with_rotated_inputs_is_refused(tmp_path: Path) -> None:
+    save_compressed(tmp_path, make_model("llama"), IntegerCoding(4, 32))
+    model, places = open_model(tmp_path)
+    first = next(iter(places.values())).module
+    first.signs = torch.ones(1, first.in_features, dtype=torch.int8)
+    with pytest.raises(SettingsError, match="with rotated inputs"):
+        Loqt(rank=2).attach_to(model, places, torch.Generator())

@@ -184,6 +184,13 @@ def test_only_the_blocks_of_a_window_are_in_memory(
 ) -> None:
     model = save_model(tmp_path / "model", "llama", num_hidden_layers=6)
     real, alive, most = StreamingModel.load_block, weakref.WeakSet[nn.Module](), 0
+    write, waiting = pipeline.write_tensors, 0
+
+    def write_tensors(*arguments: Any, **settings: Any) -> Any:
+        nonlocal waiting
+        written = write(*arguments, **settings)
+        waiting = max(waiting, len(list(tmp_path.rglob("windows/*.safetensors"))))
+        return written
 
     def load_block(self: StreamingModel, index: int) -> nn.Module:
         nonlocal most
@@ -193,8 +200,10 @@ def test_only_the_blocks_of_a_window_are_in_memory(
         return block
 
     monkeypatch.setattr(StreamingModel, "load_block", load_block)
+    monkeypatch.setattr(pipeline, "write_tensors", write_tensors)
     compress(model, text, tmp_path / "out", f"rtn+cbq:bits=2,group=32,{SETTINGS}")
     assert most == 3  # two of the window, and the source's version of one
+    assert waiting == 2  # that of a window, while the next one writes its own
 
 
 @pytest.mark.parametrize(
