@@ -27,7 +27,12 @@ def served(directory: Path, architecture: str = "llama", coding: Coding = FOUR_B
     return str(directory)
 
 
+#: enough for what is tested, and little beside what engines that wait to be collected still hold
+PAGE_BYTES = 256 << 20
+
+
 def engine(path: str, **options: Any) -> Engine:
+    options = {"memory_bytes": PAGE_BYTES} | options
     return Engine(EngineOptions(path, **options), log=lambda _: None)
 
 

@@ -15,7 +15,6 @@ from tailorbird.serve.guess.guessing import Guessing, _Load
 from tailorbird.serve.guess.pace import Pace
 from tailorbird.serve.guess.switch import Switch
 from tailorbird.serve.guess.tree import Guess
-from tailorbird.serve.interface import EngineOptions
 from tailorbird.serve.request import Request
 from tailorbird.serve.sequence import Sequence
 from tiny import byte_tokenizer, make_model
@@ -27,10 +26,6 @@ def model(directory: Path, architecture: str = "llama", **config: Any) -> str:
     save_compressed(directory, make_model(architecture, **(long | config)), INT4)
     byte_tokenizer().save_pretrained(directory)
     return str(directory)
-
-
-def engine(path: str, **options: Any) -> Engine:
-    return Engine(EngineOptions(path, **options), log=lambda _: None)
 
 
 class AlwaysAsked(Guessing):

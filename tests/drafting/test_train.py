@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from guessed import AlwaysAsked, engine, model, texts_of
+from engines import engine
+from guessed import AlwaysAsked, model, texts_of
 from tailorbird.drafting import train
 from tailorbird.drafting.heads import Heads, model_facts, read_heads, write_heads
 from tailorbird.drafting.train import train_heads

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from guessed import AlwaysAsked, engine, model, texts_of
+from engines import engine
+from guessed import AlwaysAsked, model, texts_of
 from peft_adapters import save, wrapped
 from tailorbird.drafting.heads import Heads, model_facts, write_heads
 from tailorbird.errors import SettingsError

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from guessed import AlwaysAsked, RandomGuesser, engine, model, texts_of
+from engines import engine
+from guessed import AlwaysAsked, RandomGuesser, model, texts_of
 from tailorbird.kernels import native
 from tailorbird.run.parts import ARCHITECTURES
 from tailorbird.serve.request import Grammar, Request, Sampling
