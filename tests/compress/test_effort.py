@@ -109,4 +109,9 @@ def test_a_block_that_was_left_as_it_was_gained_nothing() -> None:
         "layers.0.q": {"error": 0.1},
     }
     (_, learned) = methods_run(make_recipe("rtn+signround"), measured)
-    assert learned == {"name": "signround", "block_error_before": 0.5, "block_error_after": 0.375}
+    assert learned == {
+        "name": "signround", "block_error_before": 0.5, "block_error_after": 0.375, "tried": 2, "kept": 1,
+    }  # fmt: skip
+    measured["whole"] = {"kl_before": 0.1, "kl_after": 0.1}
+    (*_, whole) = methods_run(make_recipe("rtn+distil"), measured)
+    assert whole == {"name": "distil", "kl_before": 0.1, "kl_after": 0.1, "tried": 1, "kept": 0}

@@ -144,3 +144,14 @@ def test_rows_say_what_methods_gained_that_measure_it() -> None:
     (row,) = result_rows({"methods": [*learned, {"name": "distil", "kl_before": None}]})
     assert (row.name, row.result) == ("after signround", "0.0100")
     assert "0.0200 before, −50.0 %" in row.remark
+    assert "dropped" not in row.remark
+
+
+def test_rows_say_what_was_tried_and_dropped() -> None:
+    blocks = {
+        "name": "signround", "block_error_before": 0.02, "block_error_after": 0.01, "tried": 6, "kept": 4,
+    }  # fmt: skip
+    whole = {"name": "distil", "kl_before": 0.1, "kl_after": 0.1, "tried": 1, "kept": 0}
+    first, second = result_rows({"methods": [blocks, whole]})
+    assert first.remark.endswith("mean error of blocks; dropped in 2 of 6")
+    assert second.remark.endswith("kept-back text; dropped")

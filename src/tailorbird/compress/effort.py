@@ -67,8 +67,10 @@ def methods_run(recipe: Recipe, measured: dict[str, dict[str, float]]) -> list[d
     list of dict
         ``name``, and of a block method ``block_error_before`` and ``block_error_after``: squared difference
         to the outputs of the source's block over their squared length, mean over the blocks that were
-        learned, each as it was kept. Of a model method ``kl_before`` and ``kl_after``, nats per token on
-        calibration windows that it didn't learn from.
+        learned, each as it was kept, with ``tried`` and ``kept``, the number of these blocks and of those
+        that took what was learned. Of a model method ``kl_before`` and ``kl_after``, nats per token on
+        calibration windows that it didn't learn from; ``tried`` is 1, and ``kept`` 0 where all stayed as it
+        was.
     """
     blocks = [found for found in measured.values() if "block_error_before" in found]
     whole = measured.get("whole", {})
@@ -79,7 +81,10 @@ def methods_run(recipe: Recipe, measured: dict[str, dict[str, float]]) -> list[d
             kept = [min(found["block_error_before"], found["block_error_after"]) for found in blocks]
             entry["block_error_before"] = sum(found["block_error_before"] for found in blocks) / len(blocks)
             entry["block_error_after"] = sum(kept) / len(kept)
+            better = [found["block_error_after"] < found["block_error_before"] for found in blocks]
+            entry |= {"tried": len(blocks), "kept": sum(better)}
         if name in STAGES["whole"] and whole:
             entry |= {key: whole[key] for key in ("kl_before", "kl_after")}
+            entry |= {"tried": 1, "kept": int(whole["kl_after"] < whole["kl_before"])}
         entries.append(entry)
     return entries

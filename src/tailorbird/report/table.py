@@ -186,6 +186,9 @@ def _gains(methods: Sequence[Mapping[str, Any]]) -> list[Row]:
         for key, words in (("block_error", "mean error of blocks"), ("kl", "nats/token, kept-back text")):
             before, after = method.get(f"{key}_before"), method.get(f"{key}_after")
             change = f"{number_text(before)} before, {change_text(before, after)}; {words}"
+            tried, kept = method.get("tried"), method.get("kept")
+            if is_number(tried) and is_number(kept) and kept < tried:
+                change += "; dropped" if tried == 1 else f"; dropped in {tried - kept} of {tried}"
             rows.append(Row(f"after {method.get('name')}", "", "", number_text(after), change))
     return [row for row in rows if row.result != ABSENT]
 
