@@ -155,3 +155,14 @@ def test_a_change_below_half_a_step_survives_that_rounding_to_nearest_would_eras
     )
     assert left < size / 3
     assert nearest > size
+
+
+@pytest.mark.parametrize("coding", CODINGS[:-2], ids=lambda coding: coding.label)
+def test_scales_of_zero_that_others_stored_divide_nothing(coding: CodesCoding) -> None:
+    stored = pack(weight(), coding)
+    stored.tensors["scales"][:4] = 0
+    target = stored.dequantize()
+    target[8:] += change(0.5)[8:]
+    moved = Rounding(statistics())(stored, target).packed
+    assert moved.dequantize().isfinite().all()
+    assert moved.dequantize()[:4].abs().max() < 1e-6

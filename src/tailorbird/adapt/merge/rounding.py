@@ -26,7 +26,7 @@ from tailorbird.kernels.walsh import rotate
 from tailorbird.linear.quantize.descent import descend
 from tailorbird.linear.quantize.ganq import Ganq
 from tailorbird.linear.quantize.gptq import Gptq
-from tailorbird.linear.quantize.grid import grid_of
+from tailorbird.linear.quantize.grid import Grid, grid_of
 from tailorbird.linear.quantize.rows import best_rows
 from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.linear.quantize.tables import codes_by_feedback
@@ -98,7 +98,7 @@ class Rounding:
             rounded = METHOD.prepare(statistics)
         gram = statistics.gram
         if isinstance(coding, DoubleCoding):
-            kept = rounded(target, coding.expanded, grid_of(stored.expanded))
+            kept = rounded(target, coding.expanded, _dividing(grid_of(stored.expanded)))
             codes = {"codes": descend(target, kept, gram).tensors["codes"]}
             return Rounded(replace(stored, tensors=stored.tensors | codes), {KEPT: stored.out_features})
         if isinstance(coding, TableCoding):
@@ -110,7 +110,7 @@ class Rounding:
             }
         else:
             found = {
-                KEPT: descend(target, rounded(target, coding, grid_of(stored)), gram),
+                KEPT: descend(target, rounded(target, coding, _dividing(grid_of(stored))), gram),
                 FITTED: descend(target, rounded(target, coding), gram),
                 NEAREST: Rtn()(target, statistics, coding),
             }
@@ -118,6 +118,12 @@ class Rounding:
         if order is not None:
             packed.tensors["order"] = order
         return Rounded(packed, {name: int((best == i).sum()) for i, name in enumerate(found)})
+
+
+def _dividing(grid: Grid) -> Grid:
+    """A grid on which values can be found: a scale of zero, which other programs may store, becomes one."""
+    scales, zeros = grid
+    return scales.masked_fill(scales == 0, 1), zeros
 
 
 def _rotated(statistics: LinearStatistics, signs: Tensor) -> LinearStatistics:

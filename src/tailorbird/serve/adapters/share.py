@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -277,9 +278,8 @@ def _write(
 @contextmanager
 def _appearing(output: Path) -> Iterator[Path]:
     """A directory that takes its name when all is in it."""
-    folder = output.with_name(f"{output.name}.partial")
+    folder = output.with_name(f"{output.name}.{uuid.uuid4().hex}.partial")  # nobody else's
     try:
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
         folder.mkdir(parents=True)
         yield folder
         folder.replace(output)
