@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from tailorbird.calibrate.statistics import CHUNK_TOKENS, GramAccumulator, LinearStatistics
+from tailorbird.calibrate.statistics import CHUNK_TOKENS, PANEL, GramAccumulator, LinearStatistics
 from tailorbird.errors import TextError
 
 WIDTH = 13
@@ -115,3 +115,17 @@ def test_a_token_of_weight_two_counts_as_two() -> None:
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="weighted"):
         GramAccumulator(WIDTH, weighted=True).add(x)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_wide_gram_matrix_is_whole_and_symmetric(weighted: bool) -> None:
+    width, tokens = 2 * PANEL + 70, CHUNK_TOKENS + 9
+    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0))
+    weights = torch.rand(tokens, generator=torch.Generator().manual_seed(1)) if weighted else None
+    accumulator = GramAccumulator(width, weighted=weighted)
+    accumulator.add(x, weights=weights)
+    gram = accumulator.finish().gram
+    double = x.double()
+    expected = double.T @ (double if weights is None else double * weights.double()[:, None]) / tokens
+    torch.testing.assert_close(gram.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gram, gram.T, rtol=1e-5, atol=1e-6)

@@ -16,6 +16,8 @@ from tailorbird.errors import TextError
 
 #: tokens whose outer products are added in one matrix product
 CHUNK_TOKENS = 512
+#: columns of the Gram matrix summed in one product; what lies above their diagonal is mirrored at the end
+PANEL = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +67,7 @@ class LinearStatistics:
 
 
 class GramAccumulator:
-    """Sums up `LinearStatistics` while tokens stream by.
+    """Sums up `LinearStatistics` while tokens stream by; of the symmetric sum half is computed.
 
     Holds one `[in_features, in_features]` sum (two with `cross`) and one chunk of tokens.
 
@@ -156,6 +158,9 @@ class GramAccumulator:
             self._sum_chunk()
         if self.tokens == 0:
             raise TextError("no calibration token reached the linear", "at least one", "give more text")
+        for start in range(0, self.in_features, PANEL):
+            stop = start + PANEL
+            self._gram[start:stop, stop:] = self._gram[stop:, start:stop].T
         return LinearStatistics(
             gram=self._gram.div_(self.tokens).float(),
             cross=None if self._cross is None else self._cross.div_(self.tokens).float(),
@@ -168,7 +173,9 @@ class GramAccumulator:
         """Add the outer products of the tokens in the chunk and empty it."""
         x = self._chunk[: self._filled]
         weighted = x if self._weights is None else x * self._weights[: self._filled, None]
-        self._gram.addmm_(x.T, weighted)
+        for start in range(0, self.in_features, PANEL):
+            columns = slice(start, start + PANEL)
+            self._gram[start:, columns].addmm_(x[:, start:].T, weighted[:, columns])
         self._abs += weighted.abs().sum(0, dtype=torch.float64)
         torch.maximum(self._max, torch.linalg.vector_norm(x, float("inf"), dim=0), out=self._max)
         if self._cross is not None and self._source_chunk is not None:
