@@ -34,7 +34,7 @@ WEIGHTS = {
     "int4 g64": ("gptq", "bits=4,group=64,asymmetric=false"),
     "fp4 g64": ("gptq", "codebook=fp4,group=64,asymmetric=false"),
 }
-FOLDS = ("none", "smoothing", "fptq", "awq")
+FOLDS = ("none", "smoothing", "fptq", "awq", "outliertune")
 #: what inputs are rounded to -> field of a row
 INPUTS = {
     "exact": "kl_exact_inputs", "int8": "kl_rounded_inputs", "fp8": "kl_fp8_inputs", "int4": "kl_int4_inputs",

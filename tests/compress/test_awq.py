@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from tailorbird.errors import CheckpointError
 from tailorbird.formats.packed import Coding, FloatCoding
 from tailorbird.linear.folds import FOLDS_FILE, read_folds
 from tailorbird.linear.quantize.awq import Awq, Fold
+from tailorbird.linear.quantize.outliertune import Outliertune
 from tailorbird.model.file_names import INDEX_FILE
 from tailorbird.model.weights import Weights
 from tailorbird.model.writing import write_tensors
@@ -138,6 +139,36 @@ def test_a_fold_leaves_the_function_of_the_model(
     stored, source = Weights.open(made.directory), made.work.checkpoint.weights
     changed = {n for n in names if not torch.equal(stored.read(n), source.read(n))}
     assert len(changed) >= 2 * len(made.work.anatomy.blocks)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "gpt_neox", "qwen2"])
+def test_a_shift_leaves_the_function_of_the_model_where_there_are_biases(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_source(tmp_path, architecture, torch.float32)
+    monkeypatch.setattr(Outliertune, "shift", large_shift)
+    made = make(tmp_path, recipe_of("outliertune+gptq", 8))
+    folds = read_folds(made.directory, made.work.anatomy)
+    shifted = {group.norm for block in folds for group, *_ in block.shifts}
+    norms = {group.norm for block in made.work.anatomy.blocks for group in block.norm_groups}
+    assert shifted == (norms if architecture != "qwen2" else set())  # RMS norms have no biases
+    assert not any(block.pairs for block in folds)
+    verdict = made.verdict(made.directory)
+    assert verdict.passed, [c for c in verdict.checks if not c.passed]
+    assert verdict.quality is not None
+    assert verdict.quality.kl_mean < 1e-3
+    if shifted:
+        directory = made.copy(tmp_path)
+        change(directory, ".shift", 1.5)
+        caught = failed(made.verdict(directory))["unchanged"]
+        assert caught is not None
+        assert caught.endswith(".bias")
+        assert caught.startswith(made.work.anatomy.blocks[0].name)
+
+
+def large_shift(self: Outliertune, inputs: Iterable[Tensor]) -> Tensor:
+    """A shift that would ruin the model if one of its sides were forgotten."""
+    return torch.randn(next(iter(inputs)).shape[-1], generator=torch.Generator().manual_seed(0)) * 3
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,7 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
     "smoothing": {"alpha": [0.3, 1.0, 1.5]},
     "fptq": {},
     "cfp": {"alpha": [0.5, 1.0]},
+    "outliertune": {},
     "awq": {"grid": [1, 4], "clip_search": ["true", "false"]},
     "eora": {"rank": [1, 8, 48, 1000], "dtype": ["bfloat16", "float16", "int8"]},
     "lq-lora": {"rank": [1, 8, 48, 1000], "dtype": ["bfloat16", "float16"], "iterations": [1, 2, 0]},

@@ -123,7 +123,9 @@ def test_a_fold_brings_its_needs_and_is_part_of_the_description() -> None:
 
 def test_every_method_of_rounding_can_stand_in_a_recipe() -> None:
     rows = api.methods("quantize")
-    assert {row.name for row in rows if row.kind == "fold"} == {"awq", "smoothing", "fptq", "cfp"}
+    assert {row.name for row in rows if row.kind == "fold"} == {
+        "awq", "smoothing", "fptq", "cfp", "outliertune",
+    }  # fmt: skip
     joined = {"fold": "{}+gptq", "block method": "gptq+{}", "model method": "gptq+{}"}
     for row in rows:
         assert make_recipe(joined.get(row.kind, "{}").format(row.name)).name
@@ -168,6 +170,7 @@ def test_a_plan_gives_back_the_recipe(name: str) -> None:
         ("ganq:table=3,activation=int8", "activation int8 beside weights of table3.*leave out activation"),
         ("smoothing+gptq:bits=8,smoothing.alpha=2.0", "alpha 2.0 of smoothing"),
         ("fptq+gptq:bits=8,fptq.alpha=0.5", "setting `alpha` of fptq"),
+        ("outliertune+gptq:bits=8,outliertune.alpha=0.5", "setting `alpha` of outliertune"),
         ("gptq:bits=4,grup=64", "`grup` of gptq.*did you mean `group`"),
         ("gptq:bit=4,group=64", "`bit` of gptq.*did you mean `bits`"),
         ("rtn:bits=4,clip_serch=true", "`clip_serch` of rtn.*did you mean `clip_search`"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compressed import linears
-from compressing import compress
+from compressing import compress, killed_at_block
 from results import digests
 from tailorbird.compress import planning
 from tailorbird.errors import ResourceError, SettingsError
@@ -62,7 +62,7 @@ def test_all_linears_of_blocks_round_and_no_other_does(
 
 
 @built
-@pytest.mark.parametrize("fold", ["smoothing", "fptq"])
+@pytest.mark.parametrize("fold", ["smoothing", "fptq", "outliertune"])
 def test_a_fold_lowers_the_divergence_where_channels_are_outliers(
     fold: str, model: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -72,7 +72,7 @@ def test_a_fold_lowers_the_divergence_where_channels_are_outliers(
     assert folded.kl_mean < 0.7 * plain.kl_mean
 
 
-@pytest.mark.parametrize("fold", ["smoothing", "fptq"])
+@pytest.mark.parametrize("fold", ["smoothing", "fptq", "outliertune"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
 def test_a_folded_model_has_the_logits_of_its_source(
     fold: str, architecture: str, text: Path, tmp_path: Path
@@ -86,6 +86,8 @@ def test_a_folded_model_has_the_logits_of_its_source(
     anatomy = read_anatomy(open_checkpoint(str(source)))
     folds = read_folds(tmp_path / "out", anatomy)
     assert all(block.norms for block in folds)
+    shifts = fold == "outliertune" and architecture != "llama"  # which has no biases
+    assert all(len(block.shifts) == (2 if shifts else 0) for block in folds)
     for block, found in zip(anatomy.blocks, folds, strict=True):
         changed = dict(found.others(stored))
         for place in block.linears:
@@ -101,6 +103,34 @@ def test_a_folded_model_has_the_logits_of_its_source(
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
     assert not torch.equal(after, before)
     assert (tmp_path / "out" / FOLDS_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "hadamard+outliertune+gptq:bits=4,group=32",
+        "outliertune+rtn+eora:bits=4,group=32,eora.rank=4",
+        "outliertune+gptq+signround:bits=3,group=32,signround.steps=5",
+        "outliertune+rtn+omniquant:bits=3,group=32,omniquant.steps=20,omniquant.transform=true",
+    ],
+)
+def test_shifts_stand_with_what_turns_corrects_and_learns(recipe: str, text: Path, tmp_path: Path) -> None:
+    source = save_model(tmp_path / "model", "opt")
+    compress(source, text, tmp_path / "out", recipe)  # and its gate
+    folds = read_folds(tmp_path / "out", read_anatomy(open_checkpoint(str(source))))
+    assert all(len(block.shifts) == 2 for block in folds)
+    if "transform" in recipe:
+        assert all(block.pairs for block in folds)
+
+
+def test_a_killed_run_with_shifts_ends_with_the_same_bytes(text: Path, tmp_path: Path) -> None:
+    source = save_model(tmp_path / "model", "gpt2")
+    recipe = "outliertune+gptq:bits=4,group=32"
+    compress(source, text, tmp_path / "whole", recipe)
+    with killed_at_block(1):
+        compress(source, text, tmp_path / "out", recipe)
+    compress(source, text, tmp_path / "out", recipe, resume=True)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
 @built

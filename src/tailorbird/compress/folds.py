@@ -9,7 +9,7 @@ asked for are recorded in one file beside the weights (`linear/folds.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -19,7 +19,8 @@ from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.formats.packed import Coding, GroupedCoding
 from tailorbird.linear import FoldMethod
-from tailorbird.linear.folds import scales_name
+from tailorbird.linear.folds import can_shift, scales_name, shift_name, shifted
+from tailorbird.linear.quantize.outliertune import Outliertune
 from tailorbird.linear.scaling import FoldedNorm, apply_norm_fold, apply_pair_fold, scale_statistics
 from tailorbird.model.anatomy import BlockAnatomy, LinearPlace, NormGroup, ScalePair
 from tailorbird.model.outline import put_tensor
@@ -46,10 +47,7 @@ class BlockFolding:
     Attributes
     ----------
     found : dict of str to Tensor[in_features], float32
-        Scales of the folds so far, by `scales_name`.
-    divided : dict of str to Tensor[in_features], float32
-        ``shares_input`` of linears -> scales by which that input is divided in `working`, and wasn't in
-        the source.
+        Scales of the folds so far, by `scales_name`, and shifts by `shift_name`.
     """
 
     def __init__(
@@ -69,7 +67,8 @@ class BlockFolding:
         self.tensors = tensors
         self.source = dict(tensors)
         self.found: dict[str, Tensor] = {}
-        self.divided: dict[str, Tensor] = {}
+        self._divided: dict[str, Tensor] = {}
+        self._shifted: dict[str, Tensor] = {}
 
     def fold_pairs(self, statistics: Callable[[LinearPlace], LinearStatistics]) -> None:
         """Fold between all pairs of linears; called before any of them is rounded.
@@ -79,7 +78,7 @@ class BlockFolding:
         statistics : callable
             Statistics of the input of a linear in `working` as it then is.
         """
-        if self.fold is None:
+        if self.fold is None or isinstance(self.fold, Outliertune):
             return
         places = {place.name: place for place in self.anatomy.linears}
         for pair in self.anatomy.scale_pairs:
@@ -96,7 +95,38 @@ class BlockFolding:
             self.model.set_weight(self.working, target, folded.target)
             self._put(source.name, "bias", folded.bias)
             self.found[scales_name(pair)] = scales
-            self.divided[target.shares_input] = scales
+            self._divided[target.shares_input] = scales
+
+    def shift_norm(self, together: list[LinearPlace], inputs: Callable[[], Iterator[Tensor]]) -> None:
+        """Centre what `together` read, where the fold does that and there are biases that take it.
+
+        Parameters
+        ----------
+        together : list of LinearPlace
+            Linears that share an input and are about to be rounded.
+        inputs : callable
+            Batches ``[windows, tokens, in_features]`` of that input in `working`.
+        """
+        group = self._group(together)
+        if not isinstance(self.fold, Outliertune) or group is None or not can_shift(group, together):
+            return
+        shift = self.fold.shift(inputs())
+        moved = shifted(group, together, shift, self.model.checkpoint.weights)
+        names = (group.norm, *(place.name for place in together))
+        for name, bias in zip(names, (moved.bias, *moved.readers), strict=True):
+            self.source[f"{name}.bias"] = bias  # scales come after it
+            self._put(name, "bias", bias)
+        self.found[shift_name(group)] = shift
+        self._shifted[together[0].shares_input] = moved.shift
+
+    def of_source(self, key: str, x: Tensor) -> Tensor:
+        """An input ``[..., in_features]`` of the source as the folds before it have made it in `working`.
+
+        `key` is the ``shares_input`` of the linears that read it.
+        """
+        if key in self._divided:
+            return x / self._divided[key]
+        return x - self._shifted[key] if key in self._shifted else x
 
     def fold_norm(self, together: list[LinearPlace], statistics: LinearStatistics) -> LinearStatistics:
         """Fold between a norm and `together`, where these are all its readers.
@@ -113,9 +143,8 @@ class BlockFolding:
         LinearStatistics
             Of the input as it is now; `statistics` itself where nothing was folded.
         """
-        names = {place.name for place in together}
-        group = next((g for g in self.anatomy.norm_groups if set(g.linears) == names), None)
-        if self.fold is None or group is None or not self._rounded(names):
+        group = self._group(together)
+        if self.fold is None or group is None:
             return statistics
         weights = [self.model.weight_of(self.working, place) for place in together]
         inputs = replace(statistics, cross=None)  # which no fold reads
@@ -159,6 +188,13 @@ class BlockFolding:
         """The norm of the source after a fold, without its readers."""
         bias = self.source[f"{group.norm}.bias"] if group.has_bias else None
         return apply_norm_fold(self.source[f"{group.norm}.weight"], bias, [], scales, group.offset)
+
+    def _group(self, together: list[LinearPlace]) -> NormGroup | None:
+        """The norm whose readers are these, where all of them are rounded."""
+        names = {place.name for place in together}
+        if not self._rounded(names):
+            return None
+        return next((group for group in self.anatomy.norm_groups if set(group.linears) == names), None)
 
     def _rounded(self, names: Iterable[str]) -> bool:
         return all(isinstance(self.codings.get(name), GroupedCoding) for name in names)

@@ -110,7 +110,9 @@ def fold_entries(folds: Sequence[BlockFolds]) -> list[dict[str, Any]] | None:
     entries: list[dict[str, Any]] = []
     for block in folds:
         entries += [{"source": pair.source, "linears": [pair.target]} for pair, _ in block.pairs]
-        entries += [{"norm": group.norm, "linears": list(group.linears)} for group, _ in block.norms]
+        groups = [group for group, _ in block.norms]
+        groups += [group for group, *_ in block.shifts if group not in groups]
+        entries += [{"norm": group.norm, "linears": list(group.linears)} for group in groups]
     return [{**entry, "scales_file": FOLDS_FILE} for entry in entries] or None
 
 

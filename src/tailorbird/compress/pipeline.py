@@ -353,9 +353,10 @@ class Pipeline:
         for together in sharing_input(chosen):
             statistics = None
             if self.gathers:
-                divided = folding.divided.get(together[0].shares_input) if folding is not None else None
+                if folding is not None:
+                    folding.shift_norm(together, partial(self._inputs, index, together[0], working))
                 statistics = self._statistics(
-                    index, together[0], working, source if self.crossed else None, divided, weights
+                    index, together[0], working, source if self.crossed else None, folding, weights
                 )
                 if folding is not None:
                     statistics = folding.fold_norm(together, statistics)
@@ -486,13 +487,13 @@ class Pipeline:
         place: LinearPlace,
         working: torch.nn.Module,
         source: torch.nn.Module | None,
-        divided: torch.Tensor | None,
+        folding: BlockFolding | None,
         weights: torch.Tensor | None,
     ) -> LinearStatistics:
         """Statistics of the input that `place` and its fellows read in the compressed block.
 
-        Where a fold has divided that input, `divided` holds the scales, and those of the source are
-        divided too, so that both can be compared. `weights`, ``[windows, length]``, are those of tokens.
+        What `folding` has made of that input is done to the source's too, so that both can be compared.
+        `weights`, ``[windows, length]``, are those of tokens.
         """
         key = place.shares_input
         accumulator = GramAccumulator(
@@ -507,13 +508,22 @@ class Pipeline:
             own = None if weights is None else weights[start:stop]
             if source is not None and source_stream is not None:
                 source_x = self._input(key, index, source, source_stream.read(start, stop))
-                accumulator.add(x, source_x if divided is None else source_x / divided, own)
+                accumulator.add(x, source_x if folding is None else folding.of_source(key, source_x), own)
             else:
                 accumulator.add(x, weights=own)
         result_stream.close()
         if source_stream is not None:
             source_stream.close()
         return accumulator.finish()
+
+    def _inputs(self, index: int, place: LinearPlace, working: torch.nn.Module) -> Iterator[torch.Tensor]:
+        """Batches ``[windows, length, in_features]`` of what `place` reads in the compressed block."""
+        assert self.compression.ids is not None
+        stream = self._open_stream("result", index)
+        for start, stop in batches(*self.compression.ids.shape):
+            x = self._input(place.shares_input, index, working, stream.read(start, stop))
+            yield x.reshape(stop - start, -1, place.in_features)  # some models join windows and tokens
+        stream.close()
 
     def _token_weights(self, index: int, working: torch.nn.Module) -> torch.Tensor:
         """Weights of all tokens, ``[windows, length]``, in a block of which nothing is rounded yet."""

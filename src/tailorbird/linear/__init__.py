@@ -26,6 +26,7 @@ from tailorbird.linear.quantize.gptq import Gptq
 from tailorbird.linear.quantize.higgs import Higgs
 from tailorbird.linear.quantize.leanquant import Leanquant
 from tailorbird.linear.quantize.llm_int8 import LlmInt8
+from tailorbird.linear.quantize.outliertune import Outliertune
 from tailorbird.linear.quantize.quantease import Quantease
 from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.linear.quantize.smoothing import Smoothing
@@ -136,6 +137,6 @@ LINEAR_METHODS: dict[
     "higgs": Higgs,
     "df11": Df11,
 }
-FOLDS: dict[str, type[Awq | Smoothing | Fptq | Cfp]] = {
-    "awq": Awq, "smoothing": Smoothing, "fptq": Fptq, "cfp": Cfp,
+FOLDS: dict[str, type[Awq | Smoothing | Fptq | Cfp | Outliertune]] = {
+    "awq": Awq, "smoothing": Smoothing, "fptq": Fptq, "cfp": Cfp, "outliertune": Outliertune,
 }  # fmt: skip

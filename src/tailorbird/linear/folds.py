@@ -1,4 +1,4 @@
-"""Recorded folds of a checkpoint: the scales that moved between its norms and linears, read back.
+"""Recorded folds of a checkpoint: scales and shifts that moved between its norms and linears, read back.
 
 They stand in one file beside the weights; `BlockFolds` says what the source's tensors are after them, to the
 bit. How folds are found and applied while a block is compressed stands in `compress/folds.py`.
@@ -6,7 +6,7 @@ bit. How folds are found and applied while a block is compressed stands in `comp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tailorbird.errors import CheckpointError
-from tailorbird.linear.scaling import apply_norm_fold, apply_pair_fold
-from tailorbird.model.anatomy import Anatomy, NormGroup, ScalePair
+from tailorbird.linear.scaling import ShiftedNorm, apply_norm_fold, apply_norm_shift, apply_pair_fold
+from tailorbird.model.anatomy import Anatomy, LinearPlace, NormGroup, ScalePair
 from tailorbird.model.weights import Weights
 
 #: beside the weights, and not in their index: a loader needs no scales
@@ -28,6 +28,27 @@ def scales_name(fold: NormGroup | ScalePair) -> str:
     return f"{start}.scales"
 
 
+def shift_name(group: NormGroup) -> str:
+    """Name of the shift of a norm's output in the file."""
+    return f"{group.norm}.shift"
+
+
+def can_shift(group: NormGroup, readers: Sequence[LinearPlace]) -> bool:
+    """Whether a norm and all its readers have the biases that a shift changes."""
+    return group.has_bias and all(place.bias for place in readers)
+
+
+def shifted(group: NormGroup, readers: Sequence[LinearPlace], shift: Tensor, stored: Weights) -> ShiftedNorm:
+    """What a shift ``[in_features]`` makes of the biases of a norm and of its readers in the source."""
+
+    def weights_and_biases() -> Iterator[tuple[Tensor, Tensor]]:
+        for place in readers:  # one at a time, for the memory
+            weight = stored.read(place.weight_name, torch.float32)
+            yield weight.T if place.transposed else weight, stored.read(f"{place.name}.bias")
+
+    return apply_norm_shift(stored.read(f"{group.norm}.bias"), weights_and_biases(), shift)
+
+
 @dataclass(frozen=True)
 class BlockFolds:
     """Recorded folds of one block.
@@ -37,10 +58,13 @@ class BlockFolds:
     pairs : tuple of (ScalePair, Tensor[in_features], float32)
         In the order in which they were applied, before `norms`.
     norms : tuple of (NormGroup, Tensor[in_features], float32)
+    shifts : tuple of (NormGroup, tuple of LinearPlace, Tensor[in_features], float32)
+        With the readers; of the source, before all scales.
     """
 
     pairs: tuple[tuple[ScalePair, Tensor], ...] = ()
     norms: tuple[tuple[NormGroup, Tensor], ...] = ()
+    shifts: tuple[tuple[NormGroup, tuple[LinearPlace, ...], Tensor], ...] = ()
 
     def weight(self, name: str, weight: Tensor, stored: Weights) -> Tensor:
         """The weight of the linear `name` after the folds.
@@ -72,20 +96,31 @@ class BlockFolds:
         stored : Weights
             Of the source.
         """
+        found: dict[str, Tensor] = {}
+
+        def before(name: str) -> Tensor:
+            return found[name] if name in found else stored.read(name)
+
+        for group, readers, shift in self.shifts:
+            moved = shifted(group, readers, shift, stored)
+            found[f"{group.norm}.bias"] = moved.bias
+            names = (f"{place.name}.bias" for place in readers)
+            found |= dict(zip(names, moved.readers, strict=True))
         for pair, scales in self.pairs:
             name = f"{pair.source}.bias"
             if name in stored:
                 count = len(scales)
                 empty = torch.empty(count, 0), torch.empty(0, count)
-                bias = apply_pair_fold(empty[0], stored.read(name), empty[1], scales).bias
-                assert bias is not None  # one was given
-                yield name, bias
+                divided = apply_pair_fold(empty[0], before(name), empty[1], scales).bias
+                assert divided is not None  # one was given
+                found[name] = divided
         for group, scales in self.norms:
-            bias = stored.read(f"{group.norm}.bias") if group.has_bias else None
+            bias = before(f"{group.norm}.bias") if group.has_bias else None
             folded = apply_norm_fold(stored.read(f"{group.norm}.weight"), bias, [], scales, group.offset)
-            yield f"{group.norm}.weight", folded.weight
+            found[f"{group.norm}.weight"] = folded.weight
             if folded.bias is not None:
-                yield f"{group.norm}.bias", folded.bias
+                found[f"{group.norm}.bias"] = folded.bias
+        yield from found.items()
 
 
 def read_folds(directory: Path, anatomy: Anatomy) -> tuple[BlockFolds, ...]:
@@ -111,34 +146,44 @@ def read_folds(directory: Path, anatomy: Anatomy) -> tuple[BlockFolds, ...]:
     widths = {place.name: place.in_features for place in anatomy.linears()}
     left = set(weights.names)
 
-    def scales(fold: NormGroup | ScalePair, reader: str) -> Tensor | None:
-        name = scales_name(fold)
+    def recorded(name: str, reader: str, sound: Callable[[Tensor], Tensor], expected: str) -> Tensor | None:
         if name not in weights:
             return None
         left.discard(name)
         read = weights.read(name)
-        if read.dtype != torch.float32 or read.shape != (widths[reader],) or not bool((read > 0).all()):
+        if read.dtype != torch.float32 or read.shape != (widths[reader],) or not bool(sound(read).all()):
             raise CheckpointError(
-                f"{path}: `{name}` holds no scales of that fold",
-                f"{widths[reader]} positive float32 values",
+                f"{path}: `{name}` holds nothing that fits that fold",
+                f"{widths[reader]} {expected} float32 values",
                 "compress the model again",
             )
         return read
 
+    def scales(fold: NormGroup | ScalePair, reader: str) -> Tensor | None:
+        return recorded(scales_name(fold), reader, lambda read: read > 0, "positive")
+
     blocks = []
     for block in anatomy.blocks:
+        places = {place.name: place for place in block.linears}
         pairs = ((pair, scales(pair, pair.target)) for pair in block.scale_pairs)
         norms = ((group, scales(group, group.linears[0])) for group in block.norm_groups)
+        readers = ((group, tuple(places[name] for name in group.linears)) for group in block.norm_groups)
+        shifts = (
+            (group, own, recorded(shift_name(group), own[0].name, torch.isfinite, "finite"))
+            for group, own in readers
+            if can_shift(group, own)
+        )
         blocks.append(
             BlockFolds(
                 tuple((pair, found) for pair, found in pairs if found is not None),
                 tuple((group, found) for group, found in norms if found is not None),
+                tuple((group, own, found) for group, own, found in shifts if found is not None),
             )
         )
     if left:
         raise CheckpointError(
             f"{path}: `{min(left)}` is no fold of this model",
-            "scales of its norms and pairs of linears",
+            "scales of its norms and pairs of linears, and shifts of norms before biases",
             "compress the model again",
         )
     return tuple(blocks)

@@ -3,12 +3,13 @@
 A linear computes the same when its input `j` is divided by `s_j` and column `j` of its weight multiplied by
 it; its rounded weight, or a rounded input, doesn't. The division has to happen before the linear: in the norm
 that feeds it, or in the rows of a linear whose outputs reach the input one by one (value to output
-projection, up to down projection). `apply_norm_fold` and `apply_pair_fold` do both sides at once.
+projection, up to down projection). `apply_norm_fold` and `apply_pair_fold` do both sides at once. Likewise a
+shift moves from the bias of a norm into those of its readers (`apply_norm_shift`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,24 @@ class FoldedNorm(NamedTuple):
     bias: Tensor | None
     linears: list[Tensor]
     scales: Tensor
+
+
+class ShiftedNorm(NamedTuple):
+    """Biases of a norm and of the linears behind it after a shift, in the dtypes that they had.
+
+    Parameters
+    ----------
+    bias : Tensor[in_features]
+        Of the norm.
+    readers : list of Tensor[out_features]
+        Of the linears, in the order given.
+    shift : Tensor[in_features], float32
+        The one in effect: by this, and not by the shift asked for, the input is lessened.
+    """
+
+    bias: Tensor
+    readers: list[Tensor]
+    shift: Tensor
 
 
 class FoldedPair(NamedTuple):
@@ -147,6 +166,27 @@ def apply_norm_fold(
     effective = torch.where(lost, 1.0, effective)
     bias = None if norm_bias is None else (norm_bias.float() / effective).to(norm_bias.dtype)
     return FoldedNorm(weight, bias, [linear.float() * effective for linear in linears], effective)
+
+
+def apply_norm_shift(
+    norm_bias: Tensor, readers: Iterable[tuple[Tensor, Tensor]], shift: Tensor
+) -> ShiftedNorm:
+    """Take `shift` from a norm's output, and add what its readers lose by it to their biases.
+
+    The norm keeps its dtype, so that its new bias is rounded; the readers get what that makes of the shift.
+
+    Parameters
+    ----------
+    norm_bias : Tensor[in_features], float
+        Not modified, like all arguments.
+    readers : iterable of (Tensor[out_features, in_features], Tensor[out_features])
+        Weights and biases of all linears that read the norm's output.
+    shift : Tensor[in_features], float
+    """
+    bias = (norm_bias.double() - shift.double()).to(norm_bias.dtype)
+    effective = norm_bias.double() - bias.double()
+    moved = [(own.double() + weight.double() @ effective).to(own.dtype) for weight, own in readers]
+    return ShiftedNorm(bias, moved, effective.float())
 
 
 def apply_pair_fold(

@@ -17,6 +17,7 @@ from tailorbird.adapt.merge.adapter import LoraAdapter, Product, write_lora
 from tailorbird.adapt.save import ORIGIN
 from tailorbird.errors import CheckpointError, SettingsError
 from tailorbird.formats.peft import CONFIG_FILE, WEIGHTS_FILE
+from tailorbird.linear.folds import FOLDS_FILE, shift_name
 from tailorbird.linear.rotate.weights import ROTATION_FILE
 from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint, write_json, write_tensors
@@ -186,6 +187,20 @@ def test_an_adapter_of_the_source_is_refused_where_that_was_rotated(
         opened(saved, rotated)
     change_config(saved, {"base_model_name_or_path": str(rotated)})
     opened(saved, rotated)
+
+
+def test_an_adapter_of_the_source_is_refused_where_inputs_were_shifted(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "opt")
+    shifted = Path(shutil.copytree(source, tmp_path / "shifted"))
+    group = read_anatomy(open_checkpoint(str(source))).blocks[0].norm_groups[0]
+    write_tensors(shifted / FOLDS_FILE, {shift_name(group): torch.ones(64)})
+    made = wrapped(load(source), peft.LoraConfig(r=3, target_modules=["k_proj"]))
+    saved = save(made, tmp_path / "lora", base_model_name_or_path=str(source))
+    opened(saved, source)
+    with pytest.raises(SettingsError, match="shifted against those of its source"):
+        opened(saved, shifted)
+    change_config(saved, {"base_model_name_or_path": str(shifted)})
+    opened(saved, shifted)
 
 
 def test_what_is_written_peft_reads_with_all_its_ranks(tmp_path: Path) -> None:

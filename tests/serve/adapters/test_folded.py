@@ -15,9 +15,12 @@ from folded_models import save_folded
 from peft_adapters import change_config, prompt, save, wrapped
 from tailorbird.errors import SettingsError
 from tailorbird.kernels import native
+from tailorbird.linear.folds import FOLDS_FILE, shift_name
 from tailorbird.linear.rotate.weights import ROTATION_FILE
+from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.load import load
+from tailorbird.model.writing import write_tensors
 from tailorbird.serve.adapters.folded import folds_of
 from tailorbird.serve.engine import Engine
 from tailorbird.serve.interface import EngineOptions
@@ -121,6 +124,23 @@ def test_one_of_the_source_is_refused_where_that_was_rotated(
         with pytest.raises(SettingsError, match="rotated against those of its source"):
             engine.store.register("a", adapter(source, tmp_path / "a", base_model_name_or_path=named))
     engine.store.register("a", adapter(source, tmp_path / "b", base_model_name_or_path=str(rotated)))
+
+
+def test_one_of_the_source_is_refused_where_inputs_were_shifted(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "opt")
+    shifted = Path(shutil.copytree(source, tmp_path / "shifted"))
+    group = read_anatomy(open_checkpoint(str(source))).blocks[0].norm_groups[0]
+    write_tensors(shifted / FOLDS_FILE, {shift_name(group): torch.ones(64)})
+    engine = Engine(EngineOptions(str(shifted)), log=lambda _: None)
+    assert engine.store is not None
+    config = peft.LoraConfig(r=3, target_modules=["q_proj", "fc2"])
+    for named in (str(source), "elsewhere", None):
+        path = adapter(source, tmp_path / "a", config, base_model_name_or_path=named)
+        with pytest.raises(SettingsError, match="shifted against those of its source"):
+            engine.store.register("a", path)
+    engine.store.register("a", adapter(source, tmp_path / "b", config, base_model_name_or_path=str(shifted)))
+    config = peft.LoraConfig(r=3, target_modules=["fc2"])  # reads no norm
+    engine.store.register("b", adapter(source, tmp_path / "c", config))
 
 
 def test_a_checkpoint_without_folds_has_none(models: tuple[Path, Path]) -> None:

@@ -358,8 +358,8 @@ def _folded(
     Raises
     ------
     SettingsError
-        It changes folded linears, and doesn't say on what it was trained; or the source was rotated, and the
-        adapter isn't one of the checkpoint itself.
+        It changes folded linears, and doesn't say on what it was trained; or the source was rotated, or the
+        inputs of such linears were shifted, and the adapter isn't one of the checkpoint itself.
     """
     directory = checkpoint.directory
     named = settings.config.get("base_model_name_or_path")
@@ -371,6 +371,7 @@ def _folded(
         )
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
+    shifted: set[str] = set()
     if not (directory / FOLDS_FILE).exists():
         return inputs, outputs
     for block in read_folds(directory, anatomy):
@@ -378,9 +379,18 @@ def _folded(
             outputs[pair.source] = inputs[pair.target] = factors
         for group, factors in block.norms:
             inputs |= dict.fromkeys(group.linears, factors)
-    touched = [name for name in scales if name in inputs or name in outputs]
+        for group, *_ in block.shifts:
+            shifted.update(group.linears)
+    touched = [name for name in scales if name in inputs or name in outputs or name in shifted]
     if not touched or same_model(named, str(directory)):
         return {}, {}
+    for name in touched:
+        if name in shifted:
+            raise settings.refused(
+                "base_model_name_or_path",
+                f"{str(directory)!r}, whose channels are shifted against those of its source (`{name}`)",
+                f"train it on this checkpoint; if it was, write that into {CONFIG_FILE}",
+            )
     plan = directory / "plan.yaml"
     stated = load_plan(plan).source if plan.exists() else None
     source = (stated and stated.model) or "unknown"

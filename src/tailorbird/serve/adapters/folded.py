@@ -1,10 +1,11 @@
-"""Adapters for a checkpoint whose source's channels were scaled (`linear/folds.py`) or rotated.
+"""Adapters for a checkpoint whose source's channels were scaled, shifted (`linear/folds.py`) or rotated.
 
 Such a fold divides what a linear reads by s and multiplies its weight's columns by s, or divides a linear's
 rows. An adapter that was trained on the source expects inputs and outputs as they were: with s_in over its
 inputs and s_out over its outputs, B A becomes diag(1 / s_out) B A diag(s_in), which is exact but for the
 rounding of the folded norm. One that was trained on the folded checkpoint fits as it is. Which of both an
-adapter is only its config can tell. After a rotation (`linear/rotate`) only the latter is taken.
+adapter is only its config can tell. After a rotation (`linear/rotate`), and for linears whose inputs were
+shifted, which would take a bias, only the latter is taken.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _PLAIN = ("LORA", "VERA", "IA3")
 
 @dataclass(frozen=True, eq=False)
 class Folds:
-    """The scales of a folded checkpoint, or that it was rotated.
+    """The scales of a folded checkpoint, and which of its inputs were shifted; or that it was rotated.
 
     Attributes
     ----------
@@ -39,6 +40,8 @@ class Folds:
         Directory of the checkpoint, and what it was made of, as its plan names it.
     inputs, outputs : mapping of str to Tensor
         Module path -> by what its inputs or outputs were divided, float32.
+    shifted : frozenset of str
+        Paths of linears whose inputs were shifted.
     rotated : bool
         Every linear reads or writes other channels than in the source.
     """
@@ -47,6 +50,7 @@ class Folds:
     source: str
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
+    shifted: frozenset[str] = frozenset()
     rotated: bool = False
 
     def needed(self, source: Source, adapted: Mapping[str, object]) -> bool:
@@ -56,17 +60,22 @@ class Folds:
         ------
         SettingsError
             It adapts folded linears, and doesn't say on what it was trained, or can't be scaled; or linears
-            of a rotated model, and wasn't trained on that.
+            with shifted inputs or of a rotated model, and wasn't trained on that.
         """
-        touched = [p for p in adapted if self.rotated or p in self.inputs or p in self.outputs]
+        changed = self.inputs.keys() | self.outputs.keys() | self.shifted
+        touched = [p for p in adapted if self.rotated or p in changed]
         named = source.config.get("base_model_name_or_path")
         if not touched or same_model(named, self.served):
             return False
         where = f"{source.directory / CONFIG_FILE}"
-        if self.rotated:
+        shifted = [p for p in touched if p in self.shifted]
+        if self.rotated or shifted:
+            how = f"rotated against those of its source (`{touched[0]}`)"
+            if shifted:
+                how = f"shifted against those of its source (`{shifted[0]}`)"
             raise SettingsError(
                 f"{where}: `base_model_name_or_path` is {str(named)[:200]!r}, and the channels of the "
-                f"checkpoint in {self.served} are rotated against those of its source (`{touched[0]}`)",
+                f"checkpoint in {self.served} are {how}",
                 "an adapter that was trained on this checkpoint",
                 f"train it on this checkpoint; if it was, write that into {CONFIG_FILE}",
             )
@@ -111,11 +120,15 @@ def folds_of(checkpoint: Checkpoint) -> Folds | None:
         return None
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
+    shifted: set[str] = set()
     for block in read_folds(directory, read_anatomy(checkpoint)):
         for pair, scales in block.pairs:
             outputs[pair.source] = inputs[pair.target] = scales
         for group, scales in block.norms:
             inputs |= dict.fromkeys(group.linears, scales)
+        for group, *_ in block.shifts:
+            shifted.update(group.linears)
     plan = directory / "plan.yaml"
     source = load_plan(plan).source if plan.exists() else None
-    return Folds(str(directory), (source and source.model) or "unknown", inputs, outputs, rotated)
+    named = (source and source.model) or "unknown"
+    return Folds(str(directory), named, inputs, outputs, frozenset(shifted), rotated)
