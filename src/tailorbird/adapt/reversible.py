@@ -33,8 +33,8 @@ from tailorbird.errors import TailorbirdError, UnsupportedArchitecture
 #: What is added to a stream, computed from the other one: ``[..., width]`` in and out.
 Addend = Callable[[Tensor], Tensor]
 
-#: Bits behind the point, and the magnitude up to which sums surely fit 63 bits.
-FRACTION, LARGEST = 40, 2**21
+#: Bits behind the point, and the magnitude of what is added up to which sums fit 63 bits.
+FRACTION, LARGEST = 40, 2**20
 #: Relative error of inputs that is too much: where blocks give other numbers when they run again.
 TOLERANCE = 1e-2
 #: Most bits that are lost, and those of which two fit a byte.

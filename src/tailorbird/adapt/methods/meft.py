@@ -30,11 +30,14 @@ from torch.nn import functional
 from tailorbird.adapt.methods.adapter import OWN_TYPE, Attached, Place
 from tailorbird.adapt.methods.checks import require
 from tailorbird.adapt.methods.own_weights import block_path
+from tailorbird.adapt.optimizers.adamw import AdamW
 from tailorbird.adapt.reversible import MOST_BITS, ReversibleBlocks
 from tailorbird.errors import SettingsError
 
 #: deviation of the adapters' matrices at the start
 DEVIATION = 0.02
+#: learning rate where none is given: both matrices begin small, so that what they add moves slowly at first
+RATE = 5e-3
 #: roles of linears that read what the feed-forward layer reads, and of those that put out what it does
 READS, PUTS_OUT = frozenset({"gate", "up", "gate_up", "fc1"}), frozenset({"down", "fc2"})
 
@@ -78,6 +81,7 @@ class AttachedMeft(Attached):
 
     def __init__(self, blocks: int, width: int, rank: int, generator: torch.Generator) -> None:
         super().__init__()
+        self.rule = AdamW(lr=RATE)
         self.within = nn.ModuleList(Bottleneck(width, rank, generator) for _ in range(blocks))
         self.between = nn.ModuleList(Bottleneck(width, rank, generator) for _ in range(blocks - 1))
 
