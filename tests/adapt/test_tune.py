@@ -200,12 +200,19 @@ def test_what_was_written_loads_in_peft(model: str, data: Data, tmp_path: Path) 
     assert (tuned - plain).norm() > 1e-3 * plain.norm()
 
 
-@pytest.mark.parametrize("method", ["mixlora", "goat"])
-def test_experts_are_loaded_with_what_they_learned(
-    method: str, model: str, data: Data, tmp_path: Path
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("mixlora", {"rank": 4, "experts": 2}),
+        ("goat", {"rank": 4, "experts": 2}),
+        ("meft", {"rank": 4, "bits": 4}),
+    ],
+)
+def test_what_is_no_change_of_weights_is_loaded_with_what_it_learned(
+    method: str, settings: dict[str, Any], model: str, data: Data, tmp_path: Path
 ) -> None:
-    experts = TuneSettings(**{**vars(SHORT), "method": method, "method_settings": {"rank": 4, "experts": 2}})
-    result = tune(model, data, tmp_path / "out", experts)
+    changed = {"method": method, "method_settings": settings, "memory": 16 << 30}
+    result = tune(model, data, tmp_path / "out", TuneSettings(**{**vars(SHORT), **changed}))
     ids = torch.arange(30)[None]
     adapted, again = (load_adapted(model, tmp_path / "out")(ids).logits for _try in range(2))
     plain = load(model)(ids).logits

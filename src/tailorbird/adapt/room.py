@@ -63,7 +63,7 @@ def find_room(
     worst : sequence of Row
         Those that take most memory, each in its own way; the first holds the longest example.
     blocks : int
-        Of the model.
+        Of the model, that may be computed again.
     tokens : int
         Of a whole step at most.
     chunks : bool
@@ -87,16 +87,18 @@ def find_room(
     if memory is None:
         cost = measure(step_of(most, 0), [worst_row(row, most) for row in worst])
         return Room(most, 0, cost)
-    grows = {recomputed: _growth(step_of, worst, recomputed) for recomputed in (0, blocks)}
+    kept = again = _growth(step_of, worst, 0)
+    if blocks:
+        again = _growth(step_of, worst, blocks)
     least = LEAST if chunks else longest
     if one_pass:
         least = most
     tried: list[int] = []
     for pass_tokens, recomputed in _ways(most, least, blocks):
-        share = recomputed / blocks
+        share = recomputed / blocks if blocks else 0.0
         expected = sum(
             part * (fixed + slope * pass_tokens)
-            for part, (fixed, slope) in zip((1 - share, share), grows.values(), strict=True)
+            for part, (fixed, slope) in ((1 - share, kept), (share, again))
         )
         if expected + states <= memory * 1.02:
             rows = [worst_row(row, max(pass_tokens, longest)) for row in worst]
@@ -104,7 +106,7 @@ def find_room(
             if cost.peak_bytes + states <= memory:
                 return Room(pass_tokens, recomputed, cost)
             tried.append(cost.peak_bytes)
-    fixed, slope = grows[blocks]
+    fixed, slope = again
     needed = min(tried, default=int(fixed + slope * least)) + states
     raise BudgetError(
         f"{format_size(memory)} of memory, but tuning takes {format_size(needed)} at least",
@@ -121,7 +123,7 @@ def _ways(most: int, least: int, blocks: int) -> Iterator[tuple[int, int]]:
     efficient = [size for size in sizes if size >= EFFICIENT] or sizes[:1]
     for size in efficient:
         yield size, 0
-    for quarters in (1, 2, 3, 4):
+    for quarters in (1, 2, 3, 4) if blocks else ():
         for size in efficient:
             yield size, -(-blocks * quarters // 4)
     for size in sizes:

@@ -70,7 +70,7 @@ class Step:
     optimizer : RuleOptimizer
         Over the method's parameters; each group's ``base_lr`` is its rate where the schedule says 1.
     most_tokens : int
-        Of a pass; a longer example is read chunk by chunk.
+        Of a pass; a longer example is read chunk by chunk, where that is possible.
     recomputed : sequence of nn.Module
         Blocks that are computed again for their gradients.
     clip : float or None
@@ -89,6 +89,7 @@ class Step:
         self.trunk, self.method, self.optimizer = trunk, method, optimizer
         self.most_tokens, self.clip, self.recomputed = most_tokens, clip, recomputed
         self.joined = trunk.packs  # rows share passes
+        self.chunked = trunk.packs and not method.reversible  # longer examples are read in chunks
         self._fused: FusedUpdate | None = None
         if method.clipping is not None:
             self._fused = FusedUpdate(optimizer, method.clipping, clip)
@@ -133,7 +134,7 @@ class Step:
         for row in rows:
             if not row.learned:
                 continue
-            if len(row) > self.most_tokens and len(row.lengths) == 1 and self.trunk.packs:
+            if len(row) > self.most_tokens and len(row.lengths) == 1 and self.chunked:
                 continued = not self.method.weighs_tokens
                 example = ChunkedExample(self.trunk, row, self.most_tokens, continued)
                 yield from example.read()

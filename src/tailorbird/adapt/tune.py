@@ -213,7 +213,7 @@ class Work:
         alone = self.growth is not None  # each row is a pass
         return find_room(
             self.step, worst, len(self.blocks), self.order.capacity * (1 if alone else settings.batch),
-            self.trunk.packs and not alone, settings.memory, self.states_bytes,
+            self.trunk.packs and not alone and not self.method.reversible, settings.memory, self.states_bytes,
             one_pass=self.method.clipping is not None,
         )  # fmt: skip
 
@@ -502,7 +502,7 @@ def _open(
     groups = lora_plus_groups(learned, rate, settings.rate_ratio)
     optimizer = rule.build(groups, settings.seed, None if offload is None else MappedStates(offload))
     steps = settings.steps or max(1, math.ceil(order.steps_per_epoch() * settings.epochs))
-    blocks = [model.get_submodule(block.name) for block in anatomy.blocks]
+    blocks = [model.get_submodule(block.name) for block in anatomy.blocks if not attachment.reversible]
     work = Work(
         name, checkpoint, anatomy, settings, model, trunk, places, list(places_of(model, anatomy)), blocks,
         attachment, optimizer, training, held_out, order, steps, _growth(settings), source,

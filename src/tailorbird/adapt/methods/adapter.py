@@ -144,6 +144,9 @@ class Attached(nn.Module):
         before each example's first one, of which there are only keys and values (`prefix`).
     weighs_tokens : bool
         Whether `penalty` depends on all tokens that are read, so that none may be added to them.
+    reversible : bool
+        Whether blocks compute their inputs from their outputs: none then keeps an input to be computed again,
+        and no example is read in chunks, whose keys and values would need gradients of their own.
     """
 
     rule: Rule | None = None
@@ -151,6 +154,7 @@ class Attached(nn.Module):
     prompt_tokens: int = 0
     prefix_tokens: int = 0
     weighs_tokens: bool = False
+    reversible: bool = False
 
     def __init__(self) -> None:
         super().__init__()

@@ -66,7 +66,7 @@ def parts_of(model: nn.Module, places: Mapping[str, Place]) -> Parts:
                 "a dense model",
                 "tune an adapter on it (such as --method lora), or tune the source and fit the result",
             )
-    prefixes = {_block_path(place): place.block for place in places.values()}
+    prefixes = {block_path(place): place.block for place in places.values()}
     stacks = {prefix.rpartition(".")[0] + "." for prefix in prefixes}
     order = sorted(set(prefixes.values()))
     linears: dict[int, Named] = {block: {} for block in order}
@@ -92,7 +92,7 @@ def parts_of(model: nn.Module, places: Mapping[str, Place]) -> Parts:
     return Parts([linears[one] for one in order], [norms[one] for one in order], last_norm, ends)
 
 
-def _block_path(place: Place) -> str:
+def block_path(place: Place) -> str:
     """The path of the block that a linear belongs to: up to its number."""
     steps = place.path.split(".")
     return ".".join(steps[: steps.index(str(place.block)) + 1])

@@ -28,6 +28,7 @@ from tailorbird.adapt.methods.loqt import Loqt
 from tailorbird.adapt.methods.lora_pro import LoraPro
 from tailorbird.adapt.methods.lora_xs import LoraXs
 from tailorbird.adapt.methods.low_rank import Lora
+from tailorbird.adapt.methods.meft import Meft
 from tailorbird.adapt.methods.mixlora import Mixlora
 from tailorbird.adapt.methods.mos import Mos
 from tailorbird.adapt.methods.nora import Nora
@@ -81,9 +82,12 @@ OF_BEGINNINGS: dict[str, type] = {kind.name: kind for kind in (PromptTuning, Pre
 #: those that learn beside another model than the one that they learn for
 OF_STAND_INS: dict[str, type] = {Emloc.name: Emloc}
 
+#: those that let the blocks of the model run in another way
+OF_BLOCKS: dict[str, type] = {Meft.name: Meft}
+
 #: every method of tuning
 KNOWN: dict[str, type] = (
-    METHODS | OF_STAND_INS | OF_PEFT | OF_BEGINNINGS | OF_WEIGHTS | OF_MERGES | OF_ZEROTH_ORDER
+    METHODS | OF_STAND_INS | OF_BLOCKS | OF_PEFT | OF_BEGINNINGS | OF_WEIGHTS | OF_MERGES | OF_ZEROTH_ORDER
 )
 
 
