@@ -73,6 +73,7 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
         for name in STAGES[stage]
     },
     "cbq": {"steps": [1, 3], "batch": [1, 4, 64], "window": [2, 3], "overlap": [0, 1], "rank": [1, 5]},
+    "flatquant": {"steps": [1, 3], "batch": [1, 4, 64], "rate": [0.005, 0.0]},
     "omniquant": {"steps": [1, 3], "batch": [1, 4, 64], "transform": ["true", "false", "false"]},
 }  # fmt: skip
 #: how often a method gets tables; others hardly ever
