@@ -194,6 +194,16 @@ def test_a_recipe_runs_or_is_refused_before_work(
 
 
 @pytest.mark.parametrize("architecture", list(SIZES))
+@pytest.mark.parametrize("before", ["", "awq+", "hadamard+cfp+"])
+@pytest.mark.parametrize("coding", ["bits=4,group=32", "bits=3,group=0,symmetric=true,activation=int4"])
+def test_learned_matrices_go_behind_folds_and_rotations(
+    architecture: str, before: str, coding: str, sources: dict[str, Source], text: Path, output: Path
+) -> None:
+    recipe = f"{before}rtn+flatquant:{coding},flatquant.steps=2,flatquant.batch=2"
+    assert check(recipe, sources[architecture], text, output)
+
+
+@pytest.mark.parametrize("architecture", list(SIZES))
 def test_columns_in_an_order_of_their_own_are_found_again(
     architecture: str, sources: dict[str, Source], text: Path, output: Path
 ) -> None:
