@@ -1,10 +1,10 @@
 """What folds do for weights and inputs that are both rounded, on every language model at hand.
 
 Each model is compressed uniformly with 8-bit weights (symmetric, one group per row, to the nearest, also
-beside the largest inputs in 16 bits) and with 4-bit weights (groups of 64, GPTQ; integers and FP4), embedding
-and head at 16 bits; with inputs as they are and with all of them rounded to bytes, FP8 and 4 bits; without a
-fold and behind each. KL in nats per token on held-out text. Other numbers that the file of results has
-already stay.
+beside the largest inputs in 16 bits) and with 4-bit weights (groups of 64, GPTQ; integers and FP4; integers
+behind learned matrices), embedding and head at 16 bits; with inputs as they are and with all of them rounded
+to bytes, FP8 and 4 bits; without a fold and behind each. KL in nats per token on held-out text. Other numbers
+that the file of results has already stay.
 
     python benchmarks/weights_and_activations.py [--only MODEL ...] [--weights LABEL ...] [--folds NAME ...]
                                                  [--inputs NAME ...]
@@ -32,6 +32,7 @@ WEIGHTS = {
     "int8 row": ("rtn", "bits=8,group=0,symmetric=true"),
     "int8 row, inputs apart": ("llm-int8", "bits=8,group=0,symmetric=true"),
     "int4 g64": ("gptq", "bits=4,group=64,asymmetric=false"),
+    "int4 g64, matrices": ("rtn+flatquant", "bits=4,group=64"),
     "fp4 g64": ("gptq", "codebook=fp4,group=64,asymmetric=false"),
 }
 FOLDS = ("none", "smoothing", "fptq", "awq", "outliertune")

@@ -10,6 +10,7 @@ from typing import Any
 from tailorbird.adapt.methods.registry import KNOWN
 from tailorbird.adapt.optimizers.registry import OPTIMIZERS
 from tailorbird.adapt.starts.registry import STARTS
+from tailorbird.compress.blocks.flatquant import FlatQuant
 from tailorbird.compress.recipe import STAGES
 from tailorbird.formats.packed import CodebookCoding, DoubleCoding, EntropyCoding, IntegerCoding, TableCoding
 from tailorbird.linear.quantize.higgs import Higgs
@@ -91,12 +92,14 @@ def _of_recipes() -> Iterator[MethodRow]:
         for name, kind in STAGES[stage].items():
             read = getattr(kind(), "needs", kind.requirements)
             needs = ", ".join(words for key, words in _NEEDS.items() if key in read) or "nothing"
-            yield MethodRow(name, kind.family, kind.kind, kind.paper, needs, fills or _filled(kind))
+            yield MethodRow(name, kind.family, kind.kind, kind.paper, needs, _filled(kind) or fills)
 
 
 def _filled(kind: Any) -> str:
-    """What a linear method fills."""
-    parts = [words for coding, words in _CODES.items() if coding in kind.makes]
+    """What a linear method fills, or one that learns an input transform; nothing for others."""
+    if kind is FlatQuant:
+        return f"{_FILLS['block']}, input transform"
+    parts = [words for coding, words in _CODES.items() if coding in getattr(kind, "makes", ())]
     if any(field.name == "outliers" for field in dataclasses.fields(kind)):
         parts.append("sparse part")
     if kind is Higgs:

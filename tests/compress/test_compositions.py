@@ -74,6 +74,7 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
         for name in STAGES[stage]
     },
     "cbq": {"steps": [1, 3], "batch": [1, 4, 64], "window": [2, 3], "overlap": [0, 1], "rank": [1, 5]},
+    "flatquant": {"steps": [1, 3], "batch": [1, 4, 64], "rate": [0.005, 0.0]},
     "omniquant": {"steps": [1, 3], "batch": [1, 4, 64], "transform": ["true", "false", "false"]},
 }  # fmt: skip
 #: how often a method gets tables; others hardly ever
@@ -191,6 +192,16 @@ def test_a_recipe_runs_or_is_refused_before_work(
     seed: int, sources: dict[str, Source], text: Path, output: Path
 ) -> None:
     check(drawn(seed), sources[list(SIZES)[seed % len(SIZES)]], text, output)
+
+
+@pytest.mark.parametrize("architecture", list(SIZES))
+@pytest.mark.parametrize("before", ["", "awq+", "hadamard+cfp+"])
+@pytest.mark.parametrize("coding", ["bits=4,group=32", "bits=3,group=0,symmetric=true,activation=int4"])
+def test_learned_matrices_go_behind_folds_and_rotations(
+    architecture: str, before: str, coding: str, sources: dict[str, Source], text: Path, output: Path
+) -> None:
+    recipe = f"{before}rtn+flatquant:{coding},flatquant.steps=2,flatquant.batch=2"
+    assert check(recipe, sources[architecture], text, output)
 
 
 @pytest.mark.parametrize("architecture", list(SIZES))

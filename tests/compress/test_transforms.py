@@ -20,7 +20,7 @@ from tailorbird.adapt.settings import TuneSettings
 from tailorbird.adapt.tune import Data
 from tailorbird.errors import CheckpointError, ExportError, SettingsError
 from tailorbird.evaluate.speed import linear_paths
-from tailorbird.formats.modules import ROTATED, CompressedLinear
+from tailorbird.formats.modules import CompressedLinear
 from tailorbird.kernels import native
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.load import load
@@ -135,7 +135,7 @@ def test_a_correction_stands_beside_it(model: Path, text: Path, tmp_path: Path) 
 def test_it_generates_and_serves_by_its_modules(turned: Path) -> None:
     model = load(turned, dtype=torch.float32)
     assert "rotated inputs" in str(obstacle(model))
-    assert any(f"gauss3 g32 · {ROTATED}native" in path for path in linear_paths(model, 1))
+    assert any("gauss3 g32 · rotated native" in path for path in linear_paths(model, 1))
     ids = torch.arange(40)[None] * 5
     with torch.no_grad():
         expected = model(ids).logits[:, -1].float()

@@ -27,7 +27,7 @@ from tailorbird.formats.packed import (
     stored_bytes,
 )
 from tailorbird.formats.sparse import Sparse
-from tailorbird.formats.transform import Transform
+from tailorbird.formats.transform import Transform, kronecker_transform
 from tailorbird.kernels import dynamic_codes
 from tailorbird.kernels.packing import BITS, pack_codes
 
@@ -111,6 +111,18 @@ def test_it_turns_inputs_back(reader: dict[str, Any], block: int) -> None:
     torch.testing.assert_close(torch.from_numpy(weight), packed.dequantize())
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_it_undoes_two_matrices(reader: dict[str, Any], dtype: str) -> None:
+    left, right = (torch.eye(n) + 0.1 * torch.randn(n, n) for n in (12, 16))
+    packed = random_packed(IntegerCoding(3, 64), (5, 192)).with_matrices(left, right, dtype)
+    tensors = {
+        name: (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        for name, tensor in packed.tensors.items()
+    }
+    weight = reader["read_weight"](tensors, 3, 64, False, 192)
+    torch.testing.assert_close(torch.from_numpy(weight), packed.dequantize(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (65, 172), (2, 4500)])
 def test_it_reads_entropy_coded_floats(reader: dict[str, Any], shape: tuple[int, int]) -> None:
     packed = PackedWeight.from_bfloat16(
@@ -147,6 +159,9 @@ def test_the_numbers_of_its_examples() -> None:
         stored_bytes(IntegerCoding(3, 64), 256, 172, transform=part) for part in (None, Transform(4))
     )
     assert turned - plain == 172
+    assert "of orders 4 and 43, 3,730" in page
+    mixed = stored_bytes(IntegerCoding(3, 64), 256, 172, transform=kronecker_transform(172, "bfloat16"))
+    assert mixed - plain == 2 * (4**2 + 43**2) == 3730
     assert f"{UNITS['gauss2']:.4f}, {UNITS['gauss3']:.4f} and {UNITS['gauss4']:.4f} levels" in page
     assert "22,016 + 1,536 bytes" in page
     assert stored_bytes(CodebookCoding("nf4", 64), 256, 172) == 22016 + 1536

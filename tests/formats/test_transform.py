@@ -15,7 +15,7 @@ from torch import Tensor
 from packed_weights import random_packed
 from tailorbird.errors import CheckpointError, SettingsError
 from tailorbird.formats import compressed_tensors, gguf
-from tailorbird.formats.modules import ROTATED, CompressedEmbedding, CompressedLinear
+from tailorbird.formats.modules import CompressedEmbedding, CompressedLinear
 from tailorbird.formats.packed import (
     CodebookCoding,
     CodesCoding,
@@ -101,7 +101,7 @@ def test_every_path_multiplies_turned_inputs(
     offset = normal(24, seed=2) if bias else None
     behind = CompressedLinear.from_packed(packed.behind_transform, offset, rounds)
     module = CompressedLinear.from_packed(packed, offset, rounds)
-    assert module.path(rows, dtype) == ROTATED + behind.path(rows, dtype)
+    assert module.path(rows, dtype) == f"rotated {behind.path(rows, dtype)}"
     x = normal(rows, 176, seed=3).to(dtype)
     found = module(x)
     expected = behind(rotate(x, packed.tensors["signs"])).double() + x.double() @ packed.beside().double().t()

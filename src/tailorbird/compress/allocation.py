@@ -13,6 +13,7 @@ from tailorbird.calibrate.job import Job
 from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.compress import planning
+from tailorbird.compress.blocks.flatquant import FlatQuant
 from tailorbird.compress.smallest import smallest
 from tailorbird.compress.stage import Stage
 from tailorbird.compress.work import Work, narrow, sensitivity_ids
@@ -83,6 +84,7 @@ def check_recipe(work: Work, budgets_of_speed: Iterable[str]) -> None:
     refused = [
         ({IntegerCoding.kind, TableCoding.kind} & kinds == {TableCoding.kind}, f"tables, {made}", target),
         (isinstance(recipe.method, Higgs), f"inputs that are rotated, {made}", [*speeds, *target]),
+        (isinstance(recipe.block, FlatQuant), f"inputs that are mixed, {made}", [*speeds, *target]),
         (recipe.method.outliers > 0, f"outliers beside codes, {made}", [*speeds, *target]),
         (recipe.correction is not None, f"low-rank parts beside codes, {made}", [*speeds, *target, *judging]),
     ]

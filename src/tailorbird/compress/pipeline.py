@@ -30,6 +30,7 @@ from tailorbird.calibrate.job import Job
 from tailorbird.calibrate.statistics import GramAccumulator, LinearStatistics
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.compress.blocks.beside import begin
+from tailorbird.compress.blocks.flatquant import FlatQuantWeight, share_inputs
 from tailorbird.compress.blocks.method import BlockMethod, LearnedWeight
 from tailorbird.compress.blocks.omniquant import OmniQuantWeight
 from tailorbird.compress.blocks.training import Learned, learn
@@ -49,7 +50,7 @@ from tailorbird.formats.packed import (
     coding_to_dict,
 )
 from tailorbird.formats.sparse import Sparse
-from tailorbird.formats.transform import Transform
+from tailorbird.formats.transform import Transform, transform_to_dict
 from tailorbird.hardware.memory import trim_heap
 from tailorbird.linear import FoldMethod, LinearMethod
 from tailorbird.linear.correct import Correction
@@ -394,6 +395,8 @@ class Pipeline:
         """Learn the linears of blocks that are rounded, and put in what is better than it was."""
         if not any(block.learning.weights for block in blocks):
             return
+        for block in blocks:
+            self._share_matrices(block)
         transforms = [self._transform(block) for block in blocks if self.learns_scales]
         found = self._learn(blocks)
         blocks[-1].done[blocks[-1].anatomy.name] = {
@@ -419,9 +422,21 @@ class Pipeline:
         assert block.folding is not None
         weights = {
             name: weight for name, weight in block.learning.weights.items()
-            if isinstance(weight, OmniQuantWeight)
+            if isinstance(weight, OmniQuantWeight | FlatQuantWeight)
         }  # fmt: skip
         return BlockTransform(block.anatomy, weights, block.folding.effective)
+
+    def _share_matrices(self, block: _Block) -> None:
+        """Let linears that learn matrices share those of one input, and read it as it will be rounded."""
+        groups: list[list[FlatQuantWeight]] = []
+        for together in sharing_input(list(block.learning.places.values())):
+            groups.append([])
+            for place in together:
+                weight = block.learning.weights[place.name]
+                if isinstance(weight, FlatQuantWeight):
+                    weight.rounds_to = self.compression.rounded_inputs.get(place.name)
+                    groups[-1].append(weight)
+        share_inputs(groups)
 
     def _write(self, block: _Block) -> None:
         """Write the file of a block that is finished, how far its rows are from the source, and its folds."""
@@ -650,7 +665,7 @@ class _Learning:
     def packed(self, better: bool) -> Iterator[tuple[str, PackedWeight]]:
         """The linears as they are stored: as learned where that is better, else as they began."""
         for name, weight in self.weights.items():
-            yield name, weight.packed() if better else self.rounded[name]
+            yield name, weight.packed() if better else weight.kept(self.rounded[name])
 
 
 class _Block:
@@ -740,7 +755,7 @@ def quantization_config(
         modules[name]["activation"] = rounded_inputs[name]
     for key, found in parts.items():
         for name, part in found.items():
-            modules[name][key] = asdict(part)
+            modules[name][key] = transform_to_dict(part) if isinstance(part, Transform) else asdict(part)
     return {
         "quant_method": "tailorbird",
         "schema": 1,

@@ -400,9 +400,8 @@ def check_recorded(work: Work, plan: Plan) -> None:
         if transform is not None and transform != work.transforms.get(place.name):
             made = work.transforms.get(place.name)
             raise SettingsError(
-                f"`transform` of blocks of {transform.block} at `{place.name}`",
-                f"what `{work.recipe.name}` makes: "
-                + ("none" if made is None else f"blocks of {made.block}"),
+                f"`transform` of {transform} at `{place.name}`",
+                f"what `{work.recipe.name}` makes: " + ("none" if made is None else str(made)),
                 "change the method's settings, and remove the line",
             )
 

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tailorbird.compress.blocks import BLOCK_METHODS
+from tailorbird.compress.blocks.flatquant import FlatQuant
 from tailorbird.compress.blocks.method import BlockMethod
 from tailorbird.compress.whole import WHOLE_METHODS
 from tailorbird.compress.whole.method import ModelMethod
@@ -52,6 +53,7 @@ from tailorbird.linear.lossless.df11 import Df11
 from tailorbird.linear.quantize.double_rounding import DoubleRounding, check_nestable
 from tailorbird.linear.quantize.gptq import Gptq
 from tailorbird.linear.quantize.higgs import Higgs, normal_grid
+from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.linear.rotate import ROTATIONS
 from tailorbird.linear.rotate.hadamard import Hadamard
 from tailorbird.linear.settings import check_codes
@@ -239,6 +241,8 @@ def _check_transform(recipe: Recipe) -> None:
     """Refuse to learn scales of weights beside which something stands that wouldn't be scaled."""
     if recipe.block is None or not recipe.block.transform:
         return
+    if isinstance(recipe.block, FlatQuant):
+        _check_matrices(recipe)
     if recipe.correction is not None or recipe.method.outliers:
         beside = "a correction" if recipe.correction is not None else "outliers"
         raise SettingsError(
@@ -246,6 +250,17 @@ def _check_transform(recipe: Recipe) -> None:
             "weights that stand alone",
             "leave out transform, or what stands beside the weights",
         )
+
+
+def _check_matrices(recipe: Recipe) -> None:
+    """Refuse what would be lost behind matrices, or would learn in front of them."""
+    if isinstance(recipe.method, Rtn) and recipe.correction is None and recipe.whole is None:
+        return
+    raise SettingsError(
+        f"`{recipe.name}`, in which flatquant rounds all weights anew, behind matrices of their inputs",
+        "rtn before it, and nothing between them or after it",
+        "write rtn+flatquant, with a rotation or a fold before it",
+    )
 
 
 def _check_lossless(recipe: Recipe) -> None:

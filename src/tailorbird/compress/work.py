@@ -30,6 +30,7 @@ from tailorbird.calibrate.text import (
     split_held_out,
     token_windows,
 )
+from tailorbird.compress.blocks.flatquant import MATRICES, FlatQuant
 from tailorbird.compress.blocks.method import LearningMethod
 from tailorbird.compress.recipe import Recipe
 from tailorbird.compress.rotation import rotate
@@ -47,7 +48,7 @@ from tailorbird.formats.packed import (
     stored_bytes,
 )
 from tailorbird.formats.sparse import Sparse
-from tailorbird.formats.transform import Transform
+from tailorbird.formats.transform import Transform, kronecker_transform
 from tailorbird.hardware.memory import (
     available_bytes,
     return_freed_memory,
@@ -219,7 +220,7 @@ class Work:
         return name not in (self.anatomy.embedding, self.anatomy.head)
 
     def beside(self, name: str, shape: tuple[int, int], coding: Coding) -> Beside:
-        """What correction and linear method put beside the codes of a place of this shape."""
+        """What the recipe's methods put beside the codes of a place of this shape."""
         if not self._inside(name) or not isinstance(coding, CodesCoding):
             return Beside()
         low_rank, method, correction = None, self.recipe.method, self.recipe.correction
@@ -229,8 +230,16 @@ class Work:
         return Beside(
             low_rank,
             sparse_of(method, *shape) if isinstance(coding, GroupedCoding) else None,
-            method.transform(shape[1]) if isinstance(method, Higgs) else None,
+            self._transform(shape[1], coding),
         )
+
+    def _transform(self, in_features: int, coding: Coding) -> Transform | None:
+        """What the recipe sends so many inputs through, before codes of this coding."""
+        if isinstance(self.recipe.method, Higgs):
+            return self.recipe.method.transform(in_features)
+        if isinstance(self.recipe.block, FlatQuant) and isinstance(coding, IntegerCoding):
+            return kronecker_transform(in_features, MATRICES)
+        return None
 
     def bytes_of(self, name: str, shape: tuple[int, int], coding: Coding) -> int:
         """Bytes of a place of this shape, with what stands beside its codes."""

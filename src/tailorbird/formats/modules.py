@@ -38,16 +38,20 @@ from tailorbird.formats.sparse import (
     stated_sparse,
     whole_columns,
 )
-from tailorbird.formats.transform import Transform, check_signs, stated_transform
+from tailorbird.formats.transform import (
+    TRANSFORM_PARTS,
+    Transform,
+    check_transform,
+    stated_transform,
+    transformed,
+    weight_in_front,
+)
 from tailorbird.kernels import additions, dispatch, entropy, native, reference
-from tailorbird.kernels.walsh import rotate, rotate_back
 
 #: what `torch.autocast` casts before a linear
 _CAST = (torch.float32, torch.bfloat16, torch.float16)
 #: path of a linear that is decoded anew at each call
 DECODED = "decoded"
-#: what the path of a linear begins with whose inputs are transformed
-ROTATED = "rotated "
 _IN_PLACE = {"__setitem__"} | {
     f"__i{operator}__"
     for operator in [
@@ -123,6 +127,8 @@ class _PackedModule(nn.Module):
     zeros: Tensor | None
     order: Tensor | None
     signs: Tensor | None
+    left: Tensor | None
+    right: Tensor | None
     up: Tensor | None
     down: Tensor | None
     counts: Tensor | None
@@ -177,6 +183,11 @@ class _PackedModule(nn.Module):
         """Whether a low-rank or a sparse part stands beside the base."""
         return self.up is not None or self.values is not None
 
+    @property
+    def transform(self) -> Transform | None:
+        """What inputs go through before the base."""
+        return stated_transform(self._stored())
+
     def packed(self) -> PackedWeight:
         """The weight in its stored form; shares memory with this module.
 
@@ -203,7 +214,7 @@ class _PackedModule(nn.Module):
     def _read_weight(self) -> Tensor:
         if isinstance(self.coding, EntropyCoding):
             return self._decoded().to(self.compute_dtype).as_subclass(DequantizedWeight)
-        more = self.has_parts_beside or self.signs is not None
+        more = self.has_parts_beside or self.transform is not None
         weight = reference.dequantize(
             self.codes,
             self._scales(),
@@ -214,8 +225,7 @@ class _PackedModule(nn.Module):
             tables=self.tables,
             **unpacking(self.coding),
         )
-        if self.signs is not None:
-            weight = rotate_back(weight, self.signs)
+        weight = weight_in_front(weight, self._stored())
         if self.has_parts_beside:
             weight = with_parts(weight, self._stored())
         return weight.to(self.compute_dtype).as_subclass(DequantizedWeight)
@@ -271,9 +281,9 @@ class _PackedModule(nn.Module):
                     check_order(given)
                 except CheckpointError as error:
                     error_msgs.append(f"`{prefix}{name}`: {error}")
-            elif name == "signs":
+            elif name in TRANSFORM_PARTS:
                 try:
-                    check_signs(given)
+                    check_transform({name: given})
                 except CheckpointError as error:
                     error_msgs.append(f"`{prefix}{name}`: {error}")
         sparse = {name: state_dict[prefix + name] for name in SPARSE_PARTS if prefix + name in state_dict}
@@ -417,8 +427,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
             tables=None if self.tables is None else self.tables[rows],
             **unpacking(self.coding),
         )
-        if self.signs is not None:
-            base = rotate_back(base, self.signs)
+        base = weight_in_front(base, self._stored())
         parts: dict[str, Tensor] = {}
         if self.up is not None and self.down is not None:
             parts = {"up": self.up[rows], "down": self.down}
@@ -436,19 +445,13 @@ class CompressedLinear(_PackedModule, nn.Linear):
         """The sparse part beside the base."""
         return stated_sparse(self._stored())
 
-    @property
-    def transform(self) -> Transform | None:
-        """What inputs go through before the base."""
-        return stated_transform(self._stored())
-
     def check_parts(self, name: str) -> None:
         """Raise `CheckpointError`, with the `name` of this linear, unless its parts can be read.
 
         They are its transform and its sparse part.
         """
         try:
-            if self.signs is not None:
-                check_signs(self.signs)
+            check_transform(self._stored())
             if self.values is not None:
                 check_sparse(self._stored(), self.in_features)
         except CheckpointError as error:
@@ -492,7 +495,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
             wide = torch.float32
             base = dispatch.choose(self.coding, self.in_features, rows, wide, device, gradient=gradient)
             base = f"{base}, inputs in {self.simulated} simulated"
-        return base if self.signs is None else ROTATED + base
+        return base if self.transform is None else f"{self.transform.word} {base}"
 
     def forward(self, input: Tensor) -> Tensor:
         """`input [..., in_features]` to `[..., out_features]`, in the dtype of `input` or of autocast."""
@@ -513,11 +516,10 @@ class CompressedLinear(_PackedModule, nn.Linear):
         if isinstance(self.coding, EntropyCoding):
             weight, bias = self._decoded().to(input.dtype), self.bias
             return nn.functional.linear(input, weight, None if bias is None else bias.to(input.dtype))
-        order, signs = stored["order"], stored["signs"]
+        order = stored["order"]
         if stored["values"] is not None and (self.rounds or self.simulated is not None):
             input = self._without_apart(input, stored)
-        if signs is not None:
-            input = rotate(input, signs)
+        input = transformed(input, stored)
         if self.simulated is None:
             return self._product(input, order, stored)
         assert isinstance(self.coding, GroupedCoding)  # others come with no rounded inputs

@@ -25,11 +25,18 @@ from tailorbird.formats.sparse import (
     stated_sparse,
     with_sparse,
 )
-from tailorbird.formats.transform import Transform, check_signs, stated_transform
+from tailorbird.formats.transform import (
+    MATRIX_DTYPES,
+    TRANSFORM_PARTS,
+    Transform,
+    check_transform,
+    stated_transform,
+    transform_tensors,
+    weight_in_front,
+)
 from tailorbird.kernels import dynamic_codes, entropy
 from tailorbird.kernels.packing import check_bits, pack_codes, packed_width
 from tailorbird.kernels.reference import dequantize, group_layout
-from tailorbird.kernels.walsh import rotate_back
 
 #: version of the stored layout; raised when an old reader would misread a new checkpoint
 SCHEMA_VERSION = 1
@@ -46,7 +53,7 @@ ENTROPY_PARTS = ("lengths", "sizes", "stream", "rest")
 #: of scales that are codes themselves
 SCALE_PARTS = ("scale_sizes", "scale_mean")
 PARTS = (
-    *("codes", "scales", *SCALE_PARTS, "tables", "zeros", "order", "signs", "up", "down"),
+    *("codes", "scales", *SCALE_PARTS, "tables", "zeros", "order", *TRANSFORM_PARTS, "up", "down"),
     *SPARSE_PARTS,
     *ENTROPY_PARTS,
 )
@@ -503,16 +510,16 @@ class PackedWeight:
         `[in]` (stored column j is input `order[j]`). Codebook: the same without zeros. Table: `codes`,
         `order` likewise, and `tables` `[out, 2**bits]`. Double: as codebook, but `scales` uint8, with
         `scale_sizes` float32 `[ceil(out * groups / 256)]` and `scale_mean` float32 `[1]`. Any of these may
-        have, in place of an order, `signs` (`formats/transform.py`), and a low-rank part, `up` `[out, rank]`
-        and `down` `[rank, in]`, in 16 bits and of the inputs as they come, and a sparse part likewise
-        (`formats/sparse.py`). Entropy coding: `lengths`, `sizes`, `stream` and `rest` (`kernels/entropy.py`).
-        Float coding: `weight` `[out, in]`.
+        have, in place of an order, a transform (`formats/transform.py`), and a low-rank part, `up`
+        `[out, rank]` and `down` `[rank, in]`, in 16 bits and of the inputs as they come, and a sparse part
+        likewise (`formats/sparse.py`). Entropy coding: `lengths`, `sizes`, `stream` and `rest`
+        (`kernels/entropy.py`). Float coding: `weight` `[out, in]`.
 
     Raises
     ------
     CheckpointError
-        When a tensor is missing, unknown, of another shape or dtype, `order` is no permutation, `signs` are
-        none, or the sparse part names places that don't exist.
+        When a tensor is missing, unknown, of another shape or dtype, `order` is no permutation, the
+        transform is none, or the sparse part names places that don't exist.
     """
 
     coding: Coding
@@ -543,12 +550,12 @@ class PackedWeight:
                 )
         if "order" in self.tensors:
             check_order(self.tensors["order"])
-        if "order" in self.tensors and "signs" in self.tensors:
+        turned = transform_tensors(self.tensors)
+        if "order" in self.tensors and turned:
             raise CheckpointError(
-                "`order` and `signs` of one weight", "one of them", "check the file or the layout"
+                f"`order` and `{min(turned)}` of one weight", "one of them", "check the file or the layout"
             )
-        if "signs" in self.tensors:
-            check_signs(self.tensors["signs"])
+        check_transform(turned)
         if "values" in self.tensors:
             check_sparse(self.tensors, self.in_features)
 
@@ -670,10 +677,21 @@ class PackedWeight:
         """
         return dataclasses.replace(self, tensors=self.tensors | {"signs": signs.to(torch.int8).contiguous()})
 
+    def with_matrices(self, left: Tensor, right: Tensor, dtype: str = "bfloat16") -> PackedWeight:
+        """The weight whose mixed inputs (`kernels/kronecker.py`) these codes are for.
+
+        `left` `[a, a]` and `right` `[b, b]`, with `a b` inputs, are rounded; `W T⁻¹` was packed, of the
+        rounded ones.
+        """
+        matrices = {"left": left, "right": right}
+        stored = {name: one.detach().to(MATRIX_DTYPES[dtype]).contiguous() for name, one in matrices.items()}
+        return dataclasses.replace(self, tensors=self.tensors | stored)
+
     @property
     def behind_transform(self) -> PackedWeight:
         """The codes alone, as a weight of inputs that were transformed."""
-        kept = {name: tensor for name, tensor in self.base.tensors.items() if name != "signs"}
+        tensors = self.base.tensors
+        kept = {name: tensor for name, tensor in tensors.items() if name not in TRANSFORM_PARTS}
         return dataclasses.replace(self, tensors=kept)
 
     @property
@@ -739,18 +757,18 @@ class PackedWeight:
 
     def _dequantized_base(self, dtype: torch.dtype = torch.float32) -> Tensor:
         assert isinstance(self.coding, CodesCoding)
-        signs = self.tensors.get("signs")
+        turned = transform_tensors(self.tensors)
         weight = dequantize(
             self.tensors["codes"],
             expanded_scales(self.tensors),
             self.tensors.get("zeros"),
             in_features=self.in_features,
-            dtype=dtype if signs is None else torch.float32,
+            dtype=torch.float32 if turned else dtype,
             order=self.tensors.get("order"),
             tables=self.tensors.get("tables"),
             **unpacking(self.coding),
         )
-        return weight if signs is None else rotate_back(weight, signs).to(dtype)
+        return weight_in_front(weight, turned).to(dtype)
 
 
 def name_part(low_rank: LowRank | None, sparse: Sparse | None, transform: Transform | None) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tailorbird.errors import CheckpointError, UnsupportedArchitecture
 from tailorbird.formats.packed import ENTROPY_PARTS, SCALE_PARTS
+from tailorbird.formats.transform import TRANSFORM_PARTS
 from tailorbird.model.checkpoint import Checkpoint
 from tailorbird.model.layout import ModelLayout
 from tailorbird.model.naming import check_tensors, translate
@@ -57,7 +58,7 @@ BATCH_ARGUMENTS = frozenset(
      "position_bias"}
 )  # fmt: skip
 WEIGHT_PARTS = (
-    "weight", "codes", "scales", *SCALE_PARTS, "tables", "zeros", "order", "signs", *ENTROPY_PARTS,
+    "weight", "codes", "scales", *SCALE_PARTS, "tables", "zeros", "order", *TRANSFORM_PARTS, *ENTROPY_PARTS,
 )  # fmt: skip
 CONTEXT_FIELDS = ("max_position_embeddings", "max_seq_len", "seq_length", "max_sequence_length")
 #: 16-bit keys and values

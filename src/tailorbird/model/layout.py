@@ -27,7 +27,7 @@ from tailorbird.formats.packed import (
     tensor_layout,
 )
 from tailorbird.formats.sparse import Sparse, sparse_from_dict
-from tailorbird.formats.transform import Transform, transform_from_dict
+from tailorbird.formats.transform import Transform, transform_from_dict, transform_to_dict
 from tailorbird.kernels.reference import INT8, LARGEST, SIMULATED
 
 #: value of `quant_method`, by which transformers knows whose checkpoint it is
@@ -197,7 +197,7 @@ class ModelLayout:
                     "coding": coding_to_dict(module.coding),
                     "order": module.order,
                     **({} if module.activation is None else {"activation": module.activation}),
-                    **{part: asdict(getattr(module, part)) for part in module.parts},
+                    **{part: _part_to_dict(getattr(module, part)) for part in module.parts},
                 }
                 for name, module in self.modules.items()
             },
@@ -332,6 +332,10 @@ def _block(value: Any, where: str) -> BlockLayout:
         if key in data and data[key] != "absent":
             raise _wrong(f"`{key}` of {where} is {data[key]!r}", "`absent`, or no such key")
     return BlockLayout(**heads, attention="attention" not in data, mlp="mlp" not in data)
+
+
+def _part_to_dict(part: LowRank | Sparse | Transform) -> dict[str, Any]:
+    return transform_to_dict(part) if isinstance(part, Transform) else asdict(part)
 
 
 def _block_to_dict(block: BlockLayout) -> dict[str, Any]:

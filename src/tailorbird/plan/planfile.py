@@ -154,6 +154,7 @@ class TransformEntry(_Section):
     """`Transform`."""
 
     block: int
+    matrices: Literal["bfloat16", "float16", "float32"] | None = None
 
     @model_validator(mode="after")
     def _allowed(self) -> TransformEntry:
@@ -162,7 +163,7 @@ class TransformEntry(_Section):
 
     def transform(self) -> Transform:
         """What these fields state."""
-        return Transform(self.block)
+        return Transform(self.block, self.matrices)
 
 
 class Costs(_Section):
@@ -396,7 +397,8 @@ _HEADER = """\
 #   activation: int8, where inputs may be rounded to bytes; fp8 or int4, where they are, in products of floats
 #   low_rank: {rank: 8, dtype: bfloat16 or float16}, where the method names a correction
 #   sparse: {nonzeros: 655, dtype: bfloat16}, where the method keeps outliers; follows from its settings
-#   transform: {block: 1024}, where the method rotates inputs; likewise
+#   transform: {block: 1024}, where the method rotates inputs; likewise;
+#              {block: 16, matrices: bfloat16}, where a block method mixes them
 # A place that is not listed stays as the source stores it. `bytes` is counted anew from shape and coding;
 # `predicted` and `measured` (error relative to the place's output, kl in nats per token) are a record.
 """

@@ -219,8 +219,8 @@ def _check_kind(module: Any) -> None:
     if isinstance(module, CompressedLinear):
         if module.order is not None:
             raise Unsuited("a linear with reordered inputs")
-        if module.signs is not None:
-            raise Unsuited("a linear with rotated inputs")
+        if module.transform is not None:
+            raise Unsuited(f"a linear with {module.transform.word} inputs")
         if module.values is not None:
             raise Unsuited("a linear with a sparse part")
         if module.simulated is not None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.formats.packed import DoubleCoding, FloatCoding, PackedWeight, TableCoding
-from tailorbird.kernels.walsh import rotate
+from tailorbird.formats.transform import transform_tensors, transformed, weight_behind
 from tailorbird.linear.quantize.descent import descend
 from tailorbird.linear.quantize.ganq import Ganq
 from tailorbird.linear.quantize.gptq import Gptq
@@ -85,10 +85,12 @@ class Rounding:
         if beside:  # stays as it is; the base moves
             base = self(stored.base, target - stored.beside())
             return replace(base, packed=replace(base.packed, tensors=base.packed.tensors | beside))
-        signs = stored.tensors.get("signs")
-        if signs is not None:  # the codes move to the target behind the transform, by its inputs
-            inner = Rounding(_rotated(self.statistics, signs))(stored.behind_transform, rotate(target, signs))
-            return replace(inner, packed=inner.packed.with_transform(signs))
+        turned = transform_tensors(stored.tensors)
+        if turned:  # the codes move to the target behind the transform, by its inputs
+            rounding = Rounding(_transformed(self.statistics, turned))
+            inner = rounding(stored.behind_transform, weight_behind(target, turned))
+            packed = replace(inner.packed, tensors=inner.packed.tensors | turned)
+            return replace(inner, packed=packed)
         coding, order = stored.coding, stored.tensors.get("order")
         if isinstance(coding, FloatCoding):
             raise ValueError("floats are rounded once, to their dtype")
@@ -126,9 +128,9 @@ def _dividing(grid: Grid) -> Grid:
     return scales.masked_fill(scales == 0, 1), zeros
 
 
-def _rotated(statistics: LinearStatistics, signs: Tensor) -> LinearStatistics:
+def _transformed(statistics: LinearStatistics, turned: dict[str, Tensor]) -> LinearStatistics:
     """Statistics of transformed inputs, but for `mean_abs`, which no rounding reads."""
-    return replace(statistics, gram=rotate(rotate(statistics.gram, signs).t(), signs))
+    return replace(statistics, gram=transformed(transformed(statistics.gram, turned).t(), turned))
 
 
 def _ordered(statistics: LinearStatistics, order: Tensor) -> LinearStatistics:

@@ -250,9 +250,9 @@ def _tensors(place: Place) -> dict[str, Tensor]:
     if not isinstance(linear, CompressedLinear):
         weight: Any = linear.weight
         return {"weight": weight.detach()}
-    if not isinstance(linear.coding, GroupedCoding) or linear.up is not None or linear.signs is not None:
+    if not isinstance(linear.coding, GroupedCoding) or linear.up is not None or linear.transform is not None:
         held = "a low-rank part" if linear.up is not None else f"codes of {linear.coding.label}"
-        held = "rotated inputs" if linear.signs is not None else held
+        held = held if linear.transform is None else f"{linear.transform.word} inputs"
         raise SettingsError(
             f"loqt on `{place.path}` with {held}",
             "a dense linear, or integers or a codebook without a low-rank part",

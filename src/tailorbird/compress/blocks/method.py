@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -36,6 +36,20 @@ class LearnedWeight(nn.Module, ABC):
     def own(self) -> LearnedWeight:
         """What its method made, which `BlockMethod.optimizer` knows; of one that wraps another, the other."""
         return self
+
+    @property
+    def reads(self) -> Callable[[Tensor], Tensor] | None:
+        """What inputs go through before the weight; None where they don't."""
+        return None
+
+    @property
+    def began_with(self) -> Callable[[Tensor], Tensor] | None:
+        """Likewise before the weight where learning begins."""
+        return None
+
+    def kept(self, rounded: PackedWeight) -> PackedWeight:
+        """What is stored where learning didn't help: what the linear method left."""
+        return rounded
 
     def limit(self) -> None:
         """Bring parameters back into their range after an update."""

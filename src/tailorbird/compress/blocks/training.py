@@ -9,7 +9,7 @@ differs less from the source, by squares, is kept: no block ends farther from it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +74,8 @@ def learn(
     def difference() -> float:
         return _difference(run, inputs, targets, batches)
 
-    before = difference()
+    with reading(modules, {name: weight.began_with for name, weight in weights.items()}):
+        before = difference()
     own = [weight.own for weight in weights.values()]
     optimizer = method.optimizer(own)
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -108,11 +109,33 @@ def replaced(modules: Mapping[str, nn.Module], weights: Mapping[str, LearnedWeig
             weight = weights[name]()
             own[name] = module._parameters.pop("weight")  # type: ignore[assignment]
             module.__dict__["weight"] = weight if isinstance(module, nn.Linear) else weight.t()
-        yield
+        with reading(modules, {name: weight.reads for name, weight in weights.items()}):
+            yield
     finally:
         for name, parameter in own.items():
             modules[name].__dict__.pop("weight", None)
             modules[name]._parameters["weight"] = parameter
+
+
+@contextmanager
+def reading(
+    modules: Mapping[str, nn.Module], changes: Mapping[str, Callable[[Tensor], Tensor] | None]
+) -> Iterator[None]:
+    """Let modules read what `changes`, where there are any, make of their inputs; undone afterwards."""
+    with ExitStack() as undone:
+        for name, change in changes.items():
+            if change is not None:
+                undone.enter_context(_reading(modules[name], change))
+        yield
+
+
+@contextmanager
+def _reading(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(lambda _, given: (change(given[0]), *given[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def products() -> torch.autocast:
