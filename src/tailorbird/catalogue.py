@@ -11,7 +11,14 @@ from tailorbird.adapt.methods.registry import KNOWN
 from tailorbird.adapt.optimizers.registry import OPTIMIZERS
 from tailorbird.adapt.starts.registry import STARTS
 from tailorbird.compress.recipe import STAGES
-from tailorbird.formats.packed import CodebookCoding, DoubleCoding, EntropyCoding, IntegerCoding, TableCoding
+from tailorbird.formats.packed import (
+    CodebookCoding,
+    DoubleCoding,
+    EntropyCoding,
+    IntegerCoding,
+    TableCoding,
+    VectorCoding,
+)
 from tailorbird.linear.quantize.higgs import Higgs
 from tailorbird.plan.allocators import ALLOCATORS, OF_BUDGETS
 
@@ -28,6 +35,7 @@ _FILLS = {
 _CODES = {
     IntegerCoding.kind: "integers",
     CodebookCoding.kind: "codebooks",
+    VectorCoding.kind: "points",
     DoubleCoding.kind: "codebooks with codes for scales",
     TableCoding.kind: "tables of rows",
     EntropyCoding.kind: "coded bfloat16",

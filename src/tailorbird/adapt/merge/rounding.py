@@ -10,8 +10,9 @@ depend on each other, so that each takes the best of
 - rounding to nearest on a fitted grid, so that the result is never worse than that.
 
 Scales that are codes themselves stay, as rows share what these stand for. For codes of tables the grid is
-the row's table, fitted by `ganq.py`, and there is no descent. A target that is the weight itself gives back
-the very bytes.
+the row's table, fitted by `ganq.py`, and there is no descent; nor is there for codes of points
+(`points_feedback.py`), whose fitted scales are those by deviation. A target that is the weight itself gives
+back the very bytes.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from tailorbird.calibrate.statistics import LinearStatistics
-from tailorbird.formats.packed import DoubleCoding, FloatCoding, PackedWeight, TableCoding
+from tailorbird.formats.packed import DoubleCoding, FloatCoding, PackedWeight, TableCoding, VectorCoding
 from tailorbird.kernels.walsh import rotate
 from tailorbird.linear.quantize.descent import descend
 from tailorbird.linear.quantize.ganq import Ganq
 from tailorbird.linear.quantize.gptq import Gptq
 from tailorbird.linear.quantize.grid import grid_of
+from tailorbird.linear.quantize.higgs import rotated_statistics
+from tailorbird.linear.quantize.points import scales_by_deviation
+from tailorbird.linear.quantize.points_feedback import IN_ORDER, points_by_feedback
 from tailorbird.linear.quantize.rows import best_rows
 from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.linear.quantize.tables import codes_by_feedback
@@ -87,7 +91,9 @@ class Rounding:
             return replace(base, packed=replace(base.packed, tensors=base.packed.tensors | beside))
         signs = stored.tensors.get("signs")
         if signs is not None:  # the codes move to the target behind the transform, by its inputs
-            inner = Rounding(_rotated(self.statistics, signs))(stored.behind_transform, rotate(target, signs))
+            inner = Rounding(rotated_statistics(self.statistics, signs))(
+                stored.behind_transform, rotate(target, signs)
+            )
             return replace(inner, packed=inner.packed.with_transform(signs))
         coding, order = stored.coding, stored.tensors.get("order")
         if isinstance(coding, FloatCoding):
@@ -108,6 +114,15 @@ class Rounding:
                 FITTED: TABLES.round(rounded, target, coding),
                 NEAREST: Rtn()(target, statistics, coding),
             }
+        elif isinstance(coding, VectorCoding):
+            scales = stored.tensors["scales"]
+            rounded = IN_ORDER.prepare(statistics)
+            fitted = scales_by_deviation(target, coding)
+            found = {
+                KEPT: points_by_feedback(rounded, target, scales, coding),
+                FITTED: points_by_feedback(rounded, target, fitted, coding),
+                NEAREST: Rtn()(target, statistics, coding),
+            }
         else:
             found = {
                 KEPT: descend(target, rounded(target, coding, grid_of(stored)), gram),
@@ -118,11 +133,6 @@ class Rounding:
         if order is not None:
             packed.tensors["order"] = order
         return Rounded(packed, {name: int((best == i).sum()) for i, name in enumerate(found)})
-
-
-def _rotated(statistics: LinearStatistics, signs: Tensor) -> LinearStatistics:
-    """Statistics of transformed inputs, but for `mean_abs`, which no rounding reads."""
-    return replace(statistics, gram=rotate(rotate(statistics.gram, signs).t(), signs))
 
 
 def _ordered(statistics: LinearStatistics, order: Tensor) -> LinearStatistics:
