@@ -1,10 +1,11 @@
 """HIGGS against rounding to nearest and GPTQ: error of every linear and the KL of all together.
 
-For each language model at hand the linears of all blocks are rounded: by HIGGS behind rotations, to the same
-grids without one, to NF4, and to integers, by rounding to nearest and by second-order rounding with the
-source's inputs. Errors are relative output errors on held-out text, their geometric mean over the linears; KL
-is that of all linears rounded at once, embedding and head left alone. HIGGS and rounding to nearest see no
-text.
+For each language model at hand the linears of all blocks are rounded: by HIGGS behind rotations, to levels of
+values one by one and to points of several together, alone and with error feedback; to the same grids without
+a rotation, to NF4, and to integers, by rounding to nearest and by second-order rounding with the source's
+inputs. Errors are relative output errors on held-out text, their geometric mean over the linears; KL is that
+of all linears rounded at once, embedding and head left alone. HIGGS without feedback and rounding to nearest
+see no text.
 
     python benchmarks/higgs.py [--assets DIR] [--only MODEL ...]
 """
@@ -23,7 +24,8 @@ from rich.table import Table
 from all_at_once import AllAtOnce
 from fit_quality import ASSETS, Subject, subjects
 from machine import write_result
-from tailorbird.formats.packed import CodebookCoding, Coding, IntegerCoding, PackedWeight
+from tailorbird.formats.codebooks import VECTOR_UNITS
+from tailorbird.formats.packed import CodebookCoding, Coding, IntegerCoding, PackedWeight, VectorCoding
 from tailorbird.linear import LINEAR_METHODS
 
 #: calibration windows, which GPTQ reads; the rest as in `sensitivity`
@@ -36,10 +38,15 @@ GROUP = 64
 def cases(bits: int) -> list[tuple[str, dict[str, Any], Coding]]:
     """Method, its settings and coding."""
     normal, integers = CodebookCoding(f"gauss{bits}", GROUP), IntegerCoding(bits, GROUP)
+    vectors = [name for name in VECTOR_UNITS if name.startswith(f"gauss{bits}x")]
     found: list[tuple[str, dict[str, Any], Coding]] = [
         ("higgs", {}, normal),
         ("higgs", {}, CodebookCoding(f"gauss{bits}", 256)),
+        *(("higgs", {}, VectorCoding(name, group)) for name in vectors for group in (GROUP, 256)),
+        ("higgs", {"feedback": True}, normal),
+        *(("higgs", {"feedback": True}, VectorCoding(name, GROUP)) for name in vectors),
         ("rtn", {}, normal),
+        *(("rtn", {}, VectorCoding(name, GROUP)) for name in vectors),
         ("rtn", {}, integers),
         ("rtn", {}, IntegerCoding(bits, GROUP, symmetric=True)),
         ("gptq", {"asymmetric": False}, integers),

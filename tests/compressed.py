@@ -21,6 +21,7 @@ from tailorbird.formats.packed import (
     IntegerCoding,
     PackedWeight,
     TableCoding,
+    VectorCoding,
 )
 from tailorbird.kernels.reference import group_layout
 from tailorbird.linear.quantize.clusters import clustered, nearest_values
@@ -44,7 +45,7 @@ def pack(weight: torch.Tensor, coding: Coding, order: torch.Tensor | None = None
     if isinstance(coding, TableCoding):
         tables = clustered(weight, coding)
         return PackedWeight.from_tables(nearest_values(weight, tables), tables, coding, order)
-    if isinstance(coding, DoubleCoding):
+    if isinstance(coding, DoubleCoding | VectorCoding):
         packed = Rtn()(weight, None, coding)
         tensors = packed.tensors if order is None else {**packed.tensors, "order": order.to(torch.int32)}
         return PackedWeight(coding, out, n, tensors)

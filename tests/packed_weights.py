@@ -15,6 +15,7 @@ from tailorbird.formats.packed import (
     DoubleCoding,
     PackedWeight,
     TableCoding,
+    VectorCoding,
     coded_scales,
     expanded_scales,
     unpacking,
@@ -38,6 +39,13 @@ def random_packed(coding: CodesCoding, shape: tuple[int, int], order: bool = Fal
     scales = torch.rand(rows, groups, generator=generator).to(SCALE_DTYPES[coding.scale_dtype])
     if coding.levels is not None:  # levels reach further than integers of as many bits
         scales /= 16
+    if isinstance(coding, VectorCoding):
+        count = math.ceil(columns / coding.dimension)
+        values = torch.randint(0, 1 << coding.code_bits, (rows, count), generator=generator)
+        packed = PackedWeight.from_points(values, scales, coding, columns)
+        if order:
+            packed.tensors["order"] = torch.randperm(columns, generator=generator).to(torch.int32)
+        return packed
     zeros = None
     if not coding.symmetric:
         zeros = torch.randint(0, 1 << coding.bits, (rows, groups), generator=generator)

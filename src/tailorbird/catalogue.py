@@ -12,7 +12,14 @@ from tailorbird.adapt.optimizers.registry import OPTIMIZERS
 from tailorbird.adapt.starts.registry import STARTS
 from tailorbird.compress.blocks.flatquant import FlatQuant
 from tailorbird.compress.recipe import STAGES
-from tailorbird.formats.packed import CodebookCoding, DoubleCoding, EntropyCoding, IntegerCoding, TableCoding
+from tailorbird.formats.packed import (
+    CodebookCoding,
+    DoubleCoding,
+    EntropyCoding,
+    IntegerCoding,
+    TableCoding,
+    VectorCoding,
+)
 from tailorbird.linear.quantize.higgs import Higgs
 from tailorbird.plan.allocators import ALLOCATORS, OF_BUDGETS
 
@@ -29,6 +36,7 @@ _FILLS = {
 _CODES = {
     IntegerCoding.kind: "integers",
     CodebookCoding.kind: "codebooks",
+    VectorCoding.kind: "points",
     DoubleCoding.kind: "codebooks with codes for scales",
     TableCoding.kind: "tables of rows",
     EntropyCoding.kind: "coded bfloat16",

@@ -56,7 +56,7 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
     "ganq": {"rounds": [1, 2], "damping": [0.01, 1.0], "asymmetric": ["true", "false"]},
     "bcq": {"rounds": [0, 1, 2, -1], "damping": [0.01, 1.0]},
     "hadamard": {"seed": [0, 7]},
-    "higgs": {"block": [1, 16, 1024], "seed": [0, 7]},
+    "higgs": {"block": [1, 16, 1024], "seed": [0, 7], "feedback": ["true", "false"]},
     "df11": {},
     "leanquant": {"exponent": [0.0, 1.0, 4.0], "asymmetric": ["true", "false"]},
     "double-rounding": {"balance": [0.0, 0.5, 1.0, 2.0], "asymmetric": ["true", "false"]},
@@ -80,7 +80,7 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
 #: how often a method gets tables; others hardly ever
 TABLES = {"ganq": 0.8, "bcq": 0.8, "leanquant": 0.3, "rtn": 0.2}
 #: what is drawn of codebooks where most are; others seldom get one
-CODEBOOKS = {"higgs": ["gauss2", "gauss3", "gauss4"]}
+CODEBOOKS = {"higgs": ["gauss2", "gauss3", "gauss4", "gauss2x2", "gauss2x4", "gauss3x2"]}
 #: what is drawn of bits; others take any
 BITS = {"double-rounding": [8, 8, 8, 8, 4]}
 #: bits -> the most of a stranger's divergence that a result may have

@@ -111,6 +111,73 @@ def test_a_plan_that_contradicts_itself_is_refused(
         compress(model, text, tmp_path / "out", plan=tmp_path / "plan.yaml")
 
 
+@pytest.fixture(scope="module")
+def of_points(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("points") / "out"
+    compress(model, text, output, "higgs:codebook=gauss2x4,group=32,embedding_bits=8")
+    return output
+
+
+def test_points_lose_less_than_values_one_by_one_in_as_many_bytes(
+    model: Path, of_points: Path, text: Path, tmp_path: Path
+) -> None:
+    coding = "group=32,embedding_bits=8"
+    alone = compress(model, text, tmp_path / "alone", f"higgs:codebook=gauss2,{coding}")
+    points = compress(model, text, tmp_path / "again", plan=of_points / "plan.yaml")
+    assert digests(tmp_path / "again") == digests(of_points)
+    assert points.weight_bytes == alone.weight_bytes
+    source = load(model, dtype=torch.float32)
+    lost = {}
+    for path in (of_points, tmp_path / "alone"):
+        found = dict(load(path, dtype=torch.float32).named_modules())
+        lost[path] = sum(
+            float((found[name].weight - module.weight.detach()).square().sum())
+            for name, module in source.named_modules()
+            if isinstance(found[name], CompressedLinear) and found[name].signs is not None
+        )
+    assert lost[of_points] < 0.9 * lost[tmp_path / "alone"]
+    kinds = {m["coding"]["kind"] for m in modules_of(of_points).values() if "transform" in m}
+    assert kinds == {"vector"}
+
+
+def test_points_run_are_served_exported_and_refused_where_nothing_holds_them(
+    of_points: Path, tmp_path: Path
+) -> None:
+    model, again = (load(of_points, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    ids = torch.arange(40)[None] * 5
+    with torch.no_grad():
+        logits = model(ids).logits
+        torch.testing.assert_close(again(ids).logits.float(), logits, rtol=0.1, atol=0.1)
+        torch.testing.assert_close(model(ids[:, :7]).logits, logits[:, :7], rtol=1e-3, atol=1e-3)
+    for to in ("compressed-tensors", "gguf"):
+        with pytest.raises(ExportError, match=r"points of `gauss2x4`|no place in GGUF"):
+            api.export(of_points, to, tmp_path / to)
+    assert api.export(of_points, "dense", tmp_path / "dense").kl_mean < 1e-3
+
+
+@pytest.mark.parametrize("part", ["codes", "scales"])
+def test_points_that_are_damaged_are_refused_by_name(of_points: Path, tmp_path: Path, part: str) -> None:
+    damaged = copied(of_points, tmp_path)
+    file = next(damaged.glob("*.safetensors"))
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith(f".{part}"))
+    tensors[name] = tensors[name][:, :-1].contiguous()
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=part):
+        load(damaged)
+
+
+@pytest.mark.parametrize("codebook", ["gauss2x4", "gauss3x2"])
+def test_only_what_finds_points_goes_with_them(codebook: str) -> None:
+    for recipe in ("gptq", "ganq", "awq+gptq"):
+        with pytest.raises(SettingsError, match=f"codes of {codebook}"):
+            api.compress("demo", "nowhere", recipe=f"{recipe}:codebook={codebook},group=64")
+    with pytest.raises(SettingsError, match=f"codebook {codebook}"):
+        api.compress("demo", "nowhere", recipe=f"higgs+signround:codebook={codebook},group=64")
+    with pytest.raises(SettingsError, match="codebook 'gauss9x2'"):
+        api.compress("demo", "nowhere", recipe="higgs:codebook=gauss9x2,group=64")
+
+
 @pytest.mark.parametrize("recipe", ["higgs:bits=3", "higgs:codebook=nf4", "higgs:table=3"])
 def test_other_codes_are_refused_before_work(recipe: str) -> None:
     with pytest.raises(SettingsError, match="higgs"):

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tailorbird.formats.codebooks import LARGEST, LEVELS, UNITS, bits_of, normal_quantiles
+from tailorbird.formats.codebooks import (
+    LARGEST,
+    LEVELS,
+    POINTS,
+    UNITS,
+    VECTOR_UNITS,
+    bits_of,
+    normal_quantiles,
+)
 
 #: As printed in appendix E of Dettmers et al. 2023, arXiv:2305.14314.
 PUBLISHED = [
@@ -38,6 +46,20 @@ def test_two_hold_zero_and_grids_of_normal_values_mirror_around_it() -> None:
     assert {name for name, levels in LEVELS.items() if 0 in levels.tolist()} == {"nf4", "fp4"}
     assert [bits_of(name) for name in UNITS] == [2, 3, 4]
     assert all(torch.equal(LEVELS[name], -LEVELS[name].flip(0)) for name in UNITS)
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_points_are_as_many_as_codes_of_whole_bits_a_value(name: str) -> None:
+    points = POINTS[name]
+    assert points.dtype == torch.int8
+    bits, dimension = map(int, name.removeprefix("gauss").split("x"))
+    assert points.shape == (1 << bits * dimension, dimension)
+    assert bits_of(name) == bits * dimension
+    assert len(points.unique(dim=0)) == len(points)
+    assert points.abs().amax() == LARGEST
+    # of normal values the largest of the points are some deviations away, and their mean is none
+    assert 1.5 < LARGEST / VECTOR_UNITS[name] < 4
+    assert float((points.float().mean(0) / VECTOR_UNITS[name]).abs().max()) < 0.1
 
 
 def test_floats_of_4_bits_are_those_of_their_bits() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packed_weights import random_packed
-from tailorbird.formats.codebooks import LEVELS, UNITS
+from tailorbird.formats.codebooks import GRIDS, LEVELS, POINTS, UNITS, VECTOR_UNITS
 from tailorbird.formats.packed import (
     GROUP_SIZES,
     CodebookCoding,
@@ -24,6 +24,7 @@ from tailorbird.formats.packed import (
     LowRank,
     PackedWeight,
     TableCoding,
+    VectorCoding,
     stored_bytes,
 )
 from tailorbird.formats.sparse import Sparse
@@ -49,6 +50,7 @@ GROUPS, SCALES = st.sampled_from(GROUP_SIZES), st.sampled_from(["bfloat16", "flo
     coding=st.builds(IntegerCoding, st.sampled_from(BITS), GROUPS, st.booleans(), SCALES)
     | st.builds(CodebookCoding, st.sampled_from(sorted(LEVELS)), GROUPS, SCALES)
     | st.builds(DoubleCoding, st.sampled_from(sorted(LEVELS)), GROUPS)
+    | st.builds(VectorCoding, st.sampled_from(sorted(POINTS)), GROUPS, SCALES)
     | st.builds(TableCoding, st.sampled_from([2, 3, 4]), SCALES),
     order=st.booleans(),
     shape=st.tuples(st.integers(1, 5), st.sampled_from([1, 31, 64, 172, 513])),
@@ -60,10 +62,13 @@ def test_it_gives_the_same_weight(reader, coding: CodesCoding, order: bool, shap
         name: (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
         for name, tensor in packed.tensors.items()
     }
-    levels = reader[coding.codebook.upper()] if isinstance(coding, CodebookCoding | DoubleCoding) else None
-    weight = reader["read_weight"](
-        tensors, coding.bits, coding.group_size, coding.symmetric, shape[1], levels
-    )
+    levels, bits = None, coding.bits
+    if isinstance(coding, CodebookCoding | DoubleCoding):
+        levels = reader[coding.codebook.upper()]
+    elif isinstance(coding, VectorCoding):
+        lines = (GRIDS / f"{coding.codebook}.txt").read_text().splitlines()
+        levels, bits = [list(map(int, line.split())) for line in lines], coding.code_bits
+    weight = reader["read_weight"](tensors, bits, coding.group_size, coding.symmetric, shape[1], levels)
     assert torch.equal(torch.from_numpy(weight), packed.dequantize())
 
 
@@ -165,6 +170,12 @@ def test_the_numbers_of_its_examples() -> None:
     assert f"{UNITS['gauss2']:.4f}, {UNITS['gauss3']:.4f} and {UNITS['gauss4']:.4f} levels" in page
     assert "22,016 + 1,536 bytes" in page
     assert stored_bytes(CodebookCoding("nf4", 64), 256, 172) == 22016 + 1536
+    assert "11,008 + 1,536 bytes" in page
+    assert stored_bytes(VectorCoding("gauss2x4", 64), 256, 172) == 11008 + 1536
+    for name, unit in VECTOR_UNITS.items():
+        coding = VectorCoding(name, 64)
+        numbers = coding.bits, coding.dimension, coding.code_bits, len(coding.levels), f"{unit:.3f}"
+        assert f"| `{name}` | {' | '.join(map(str, numbers))} |" in page
     assert "22,016 + 768 + 12 + 4 bytes" in page
     assert stored_bytes(DoubleCoding("nf4", 64), 256, 172) == 22016 + 768 + 12 + 4
 

@@ -22,6 +22,7 @@ from tailorbird.formats.packed import (
     IntegerCoding,
     PackedWeight,
     TableCoding,
+    VectorCoding,
 )
 from tailorbird.kernels.packing import BITS
 
@@ -32,6 +33,8 @@ CODINGS = st.builds(IntegerCoding, st.sampled_from(BITS), st.just(64), st.boolea
         CodebookCoding("fp4", 64),
         CodebookCoding("gauss2", 64),
         CodebookCoding("gauss3", 64),
+        VectorCoding("gauss2x4", 64),
+        VectorCoding("gauss3x2", 64),
         TableCoding(2, "float16"),
         TableCoding(3),
         TableCoding(4),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from packed_weights import random_packed
 from tailorbird.errors import CheckpointError, SettingsError
+from tailorbird.formats.codebooks import VECTOR_UNITS
 from tailorbird.formats.packed import (
     GROUP_SIZES,
     SCALE_DTYPES,
@@ -22,6 +23,7 @@ from tailorbird.formats.packed import (
     IntegerCoding,
     PackedWeight,
     TableCoding,
+    VectorCoding,
     coding_from_dict,
     coding_to_dict,
     stored_bytes,
@@ -45,18 +47,26 @@ CODEBOOK = st.builds(
 TABLE = st.builds(
     TableCoding, bits=st.sampled_from([2, 3, 4]), table_dtype=st.sampled_from(sorted(TABLE_DTYPES))
 )
+VECTOR = st.builds(
+    VectorCoding,
+    codebook=st.sampled_from(sorted(VECTOR_UNITS)),
+    group_size=st.sampled_from(GROUP_SIZES),
+    scale_dtype=st.sampled_from(sorted(SCALE_DTYPES)),
+)
 FLOAT = st.builds(FloatCoding, dtype=st.sampled_from(["bfloat16", "float16", "float32"]))
 SHAPE = st.tuples(st.integers(1, 9), st.sampled_from([1, 31, 32, 64, 172, 256, 4097]))
 
 
-@given(coding=INTEGER | CODEBOOK | TABLE, shape=SHAPE, order=st.booleans())
-@settings(max_examples=100, deadline=None)
+@given(coding=INTEGER | CODEBOOK | VECTOR | TABLE, shape=SHAPE, order=st.booleans())
+@settings(max_examples=120, deadline=None)
 def test_stored_bytes_are_the_bytes_of_the_real_tensors(coding, shape, order) -> None:
     packed = random_packed(coding, shape, order)
     real = sum(tensor.numel() * tensor.element_size() for tensor in packed.tensors.values())
     assert stored_bytes(coding, *shape, has_order=order) == packed.nbytes == real
     codes_bits = 8 * packed.tensors["codes"].nbytes
-    assert 0 <= codes_bits - shape[0] * shape[1] * coding.bits < 8 * shape[0]
+    # a row ends with a whole byte, and before that with a whole code
+    rest = 8 + (coding.code_bits if isinstance(coding, VectorCoding) else 0)
+    assert 0 <= codes_bits - shape[0] * shape[1] * coding.bits < rest * shape[0]
 
 
 @given(coding=FLOAT, shape=SHAPE)
@@ -94,6 +104,21 @@ def test_a_codebook_weight_is_levels_times_scales(coding, shape, order) -> None:
     assert packed.tensors.keys() == {"codes", "scales"} | ({"order"} if order else set())
 
 
+@given(coding=VECTOR, shape=SHAPE, order=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_a_weight_of_points_is_coordinates_times_scales(coding, shape, order) -> None:
+    packed = random_packed(coding, shape, order)
+    count = math.ceil(shape[1] / coding.dimension)
+    codes = unpack_codes(packed.tensors["codes"], coding.code_bits, count).tolist()
+    points, scales = coding.levels.tolist(), packed.tensors["scales"].double()
+    group_of = torch.arange(shape[1]) // (coding.group_size or shape[1])
+    rows = [[value for code in row for value in points[code]][: shape[1]] for row in codes]
+    stored = torch.tensor(rows, dtype=torch.float64) * scales[:, group_of]
+    weight = packed.dequantize(torch.float64)
+    assert torch.equal(weight[:, packed.tensors["order"].long()] if order else weight, stored)
+    assert packed.tensors.keys() == {"codes", "scales"} | ({"order"} if order else set())
+
+
 @given(coding=TABLE, shape=SHAPE, order=st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_a_weight_of_tables_is_its_rows_values(coding, shape, order) -> None:
@@ -108,7 +133,7 @@ def test_a_weight_of_tables_is_its_rows_values(coding, shape, order) -> None:
     assert packed.tensors["tables"].shape == (shape[0], 2**coding.bits)
 
 
-@given(coding=INTEGER | CODEBOOK | TABLE | FLOAT)
+@given(coding=INTEGER | CODEBOOK | VECTOR | TABLE | FLOAT)
 @settings(max_examples=60, deadline=None)
 def test_codings_survive_json(coding: Coding) -> None:
     assert coding_from_dict(json.loads(json.dumps(coding_to_dict(coding)))) == coding

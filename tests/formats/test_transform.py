@@ -23,6 +23,7 @@ from tailorbird.formats.packed import (
     IntegerCoding,
     PackedWeight,
     TableCoding,
+    VectorCoding,
     stored_bytes,
 )
 from tailorbird.formats.transform import Transform, transform_from_dict
@@ -33,7 +34,9 @@ from tailorbird.model.layout import ModelLayout, ModuleLayout
 CODINGS = st.builds(
     IntegerCoding, st.sampled_from([2, 3, 4, 8]), st.just(64), st.booleans()
 ) | st.sampled_from(
-    [CodebookCoding(name, 64) for name in ("nf4", "gauss2", "gauss3", "gauss4")] + [TableCoding(3)]
+    [CodebookCoding(name, 64) for name in ("nf4", "gauss2", "gauss3", "gauss4")]
+    + [VectorCoding(name, 64) for name in ("gauss2x2", "gauss2x4")]
+    + [TableCoding(3)]
 )
 SHAPE = 24, 176
 BLOCKS = st.sampled_from([1, 2, 16])

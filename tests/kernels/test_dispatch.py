@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from packed_weights import random_packed
+from tailorbird.formats.codebooks import VECTOR_UNITS
 from tailorbird.formats.modules import CompressedLinear
-from tailorbird.formats.packed import GROUP_SIZES, CodebookCoding, IntegerCoding, TableCoding
+from tailorbird.formats.packed import GROUP_SIZES, CodebookCoding, IntegerCoding, TableCoding, VectorCoding
 from tailorbird.kernels import cpu, dispatch, native
 from tailorbird.kernels.packing import BITS
 
@@ -38,6 +39,14 @@ def test_only_paths_that_look_levels_up_serve_a_codebook(codebook: str, group_si
     serving = {path.name for path in dispatch.PATHS if coding.kind in path.kinds and path.serves(coding, 512)}
     panels = {"native-panels"} if coding.bits == native.CODEBOOK_BITS else set()
     assert serving == {"native-int8", "native-float"} | panels
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("codebook", VECTOR_UNITS)
+def test_only_paths_that_read_bytes_serve_points(codebook: str, group_size: int) -> None:
+    coding = VectorCoding(codebook, group_size)
+    serving = {path.name for path in dispatch.PATHS if coding.kind in path.kinds and path.serves(coding, 512)}
+    assert serving == {"native-int8", "native-float"}
 
 
 @pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tailorbird.kernels.walsh import rotate, rotate_back
+from tailorbird.kernels import native
+from tailorbird.kernels.walsh import by_library, by_operators, rotate, rotate_back
 
 BLOCKS = st.sampled_from([(1, 1), (7, 1), (3, 2), (1, 32), (5, 16), (3, 64), (1, 1024)])
 
@@ -54,6 +55,42 @@ def test_a_row_has_the_same_bits_alone_and_is_rounded_once(
         assert torch.equal(together, torch.stack([turn(row, signs) for row in x]))
         assert torch.equal(together.view(3, 3, -1), turn(x.view(3, 3, -1), signs))
         assert torch.equal(together, turn(x.float(), signs).to(dtype))
+
+
+@pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
+@given(
+    blocks=st.tuples(st.integers(1, 3), st.sampled_from([1 << i for i in range(14)])),
+    rows=st.integers(0, 3),
+    back=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_compiled_it_has_the_bits_of_the_operators(blocks: tuple[int, int], rows: int, back: bool) -> None:
+    signs = signs_of(blocks)
+    x = normal(rows, signs.numel()) * torch.logspace(-20, 20, signs.numel())
+    expected = by_operators(x, signs, back)
+    for version in native.versions():
+        assert torch.equal(by_library(x, signs, back, version), expected)
+    assert torch.equal((rotate_back if back else rotate)(x, signs), expected)
+    strided = torch.stack([x, x + 1], -1)[..., 0]
+    assert torch.equal((rotate_back if back else rotate)(strided, signs), expected)
+
+
+@pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
+def test_compiled_it_keeps_what_is_not_finite_in_its_block() -> None:
+    x, signs = normal(2, 96), signs_of((3, 32))
+    x[1, 40] = float("inf")
+    found = rotate(x, signs)
+    assert bool(found[0].isfinite().all())
+    assert bool(found[1, 32:64].isinf().all())
+    assert torch.equal(found[:, :32], rotate(x[:, :32], signs[:1]))
+
+
+def test_the_gradient_of_the_gradient_is_there() -> None:
+    signs = signs_of((2, 8))
+    x, direction = normal(3, 16).requires_grad_(), normal(3, 16).requires_grad_()
+    (gradient,) = torch.autograd.grad(rotate(x, signs), x, direction, create_graph=True)
+    (found,) = torch.autograd.grad(gradient, direction, x)
+    torch.testing.assert_close(found, rotate(x, signs))
 
 
 def test_one_value_is_spread_over_its_block_and_no_other() -> None:

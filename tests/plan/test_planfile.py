@@ -200,7 +200,7 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("places: [{nam: b, coding: {kind: float}}]", r"`places\[0\]\.nam`.*`name`"),
         ("places: [{name: a}]", r"lacks `places\[0\]\.coding`"),
         ("places: [{name: a, coding: {bits: 4}}]", r"lacks `kind` at `places\[0\]\.coding`"),
-        ("places: [{name: a, coding: {kind: vector}}]", "unknown kind 'vector'"),
+        ("places: [{name: a, coding: {kind: lattice}}]", "unknown kind 'lattice'"),
         ("places: [{name: a, coding: {kind: integer, bits: 7, group_size: 64}}]", "7.*one of 2, 3, 4"),
         ("places: [{name: a, coding: {kind: integer, bits: 4, group_size: 65}}]", r"places\[0\]\.coding.*65"),
         ("places: [{name: a, coding: {kind: integer, bits: '4', group_size: 64}}]", r"coding\.bits.*'4'"),

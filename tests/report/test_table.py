@@ -104,7 +104,7 @@ def test_codings_are_named_as_the_formats_name_them() -> None:
         assert coding_bits(fields) == coding.bits
 
 
-@pytest.mark.parametrize("odd", [None, {}, "int4", {"kind": "vector"}])
+@pytest.mark.parametrize("odd", [None, {}, "int4", {"kind": "lattice"}])
 def test_an_unknown_coding_is_shown_as_absent(odd: object) -> None:
     assert coding_text(odd) == ABSENT
     assert coding_bits(odd) is None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.calibrate.stream import StreamingModel
-from tailorbird.formats.packed import Coding, GroupedCoding
+from tailorbird.formats.packed import Coding, ScaledCoding
 from tailorbird.linear import FoldMethod
 from tailorbird.linear.folds import can_shift, scales_name, shift_name, shifted
 from tailorbird.linear.quantize.outliertune import Outliertune
@@ -197,7 +197,7 @@ class BlockFolding:
         return next((group for group in self.anatomy.norm_groups if set(group.linears) == names), None)
 
     def _rounded(self, names: Iterable[str]) -> bool:
-        return all(isinstance(self.codings.get(name), GroupedCoding) for name in names)
+        return all(isinstance(self.codings.get(name), ScaledCoding) for name in names)
 
     def _put(self, name: str, part: str, tensor: Tensor | None) -> None:
         """Replace a norm's weight or a bias in the file and in the block."""

@@ -22,8 +22,8 @@ from tailorbird.formats.packed import (
     DoubleCoding,
     EntropyCoding,
     FloatCoding,
-    GroupedCoding,
     LowRank,
+    ScaledCoding,
     TableCoding,
     coding_from_dict,
     coding_to_dict,
@@ -292,7 +292,7 @@ def codings_of_plan(work: Work, plan: Plan) -> dict[str, Coding]:
                 f"the plan names `{place.name}`", "a place of this model", nearest(place.name, known)
             )
         coding = place.coding.coding()
-        if place.activation is not None and not isinstance(coding, GroupedCoding):
+        if place.activation is not None and not isinstance(coding, ScaledCoding):
             held = "values of tables" if isinstance(coding, TableCoding) else "floats"
             held = "codes for scales" if isinstance(coding, DoubleCoding) else held
             raise SettingsError(
@@ -330,7 +330,7 @@ def rounded_inputs_of_recipe(work: Work, codings: dict[str, Coding]) -> dict[str
     names = {}
     for place in work.anatomy.linears():
         coding = codings.get(place.name)
-        if not isinstance(coding, GroupedCoding):
+        if not isinstance(coding, ScaledCoding):
             continue
         path = dispatch.find(coding, place.in_features, 1, torch.float32, torch.device("cpu"), rounds=True)
         if activation == INT8 and (path is None or not path.rounds):

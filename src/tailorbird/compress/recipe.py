@@ -35,14 +35,16 @@ from tailorbird.compress.blocks.method import BlockMethod
 from tailorbird.compress.whole import WHOLE_METHODS
 from tailorbird.compress.whole.method import ModelMethod
 from tailorbird.errors import CheckpointError, SettingsError, nearest
+from tailorbird.formats.codebooks import VECTOR_UNITS
 from tailorbird.formats.packed import (
     CodebookCoding,
     Coding,
     DoubleCoding,
     FloatCoding,
-    GroupedCoding,
     IntegerCoding,
+    ScaledCoding,
     TableCoding,
+    VectorCoding,
     coding_from_dict,
     coding_to_dict,
 )
@@ -307,7 +309,9 @@ def _values_of(coding: Coding) -> str:
     """What codes of a coding without integers stand for, for messages."""
     if isinstance(coding, DoubleCoding):
         return "codes for scales"
-    return f"codebook {coding.codebook}" if isinstance(coding, CodebookCoding) else "tables"
+    if isinstance(coding, CodebookCoding | VectorCoding):
+        return f"codebook {coding.codebook}"
+    return "tables"
 
 
 def _check_activation(recipe: Recipe) -> None:
@@ -320,7 +324,7 @@ def _check_activation(recipe: Recipe) -> None:
             "one of " + ", ".join(f"`{name}`" for name in LARGEST),
             f"write activation={INT8}, or leave it out",
         )
-    if not isinstance(recipe.coding, GroupedCoding):
+    if not isinstance(recipe.coding, ScaledCoding):
         held = "no weights in codes" if recipe.coding is None else f"weights of {recipe.coding.label}"
         raise SettingsError(
             f"activation {recipe.activation} beside {held}",
@@ -332,14 +336,15 @@ def _check_activation(recipe: Recipe) -> None:
 def check_end(coding: Coding | None, place: str) -> None:
     """Refuse tables where a row is a token: one would take as much as its codes. And scales that are codes.
 
-    Those are expanded for all rows where a few are looked up.
+    Those are expanded for all rows where a few are looked up. And points, which no embedding is read from
+    quickly.
 
     Raises
     ------
     SettingsError
         Naming `place`.
     """
-    if isinstance(coding, DoubleCoding | TableCoding):
+    if isinstance(coding, VectorCoding | DoubleCoding | TableCoding):
         raise SettingsError(
             f"{_values_of(coding)} at {place}", "integers, a codebook or floats there", "state bits instead"
         )
@@ -400,7 +405,10 @@ def _coding(entry: dict[str, Any] | None, usual: IntegerCoding | None = None) ->
         raise SettingsError(
             f"coding {entry!r}", "a mapping such as {bits: 4, group_size: 64}", "correct the recipe"
         )
-    default: Coding = CodebookCoding("nf4", 64) if "codebook" in entry else usual or IntegerCoding(4, 64)
+    default: Coding = usual or IntegerCoding(4, 64)
+    if "codebook" in entry:
+        points = str(entry["codebook"]) in VECTOR_UNITS
+        default = VectorCoding("gauss2x4", 64) if points else CodebookCoding("nf4", 64)
     if "table" in entry and "bits" in entry:
         raise SettingsError(
             f"table {entry['table']} and bits {entry['bits']}", "one of them", "leave out the other"

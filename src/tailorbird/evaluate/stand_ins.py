@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tailorbird.formats.packed import Coding, EntropyCoding, FloatCoding, TableCoding
+from tailorbird.formats.packed import Coding, EntropyCoding, FloatCoding, TableCoding, VectorCoding
 from tailorbird.kernels import native
 from tailorbird.kernels.blocks import (
     ACTIVATIONS,
@@ -107,14 +107,15 @@ class Weights:
             return self._of_tables(coding, rows, columns)
         groups, size = group_layout(columns, coding.group_size)
         tiles, steps = -(-rows // native.LANES), -(-columns // native.STEP)
-        bits = coding.bits if coding.levels is None else native.CODEBOOK_BITS
+        vectors = isinstance(coding, VectorCoding)  # whose coordinates are bytes in memory
+        bits = coding.bits if coding.levels is None else 8 if vectors else native.CODEBOOK_BITS
         codes = self._keep(self.arena.empty(tiles, steps, bits, native.LANES))
         codes.fill_(0x2B5D1E73)
         scales = self._keep(
             torch.full((tiles, groups, native.LANES), 1e-3, dtype=torch.bfloat16, device="cpu")
         )
         zeros = table = None
-        if coding.levels is not None:
+        if coding.levels is not None and not vectors:
             table = self._keep(torch.arange(16, dtype=torch.uint8, device="cpu"))
         elif not coding.symmetric:
             zeros = self._keep(torch.ones((tiles, groups, native.LANES), dtype=torch.uint8, device="cpu"))

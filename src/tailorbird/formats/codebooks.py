@@ -7,10 +7,15 @@ Those of `gauss2`, `gauss3` and `gauss4` are the grids of 4, 8 and 16 points tha
 normal value in the mean square (Max 1960, "Quantizing for Minimum Distortion"; Lloyd 1982, "Least Squares
 Quantization in PCM"), times the unit beside them and rounded. `python benchmarks/gaussian_grids.py` finds
 them: of all units it takes the one that loses least by the rounding.
+
+A vector codebook has points in place of levels: a code stands for as many neighbouring values as they have
+coordinates. Those here are likewise nearest to normal values, in the plane and in four dimensions, and lie in
+`grids`, a point a line; `python benchmarks/vector_grids.py --write` writes them.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from statistics import NormalDist
 
 import torch
@@ -18,6 +23,8 @@ from torch import Tensor
 
 #: magnitude of the largest level of any codebook
 LARGEST = 127
+#: where points of vector codebooks lie
+GRIDS = Path(__file__).parent / "grids"
 
 
 def normal_quantiles() -> list[float]:
@@ -69,6 +76,19 @@ LEVELS = {
 UNITS = {"gauss2": 6.62110, "gauss3": 40.90972, "gauss4": 38.15564}
 
 
+def _points(name: str) -> Tensor:
+    """The points of a vector codebook, as its file has them."""
+    lines = (GRIDS / f"{name}.txt").read_text().splitlines()
+    rows = [[int(value) for value in line.split()] for line in lines]
+    return torch.tensor(rows, dtype=torch.int8, device="cpu")
+
+
+#: name of a vector codebook, bits of a value x dimension -> their standard deviation in levels
+VECTOR_UNITS = {"gauss2x2": 63.878, "gauss2x4": 48.737, "gauss3x2": 46.292, "gauss4x2": 37.789}
+#: name -> points, int8 `[2**bits of a code, dimension]`; shared, and never to be changed
+POINTS = {name: _points(name) for name in VECTOR_UNITS}
+
+
 def bits_of(codebook: str) -> int:
-    """Bits of a code for the levels of a codebook."""
-    return len(LEVELS[codebook]).bit_length() - 1
+    """Bits of a code for the levels or points of a codebook."""
+    return len(POINTS[codebook] if codebook in POINTS else LEVELS[codebook]).bit_length() - 1

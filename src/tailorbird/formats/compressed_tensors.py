@@ -33,6 +33,7 @@ from tailorbird.formats.packed import (
     IntegerCoding,
     PackedWeight,
     TableCoding,
+    VectorCoding,
 )
 from tailorbird.kernels.packing import pack_codes, unpack_codes
 from tailorbird.kernels.reference import group_layout
@@ -50,6 +51,8 @@ def refusal(
     """
     if isinstance(coding, FloatCoding):
         return f"`{coding.label}` is not an integer coding"
+    if isinstance(coding, VectorCoding):
+        return f"the points of `{coding.codebook}` have no place in it"
     if isinstance(coding, CodebookCoding | DoubleCoding):
         return f"the levels of `{coding.codebook}` have no place in it"
     if isinstance(coding, EntropyCoding):

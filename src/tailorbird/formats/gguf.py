@@ -27,6 +27,7 @@ from tailorbird.formats.packed import (
     GroupedCoding,
     PackedWeight,
     TableCoding,
+    VectorCoding,
 )
 from tailorbird.kernels.packing import unpack_codes
 from tailorbird.kernels.reference import group_layout
@@ -50,6 +51,8 @@ def refusal(
         return f"its {beside} has no place in GGUF's block types"
     if isinstance(coding, FloatCoding):
         return None
+    if isinstance(coding, VectorCoding):
+        return f"the points of `{coding.codebook}` have no place in GGUF's block types"
     if isinstance(coding, CodebookCoding | DoubleCoding):
         return f"the levels of `{coding.codebook}` have no place in GGUF's block types"
     if isinstance(coding, EntropyCoding):
@@ -112,7 +115,7 @@ def blocks(weight: PackedWeight) -> Tensor:
         )
     if isinstance(coding, FloatCoding):
         return weight.tensors["weight"].contiguous().view(torch.uint8)
-    assert not isinstance(coding, DoubleCoding | TableCoding | EntropyCoding)  # refused above
+    assert not isinstance(coding, VectorCoding | DoubleCoding | TableCoding | EntropyCoding)  # refused above
     values = unpack_codes(weight.tensors["codes"], coding.bits, weight.in_features)
     values = values.view(weight.out_features, -1, BLOCK)
     _, size = group_layout(weight.in_features, coding.group_size)

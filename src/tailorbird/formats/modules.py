@@ -20,10 +20,10 @@ from tailorbird.formats.packed import (
     SCALE_PARTS,
     EntropyCoding,
     FloatCoding,
-    GroupedCoding,
     LowRank,
     PackedCoding,
     PackedWeight,
+    ScaledCoding,
     check_order,
     expanded_scales,
     tensor_layout,
@@ -311,7 +311,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
     Parameters
     ----------
     in_features, out_features : int
-    coding : IntegerCoding, CodebookCoding, DoubleCoding, TableCoding or EntropyCoding
+    coding : IntegerCoding, CodebookCoding, VectorCoding, DoubleCoding, TableCoding or EntropyCoding
     bias : bool
     has_order : bool
         Whether columns are stored in another order than that of the inputs.
@@ -522,7 +522,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
         input = transformed(input, stored)
         if self.simulated is None:
             return self._product(input, order, stored)
-        assert isinstance(self.coding, GroupedCoding)  # others come with no rounded inputs
+        assert isinstance(self.coding, ScaledCoding)  # others come with no rounded inputs
         rounded = _Rounded.apply(_ordered(input, order), self.coding.group_size, self.simulated)
         return self._product(rounded, None, stored).to(input.dtype)
 

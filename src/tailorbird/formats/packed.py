@@ -167,6 +167,67 @@ class CodebookCoding:
 
 
 @dataclass(frozen=True)
+class VectorCoding:
+    """Codes for the points of a vector codebook: each stands for several neighbouring values of a row.
+
+    ``scale * points[code]``, one scale per group of a row. Where the columns don't divide by the dimension,
+    the last code of a row has coordinates that stand for nothing.
+
+    Parameters
+    ----------
+    codebook : str
+        "gauss2x2", "gauss2x4", "gauss3x2" or "gauss4x2" (`codebooks`): bits of a value x dimension.
+    group_size : int
+        As of `IntegerCoding`.
+    scale_dtype : str
+        "bfloat16" or "float16".
+    """
+
+    kind: ClassVar[str] = "vector"
+    codebook: str
+    group_size: int
+    scale_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        _one_of("codebook", self.codebook, codebooks.POINTS)
+        _one_of("group_size", self.group_size, GROUP_SIZES)
+        _one_of("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+
+    @property
+    def dimension(self) -> int:
+        """Values that a code stands for: 2 or 4."""
+        return self.levels.shape[1]
+
+    @property
+    def code_bits(self) -> int:
+        """Bits per code: 4, 6 or 8."""
+        return codebooks.bits_of(self.codebook)
+
+    @property
+    def bits(self) -> int:
+        """Bits per value: 2, 3 or 4."""
+        return self.code_bits // self.dimension
+
+    @property
+    def symmetric(self) -> bool:
+        """True: no zero points are stored."""
+        return True
+
+    @property
+    def levels(self) -> Tensor:
+        """What the codes stand for, up to the scale: int8 `[2**code_bits, dimension]`."""
+        return codebooks.POINTS[self.codebook]
+
+    @property
+    def label(self) -> str:
+        """Short name: `gauss2x4 g64`, `gauss3x2 row`."""
+        parts = [self.codebook, f"g{self.group_size}" if self.group_size else "row"]
+        if self.scale_dtype != "bfloat16":
+            parts.append(_SHORT[self.scale_dtype])
+        return " ".join(parts)
+
+
+@dataclass(frozen=True)
 class DoubleCoding:
     """A codebook's codes whose scales are codes, too: of 8 bits, for the distances from their mean.
 
@@ -310,12 +371,16 @@ class EntropyCoding:
 
 #: codings of codes with scales of groups
 GroupedCoding = IntegerCoding | CodebookCoding
+#: codings of codes whose groups have a scale in 16 bits, by which inputs may be rounded
+ScaledCoding = GroupedCoding | VectorCoding
 #: codings of codes
-CodesCoding = GroupedCoding | DoubleCoding | TableCoding
+CodesCoding = ScaledCoding | DoubleCoding | TableCoding
 #: those of weights that are held by modules of tailorbird's own
 PackedCoding = CodesCoding | EntropyCoding
 Coding = PackedCoding | FloatCoding
-_CODINGS = (IntegerCoding, CodebookCoding, DoubleCoding, TableCoding, EntropyCoding, FloatCoding)
+_CODINGS = (
+    IntegerCoding, CodebookCoding, VectorCoding, DoubleCoding, TableCoding, EntropyCoding, FloatCoding,
+)  # fmt: skip
 _KINDS: dict[str, type[Coding]] = {coding.kind: coding for coding in _CODINGS}
 
 
@@ -436,8 +501,11 @@ def tensor_layout(
             "rest": ((out_features, in_features), torch.uint8),
         }
     groups, _ = group_layout(in_features, coding.group_size)
+    count, bits = in_features, coding.bits
+    if isinstance(coding, VectorCoding):
+        count, bits = -(-in_features // coding.dimension), coding.code_bits
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "codes": ((out_features, packed_width(in_features, coding.bits)), torch.uint8),
+        "codes": ((out_features, packed_width(count, bits)), torch.uint8),
     }
     if isinstance(coding, TableCoding):
         layout["tables"] = ((out_features, 1 << coding.bits), TABLE_DTYPES[coding.table_dtype])
@@ -459,7 +527,8 @@ def tensor_layout(
 
 def unpacking(coding: CodesCoding) -> dict[str, Any]:
     """What those who read codes, such as `reference.dequantize`, are told of a coding."""
-    told: dict[str, Any] = {"bits": coding.bits, "group_size": coding.group_size}
+    bits = coding.code_bits if isinstance(coding, VectorCoding) else coding.bits
+    told: dict[str, Any] = {"bits": bits, "group_size": coding.group_size}
     return told if coding.levels is None else {**told, "levels": coding.levels}
 
 
@@ -508,7 +577,8 @@ class PackedWeight:
         Integer coding: `codes` uint8 `[out, ceil(in * bits / 8)]`, `scales` `[out, groups]`, `zeros` uint8
         `[out, ceil(groups * bits / 8)]` unless symmetric, and where columns are permuted `order` int32
         `[in]` (stored column j is input `order[j]`). Codebook: the same without zeros. Table: `codes`,
-        `order` likewise, and `tables` `[out, 2**bits]`. Double: as codebook, but `scales` uint8, with
+        `order` likewise, and `tables` `[out, 2**bits]`. Vector: as codebook, with as many codes in a row as
+        its values take, `ceil(in / dimension)`. Double: as codebook, but `scales` uint8, with
         `scale_sizes` float32 `[ceil(out * groups / 256)]` and `scale_mean` float32 `[1]`. Any of these may
         have, in place of an order, a transform (`formats/transform.py`), and a low-rank part, `up`
         `[out, rank]` and `down` `[rank, in]`, in 16 bits and of the inputs as they come, and a sparse part
@@ -610,6 +680,32 @@ class PackedWeight:
         scales = expanded_scales(self.tensors)
         assert scales is not None
         return dataclasses.replace(self, coding=self.coding.expanded, tensors={**tensors, "scales": scales})
+
+    @classmethod
+    def from_points(
+        cls, values: Tensor, scales: Tensor, coding: VectorCoding, in_features: int
+    ) -> PackedWeight:
+        """Pack codes for the points of a vector codebook.
+
+        Parameters
+        ----------
+        values : Tensor[out_features, ceil(in_features / dimension)], integer
+            Codes in `[0, 2**code_bits)`.
+        scales : Tensor[out_features, groups], floating point
+            Already rounded to the coding's scale dtype (the tensor itself may be wider).
+        coding : VectorCoding
+        in_features : int
+
+        Raises
+        ------
+        ValueError
+            When codes don't fit the bits, or scales change when stored.
+        """
+        stored = scales.to(SCALE_DTYPES[coding.scale_dtype])
+        if not torch.equal(stored.float(), scales.float()):
+            raise ValueError(f"scales must be finite and already rounded to {coding.scale_dtype}")
+        tensors = {"codes": pack_codes(values, coding.code_bits), "scales": stored.contiguous()}
+        return cls(coding, len(values), in_features, tensors)
 
     @classmethod
     def from_tables(

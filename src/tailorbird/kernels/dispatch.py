@@ -158,6 +158,7 @@ PATHS = (
         multiply=functools.partial(native.linear, int8=True),
         example=(3, 32),
         rounds=True,
+        kinds=("integer", "codebook", "double", "vector"),
     ),
     Path(
         name="aten-int8",
@@ -206,6 +207,7 @@ PATHS = (
         prepare=native.tiles,
         multiply=native.linear,
         example=(3, 32),
+        kinds=("integer", "codebook", "double", "vector"),
     ),
     Path(
         name="native-tables",

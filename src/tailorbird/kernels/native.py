@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tailorbird.kernels.packing import pack_codes, unpack_codes
-from tailorbird.kernels.reference import group_layout
+from tailorbird.kernels.reference import group_layout, points_of
 
 #: Rows of a tile, and columns of a step, of the layout in `cpp/layout.h`.
 LANES, STEP = 16, 32
@@ -161,7 +161,7 @@ def library() -> Any:
             decode.restype, encode.restype = size, None
             decode.argtypes = [pointer, pointer, pointer, pointer, size, size, pointer, number]
             encode.argtypes = [pointer, pointer, pointer, size, size, pointer, pointer, number]
-            for name in ("norm", "gate", "rotate", "softmax", "cross_entropy"):
+            for name in ("norm", "gate", "rotate", "softmax", "cross_entropy", "walsh"):
                 run_pass = getattr(found, f"tailorbird_{name}")
                 run_pass.restype = None
                 run_pass.argtypes = [pointer, number, number]
@@ -289,11 +289,15 @@ def tiles(
     """Lay a stored weight out for `linear`; other arguments as in `reference.dequantize`.
 
     Groups are one per row, or hold a multiple of `STEP` columns. With `arena` the codes lie there. Codes of
-    a codebook take 4 bits, however few they are stored in.
+    a codebook take 4 bits, however few they are stored in; of a vector codebook there are bytes, a
+    coordinate each.
     """
     out_features = codes.shape[0]
     groups, size = group_layout(in_features, group_size)
     steps, count = -(-in_features // STEP), -(-out_features // LANES)
+    if levels is not None and levels.dim() == 2:
+        coordinates = points_of(codes, bits, in_features, (levels.short() + 128).to(torch.uint8))
+        codes, bits, levels = coordinates, 8, None
     if levels is not None and bits < CODEBOOK_BITS:
         codes, bits = pack_codes(unpack_codes(codes, bits, in_features), CODEBOOK_BITS), CODEBOOK_BITS
     codes = codes.contiguous()

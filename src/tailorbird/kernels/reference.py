@@ -62,8 +62,9 @@ def dequantize(
         Of the result.
     order : Tensor[in_features], integer, or None
         Column `j` of the stored codes belongs to input `order[j]`.
-    levels : Tensor[2**bits], int8, or None
-        What codes stand for where they aren't integers; then there are no zero points.
+    levels : Tensor[2**bits] or [2**bits, dimension], int8, or None
+        What codes stand for where they aren't integers; then there are no zero points. With a second
+        dimension each code stands for that many neighbouring columns.
     tables : Tensor[out_features, 2**bits], float16 or bfloat16, or None
         What the codes of each row stand for, without scales and zero points.
 
@@ -78,7 +79,10 @@ def dequantize(
     position = None if order is None else torch.argsort(order)
     table = None if levels is None else levels.to(codes.device).float()
     for rows in row_chunks(rows_total, in_features):
-        values = unpack_codes(codes[rows], bits, in_features)
+        if table is not None and table.dim() == 2:
+            values = points_of(codes[rows], bits, in_features, table)
+        else:
+            values = unpack_codes(codes[rows], bits, in_features)
         if scales is None:
             assert tables is not None
             flat = tables[rows].float().gather(1, values.long())
@@ -87,16 +91,30 @@ def dequantize(
         if groups * size != in_features:
             values = torch.nn.functional.pad(values, (0, groups * size - in_features))
         chunk = values.view(-1, groups, size).float()
-        if table is not None:
+        if table is not None and table.dim() == 1:
             chunk = table.index_select(0, values.flatten().int()).view(-1, groups, size)
-        elif zeros is None:
+        elif table is None and zeros is None:
             chunk.sub_(float(1 << (bits - 1)))
-        else:
+        elif zeros is not None:
             chunk.sub_(unpack_codes(zeros[rows], bits, groups).unsqueeze(-1))
         chunk.mul_(scales[rows].float().unsqueeze(-1))
         flat = chunk.view(-1, groups * size)[:, :in_features]
         weight[rows] = flat if position is None else flat[:, position]
     return weight
+
+
+def points_of(codes: Tensor, bits: int, in_features: int, points: Tensor) -> Tensor:
+    """Coordinates of the points of packed codes, ``[out_features, in_features]`` in the dtype of `points`.
+
+    Parameters
+    ----------
+    codes : Tensor[out_features, ceil(count * bits / 8)], uint8
+        `count` is `ceil(in_features / dimension)`.
+    points : Tensor[2**bits, dimension]
+    """
+    found = unpack_codes(codes, bits, -(-in_features // points.shape[1]))
+    values = points.index_select(0, found.flatten().int())
+    return values.view(len(found), found.shape[1] * points.shape[1])[:, :in_features]
 
 
 def to_bytes(x: Tensor, group_size: int) -> Tensor:

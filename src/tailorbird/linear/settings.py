@@ -13,6 +13,7 @@ from tailorbird.formats.packed import (
     IntegerCoding,
     PackedCoding,
     TableCoding,
+    VectorCoding,
 )
 
 #: what rounds to grids makes of weights
@@ -21,6 +22,7 @@ GRIDS = frozenset({IntegerCoding.kind, CodebookCoding.kind})
 _CODES = {
     IntegerCoding.kind: "integers (bits=4)",
     CodebookCoding.kind: "a codebook (codebook=nf4)",
+    VectorCoding.kind: "points (codebook=gauss2x4)",
     DoubleCoding.kind: "a codebook with codes for scales (double=true)",
     TableCoding.kind: "a table of values per row (table=4)",
     EntropyCoding.kind: "bfloat16, entropy-coded",
@@ -70,6 +72,7 @@ def check_codes(method: str, kinds: frozenset[str], coding: PackedCoding) -> Non
     if coding.kind not in kinds:
         expected = " or ".join(words for kind, words in _CODES.items() if kind in kinds)
         makers = {
+            VectorCoding.kind: "higgs or rtn",
             DoubleCoding.kind: "rtn",
             TableCoding.kind: "rtn, leanquant, ganq or bcq, which fill tables",
             EntropyCoding.kind: "df11",

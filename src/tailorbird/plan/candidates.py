@@ -15,7 +15,7 @@ import torch
 
 from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.errors import SettingsError, nearest
-from tailorbird.formats.codebooks import UNITS
+from tailorbird.formats.codebooks import UNITS, VECTOR_UNITS
 from tailorbird.formats.packed import (
     TABLE_BITS,
     CodebookCoding,
@@ -23,6 +23,7 @@ from tailorbird.formats.packed import (
     FloatCoding,
     IntegerCoding,
     TableCoding,
+    VectorCoding,
     stored_bytes,
 )
 from tailorbird.linear.error import output_error, row_energies
@@ -60,6 +61,8 @@ def candidate_codings(
         others = [TableCoding(bits) for bits in TABLE_BITS]
     elif IntegerCoding.kind not in makes and CodebookCoding.kind in makes:
         others = [CodebookCoding(codebook, group) for codebook in UNITS for group in GROUPS]
+        if VectorCoding.kind in makes:
+            others += [VectorCoding(codebook, group) for codebook in VECTOR_UNITS for group in GROUPS]
     if target is None:
         integers = [IntegerCoding(bits, group) for bits in BITS for group in GROUPS]
     elif target == "gguf":

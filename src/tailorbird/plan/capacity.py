@@ -20,7 +20,15 @@ from dataclasses import dataclass
 
 import torch
 
-from tailorbird.formats.packed import CodebookCoding, Coding, IntegerCoding, TableCoding, stored_bytes
+from tailorbird.formats.codebooks import VECTOR_UNITS
+from tailorbird.formats.packed import (
+    CodebookCoding,
+    Coding,
+    IntegerCoding,
+    TableCoding,
+    VectorCoding,
+    stored_bytes,
+)
 from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.plan.candidates import BITS, GROUPS
 
@@ -32,6 +40,7 @@ ROWS, COLUMNS = 32, 4096
 FORMATS: tuple[Coding, ...] = (
     *(IntegerCoding(bits, group) for bits in BITS for group in (0, *reversed(GROUPS))),
     *(CodebookCoding(name, 64) for name in ("nf4", "fp4")),
+    *(VectorCoding(name, 64) for name in VECTOR_UNITS),
     *(TableCoding(bits) for bits in (2, 3, 4)),
 )
 

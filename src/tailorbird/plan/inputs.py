@@ -16,7 +16,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from tailorbird.formats.packed import Coding, GroupedCoding
+from tailorbird.formats.packed import Coding, ScaledCoding
 from tailorbird.kernels.reference import INT8, round_inputs
 from tailorbird.plan.scores import Scores
 
@@ -46,7 +46,7 @@ class InputErrors:
     """
 
     def __init__(self, in_features: int, codings: Sequence[Coding], inputs: Sequence[str] = (INT8,)) -> None:
-        groups = sorted({coding.group_size for coding in codings if isinstance(coding, GroupedCoding)})
+        groups = sorted({coding.group_size for coding in codings if isinstance(coding, ScaledCoding)})
         self.sums = {pair: torch.zeros(in_features, dtype=torch.float64) for pair in product(groups, inputs)}
         self.tokens = 0
 
@@ -85,7 +85,7 @@ def input_cost(
     costs = {}
     for place in scores.places:
         coding, to = codings.get(place.name), INT8 if rounded is None else rounded.get(place.name)
-        if isinstance(coding, GroupedCoding) and to is not None:
+        if isinstance(coding, ScaledCoding) and to is not None:
             error = place.errors.get(input_key(coding.group_size, to))
             if error is not None:
                 costs[place.name] = place.coefficient * error

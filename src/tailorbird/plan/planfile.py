@@ -25,6 +25,7 @@ from tailorbird.formats.packed import (
     IntegerCoding,
     LowRank,
     TableCoding,
+    VectorCoding,
     coding_from_dict,
     low_rank_from_dict,
     stored_bytes,
@@ -86,6 +87,15 @@ class CodebookEntry(_CodingEntry):
     codebook: str
     group_size: int
     scale_dtype: str = CodebookCoding.scale_dtype
+
+
+class VectorEntry(_CodingEntry):
+    """`VectorCoding`, likewise."""
+
+    kind: Literal["vector"]
+    codebook: str
+    group_size: int
+    scale_dtype: str = VectorCoding.scale_dtype
 
 
 class DoubleEntry(_CodingEntry):
@@ -180,7 +190,7 @@ class Place(_Section):
     ----------
     name : str
         Module path of the linear or the embedding.
-    coding : IntegerEntry, CodebookEntry, DoubleEntry, TableEntry, EntropyEntry or FloatEntry
+    coding : IntegerEntry, CodebookEntry, VectorEntry, DoubleEntry, TableEntry, EntropyEntry or FloatEntry
     role, block : str, int
         As in the anatomy.
     shape : (int, int)
@@ -205,7 +215,7 @@ class Place(_Section):
     block: Count | None = None
     shape: Annotated[tuple[Dimension, Dimension], Strict(False)] | None = None
     coding: Annotated[
-        IntegerEntry | CodebookEntry | DoubleEntry | TableEntry | EntropyEntry | FloatEntry,
+        IntegerEntry | CodebookEntry | VectorEntry | DoubleEntry | TableEntry | EntropyEntry | FloatEntry,
         Field(discriminator="kind"),
     ]
     low_rank: LowRankEntry | None = None
@@ -390,6 +400,8 @@ _HEADER = """\
 #   coding: {kind: integer, bits: 2 3 4 5 6 or 8, group_size: 32 64 128 ... or 0 for one group per row,
 #            symmetric: true or false, scale_dtype: bfloat16 or float16}
 #   coding: {kind: codebook, codebook: nf4 fp4 gauss2 gauss3 or gauss4, group_size and scale_dtype likewise}
+#   coding: {kind: vector, codebook: gauss2x2 gauss2x4 gauss3x2 or gauss4x2, group_size and scale_dtype
+#            likewise}, for higgs and rtn
 #   coding: {kind: double, codebook: nf4, group_size likewise}, scales in 8 bits, for rtn
 #   coding: {kind: table, bits: 2 3 or 4, table_dtype: bfloat16 or float16}, for rtn, leanquant, ganq, bcq
 #   coding: {kind: entropy, stream_bytes: 5423}, for df11; the bytes follow from the source's weights
@@ -439,8 +451,9 @@ _Dumper.add_implicit_resolver(
 _SECTIONS: dict[str, type[BaseModel]] = {
     "": Plan, "source": Source, "budget": BudgetEntry, "calibration": Text, "evaluation": Text, "folds": Fold,
     "places": Place, "predicted": Costs, "measured": Costs, "integer": IntegerEntry,
-    "codebook": CodebookEntry, "double": DoubleEntry, "table": TableEntry, "entropy": EntropyEntry,
-    "float": FloatEntry, "low_rank": LowRankEntry, "sparse": SparseEntry, "transform": TransformEntry,
+    "codebook": CodebookEntry, "vector": VectorEntry, "double": DoubleEntry, "table": TableEntry,
+    "entropy": EntropyEntry, "float": FloatEntry,
+    "low_rank": LowRankEntry, "sparse": SparseEntry, "transform": TransformEntry,
 }  # fmt: skip
 
 
@@ -481,15 +494,15 @@ def _explain(path: Path, data: dict[str, Any], error: ErrorDetails, others: int)
             return _refuse(
                 path,
                 f"states at {field} the unknown kind {kind}{more}",
-                "`integer`, `codebook`, `double`, `table`, `entropy` or `float`",
+                "`integer`, `codebook`, `vector`, `double`, `table`, `entropy` or `float`",
                 "read it with a newer version of tailorbird, or correct the kind",
             )
         case "union_tag_not_found":
             return _refuse(
                 path,
                 f"lacks `kind` at {field}{more}",
-                "`kind: integer`, `kind: codebook`, `kind: double`, `kind: table`, `kind: entropy` "
-                "or `kind: float`",
+                "`kind: integer`, `kind: codebook`, `kind: vector`, `kind: double`, `kind: table`, "
+                "`kind: entropy` or `kind: float`",
                 "add it",
             )
     message = error["msg"][0].lower() + error["msg"][1:]

@@ -245,7 +245,7 @@ def coding_text(coding: Any) -> str:
     """The short name of a stored coding: ``int4 g64``, ``int8 row``, ``bf16``; ``–`` for anything else."""
     if not isinstance(coding, Mapping):
         return ABSENT
-    if coding.get("kind") in ("integer", "codebook", "double"):
+    if coding.get("kind") in ("integer", "codebook", "vector", "double"):
         group = coding.get("group_size")
         symmetric = " sym" if coding.get("symmetric") else ""
         values = f"int{coding.get('bits')}" if coding["kind"] == "integer" else str(coding.get("codebook"))
@@ -270,6 +270,13 @@ def coding_bits(coding: Any) -> int | None:
 
         name = coding.get("codebook")
         return bits_of(name) if isinstance(name, str) and name in LEVELS else None
+    if coding.get("kind") == "vector":
+        from tailorbird.formats.codebooks import POINTS, bits_of
+
+        name = coding.get("codebook")
+        if not isinstance(name, str) or name not in POINTS:
+            return None
+        return bits_of(name) // POINTS[name].shape[1]
     if coding.get("kind") == "entropy":
         return 16  # as many hold the value
     return {"bfloat16": 16, "float16": 16, "float32": 32}.get(str(coding.get("dtype")))

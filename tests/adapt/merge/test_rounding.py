@@ -11,7 +11,14 @@ from torch import Tensor
 from compressed import pack
 from tailorbird.adapt.merge.rounding import FITTED, KEPT, NEAREST, Rounding
 from tailorbird.calibrate.statistics import LinearStatistics
-from tailorbird.formats.packed import CodebookCoding, CodesCoding, DoubleCoding, IntegerCoding, TableCoding
+from tailorbird.formats.packed import (
+    CodebookCoding,
+    CodesCoding,
+    DoubleCoding,
+    IntegerCoding,
+    TableCoding,
+    VectorCoding,
+)
 from tailorbird.linear.error import row_energies
 from tailorbird.linear.quantize.higgs import Higgs
 from tailorbird.linear.quantize.rtn import Rtn
@@ -22,6 +29,8 @@ CODINGS: list[CodesCoding] = [
     IntegerCoding(3, 0, scale_dtype="float16"),
     CodebookCoding("nf4", 32),
     CodebookCoding("gauss3", 32),
+    VectorCoding("gauss2x4", 32),
+    VectorCoding("gauss4x2", 32),
     TableCoding(3),
     TableCoding(4, "float16"),
 ]
@@ -96,9 +105,10 @@ def test_no_change_keeps_every_byte(coding: CodesCoding, ordered: bool) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 3])
-@pytest.mark.parametrize("name", ["gauss2", "gauss3", "gauss4"])
+@pytest.mark.parametrize("name", ["gauss2", "gauss3", "gauss4", "gauss2x4", "gauss3x2"])
 def test_codes_behind_a_transform_move_there(name: str, rank: int) -> None:
-    coding, known, method = CodebookCoding(name, 32), statistics(), Higgs()
+    known, method = statistics(), Higgs()
+    coding = VectorCoding(name, 32) if "x" in name else CodebookCoding(name, 32)
     stored = method(weight(), None, coding)
     if rank:
         generator = torch.Generator().manual_seed(5)

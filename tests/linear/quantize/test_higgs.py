@@ -8,19 +8,39 @@ import pytest
 import torch
 from torch import Tensor
 
+from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.errors import SettingsError
-from tailorbird.formats.codebooks import UNITS
+from tailorbird.formats.codebooks import UNITS, VECTOR_UNITS
 from tailorbird.formats.modules import CompressedLinear
-from tailorbird.formats.packed import CodebookCoding, FloatCoding, IntegerCoding, TableCoding, stored_bytes
+from tailorbird.formats.packed import (
+    CodebookCoding,
+    FloatCoding,
+    IntegerCoding,
+    TableCoding,
+    VectorCoding,
+    stored_bytes,
+)
 from tailorbird.formats.transform import Transform
 from tailorbird.kernels.walsh import rotate
 from tailorbird.linear.ends import end_method
-from tailorbird.linear.quantize.higgs import Higgs, deviations, random_signs
+from tailorbird.linear.error import row_energies
+from tailorbird.linear.quantize.higgs import Higgs, random_signs
+from tailorbird.linear.quantize.points import deviations
 from tailorbird.linear.quantize.rtn import Rtn
 
 #: mean squared error of a standard normal value at the nearest point of the grid
-ERRORS = {"gauss2": 0.1175, "gauss3": 0.03454, "gauss4": 0.009497}
-CODINGS = [CodebookCoding(name, 256) for name in UNITS]
+ERRORS = {
+    "gauss2": 0.1175, "gauss2x2": 0.1076, "gauss2x4": 0.0963, "gauss3": 0.03454, "gauss3x2": 0.02978,
+    "gauss4": 0.009497, "gauss4x2": 0.007823,
+}  # fmt: skip
+
+
+def grid(name: str, group: int, scale_dtype: str = "bfloat16") -> CodebookCoding | VectorCoding:
+    kind = VectorCoding if name in VECTOR_UNITS else CodebookCoding
+    return kind(name, group, scale_dtype)
+
+
+CODINGS = [grid(name, 256) for name in ERRORS]
 
 
 def weights(kind: str, shape: tuple[int, int] = (96, 2048)) -> Tensor:
@@ -43,7 +63,7 @@ def share_lost(weight: Tensor, found: Tensor) -> float:
 
 @pytest.mark.parametrize("coding", CODINGS, ids=lambda coding: coding.label)
 @pytest.mark.parametrize("kind", ["normal", "signs", "cubes", "few large", "loud columns"])
-def test_any_weight_loses_the_share_of_the_grid(kind: str, coding: CodebookCoding) -> None:
+def test_any_weight_loses_the_share_of_the_grid(kind: str, coding: CodebookCoding | VectorCoding) -> None:
     weight = weights(kind)
     packed = Higgs()(weight, None, coding)
     lost = share_lost(weight, packed.dequantize())
@@ -53,21 +73,22 @@ def test_any_weight_loses_the_share_of_the_grid(kind: str, coding: CodebookCodin
     )
 
 
-@pytest.mark.parametrize("name", UNITS)
+@pytest.mark.parametrize("name", ERRORS)
 @pytest.mark.parametrize("kind", ["cubes", "few large", "loud columns"])
 def test_it_is_the_rotation_that_makes_them_alike(kind: str, name: str) -> None:
-    weight, coding = weights(kind), CodebookCoding(name, 64)
+    weight, coding = weights(kind), grid(name, 64)
     turned, straight = (Higgs(block=block)(weight, None, coding).dequantize() for block in (1024, 1))
-    assert share_lost(weight, turned) < share_lost(weight, straight)
+    # columns that are as loud as their neighbours look normal in their groups as they are
+    assert share_lost(weight, turned) < 1.01 * share_lost(weight, straight)
     assert share_lost(weight, turned) < 1.03 * ERRORS[name]
 
 
-@pytest.mark.parametrize("name", UNITS)
+@pytest.mark.parametrize("name", ERRORS)
 @pytest.mark.parametrize(("columns", "block"), [(172, 4), (96, 32), (513, 1), (3072, 1024), (256, 256)])
 def test_groups_and_blocks_of_any_width(columns: int, block: int, name: str) -> None:
     weight = weights("normal", (12, columns))
     for group in (0, 32, 64, 96):
-        coding = CodebookCoding(name, group, "float16")
+        coding = grid(name, group, "float16")
         packed = Higgs()(weight, None, coding)
         assert packed.transform == Transform(block)
         assert packed.nbytes == stored_bytes(coding, 12, columns, transform=Transform(block))
@@ -90,10 +111,29 @@ def test_a_code_is_the_nearest_point_of_the_scaled_grid() -> None:
     torch.testing.assert_close(packed.tensors["scales"].float(), unit, rtol=2.0**-8, atol=0)
 
 
-def test_deviations_of_a_last_group_that_is_shorter() -> None:
-    weight = torch.cat([torch.full((2, 64), 3.0), torch.full((2, 10), -5.0)], 1)
-    assert deviations(weight, 64).tolist() == [[3.0, 5.0]] * 2
-    assert deviations(weight, 0).shape == (2, 1)
+@pytest.mark.parametrize("name", ERRORS)
+def test_feedback_makes_up_for_errors_in_the_inputs_as_they_come(name: str) -> None:
+    """With inputs that depend on each other the outputs lose less, though weights lose more."""
+    weight, coding = weights("normal", (24, 160)), grid(name, 32)
+    inputs = weights("normal", (900, 160)) @ (weights("cubes", (160, 160)) / 40 + torch.eye(160))
+    known = LinearStatistics(inputs.t() @ inputs / len(inputs), None, inputs.abs().mean(0), len(inputs))
+    plain, fed = (Higgs(feedback=on)(weight, known, coding) for on in (False, True))
+    lost = [float(row_energies(weight - packed.dequantize(), known.gram).sum()) for packed in (plain, fed)]
+    assert lost[1] < 0.8 * lost[0]
+    assert share_lost(weight, fed.dequantize()) > share_lost(weight, plain.dequantize())
+    for part in ("scales", "signs"):
+        assert torch.equal(fed.tensors[part], plain.tensors[part])
+    prepared = Higgs(feedback=True).prepare(known)
+    for rows in (weight, 2 * weight[:5]):
+        whole = Higgs(feedback=True)(rows, known, coding)
+        assert torch.equal(prepared(rows, coding).tensors["codes"], whole.tensors["codes"])
+
+
+@pytest.mark.parametrize("name", ["gauss3", "gauss2x4"])
+def test_feedback_needs_statistics_and_nothing_else_does(name: str) -> None:
+    assert (Higgs().needs, Higgs(feedback=True).needs) == (frozenset(), {"gram"})
+    with pytest.raises(SettingsError, match="higgs without calibration statistics"):
+        Higgs(feedback=True)(weights("normal", (4, 64)), None, grid(name, 32))
 
 
 def test_signs_follow_from_the_seed_alone() -> None:
@@ -111,8 +151,8 @@ def test_signs_follow_from_the_seed_alone() -> None:
 def test_zeros_stay_zeros_or_nearly() -> None:
     weight = weights("normal", (6, 128))
     weight[2] = 0
-    for name in UNITS:
-        packed = Higgs()(weight, None, CodebookCoding(name, 64))
+    for name in ERRORS:
+        packed = Higgs()(weight, None, grid(name, 64))
         assert bool(packed.dequantize().isfinite().all())
         assert float(packed.dequantize()[2].abs().max()) < 1e-30
 
@@ -120,6 +160,7 @@ def test_zeros_stay_zeros_or_nearly() -> None:
 def test_the_ends_are_rounded_to_nearest_without_a_transform() -> None:
     assert isinstance(end_method(Higgs(), CodebookCoding("gauss4", 64)), Rtn)
     assert isinstance(end_method(Higgs(), IntegerCoding(8, 64)), Rtn)
+    assert isinstance(end_method(Higgs(), VectorCoding("gauss2x4", 64)), Rtn)
     weight = weights("cubes")
     assert torch.equal(Higgs()(weight, None, FloatCoding()).dequantize(), weight.bfloat16().float())
 

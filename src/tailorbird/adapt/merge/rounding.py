@@ -10,8 +10,9 @@ depend on each other, so that each takes the best of
 - rounding to nearest on a fitted grid, so that the result is never worse than that.
 
 Scales that are codes themselves stay, as rows share what these stand for. For codes of tables the grid is
-the row's table, fitted by `ganq.py`, and there is no descent. A target that is the weight itself gives back
-the very bytes.
+the row's table, fitted by `ganq.py`, and there is no descent; nor is there for codes of points
+(`points_feedback.py`), whose fitted scales are those by deviation. A target that is the weight itself gives
+back the very bytes.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from tailorbird.calibrate.statistics import LinearStatistics
-from tailorbird.formats.packed import DoubleCoding, FloatCoding, PackedWeight, TableCoding
+from tailorbird.formats.packed import DoubleCoding, FloatCoding, PackedWeight, TableCoding, VectorCoding
 from tailorbird.formats.transform import transform_tensors, transformed, weight_behind
 from tailorbird.linear.quantize.descent import descend
 from tailorbird.linear.quantize.ganq import Ganq
 from tailorbird.linear.quantize.gptq import Gptq
 from tailorbird.linear.quantize.grid import Grid, grid_of
+from tailorbird.linear.quantize.points import scales_by_deviation
+from tailorbird.linear.quantize.points_feedback import IN_ORDER, points_by_feedback
 from tailorbird.linear.quantize.rows import best_rows
 from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.linear.quantize.tables import codes_by_feedback
@@ -108,6 +111,15 @@ class Rounding:
             found = {
                 KEPT: PackedWeight.from_tables(codes_by_feedback(rounded, target, tables), tables, coding),
                 FITTED: TABLES.round(rounded, target, coding),
+                NEAREST: Rtn()(target, statistics, coding),
+            }
+        elif isinstance(coding, VectorCoding):
+            scales = stored.tensors["scales"]
+            rounded = IN_ORDER.prepare(statistics)
+            fitted = scales_by_deviation(target, coding)
+            found = {
+                KEPT: points_by_feedback(rounded, target, scales, coding),
+                FITTED: points_by_feedback(rounded, target, fitted, coding),
                 NEAREST: Rtn()(target, statistics, coding),
             }
         else:

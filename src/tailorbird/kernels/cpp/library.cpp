@@ -10,6 +10,7 @@
 #include <cmath>
 #include <limits>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "block.h"
@@ -17,6 +18,7 @@
 #include "forking.h"
 #include "sampling.h"
 #include "training.h"
+#include "walsh.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -177,6 +179,7 @@ struct Laps {
 #define TARGET
 #define UNROLL(n)
 #include "products.inc"
+#include "walsh.inc"
 #include "block.inc"
 #include "dequantize.inc"
 #include "sampling.inc"
@@ -191,6 +194,7 @@ struct Laps {
 #define TARGET __attribute__((target("avx2,fma")))
 #define DOT_AVX2
 #include "products.inc"
+#include "walsh.inc"
 #include "block.inc"
 #include "dequantize.inc"
 #include "sampling.inc"
@@ -203,6 +207,7 @@ struct Laps {
 #define TARGET __attribute__((target("avx2,fma,avxvnni")))
 #define DOT_AVXVNNI
 #include "products.inc"
+#include "walsh.inc"
 #include "block.inc"
 #include "dequantize.inc"
 #include "sampling.inc"
@@ -215,6 +220,7 @@ struct Laps {
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,prefer-vector-width=512")))
 #define DOT_AVX512
 #include "products.inc"
+#include "walsh.inc"
 #include "block.inc"
 #include "dequantize.inc"
 #include "sampling.inc"
@@ -228,6 +234,7 @@ struct Laps {
 #define TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
 #define DOT_NEON
 #include "products.inc"
+#include "walsh.inc"
 #include "block.inc"
 #include "dequantize.inc"
 #include "sampling.inc"
@@ -326,10 +333,11 @@ struct TrainingVersion {
   void (*rotary)(const RotaryPass&, std::int64_t, std::int64_t);
   void (*loss)(const LossPass&, std::int64_t, std::int64_t);
   void (*attention)(const AttentionPass&, std::int64_t, std::int64_t);
+  void (*walsh)(const WalshPass&, std::int64_t, std::int64_t);
 };
 
 TrainingVersion training_version_of(int version) {
-#define PASSES(v) {v::pass_norm, v::pass_norm_weight, v::pass_gate, v::pass_rotary, v::pass_loss, v::pass_attention}
+#define PASSES(v) {v::pass_norm, v::pass_norm_weight, v::pass_gate, v::pass_rotary, v::pass_loss, v::pass_attention, v::pass_walsh}
 #if defined(__x86_64__)
   if (version == 1) return PASSES(avx2);
   if (version == 2) return PASSES(avx512);
@@ -567,6 +575,14 @@ void tailorbird_softmax(const void* pass, int threads, int version) {
   const AttentionPass& p = *static_cast<const AttentionPass*>(pass);
   const auto run = training_version_of(version).attention;
   share_out(p.matrices * p.queries, threads, [&](auto first, auto last) { run(p, first, last); });
+}
+
+// The pass of walsh.h, likewise.
+void tailorbird_walsh(const void* pass, int threads, int version) {
+  using namespace tailorbird;
+  const WalshPass& p = *static_cast<const WalshPass*>(pass);
+  const auto run = training_version_of(version).walsh;
+  share_out(p.rows * p.blocks, threads, [&](auto first, auto last) { run(p, first, last); });
 }
 
 void tailorbird_cross_entropy(const void* pass, int threads, int version) {

@@ -26,6 +26,7 @@ from tailorbird.formats.packed import (
     GroupedCoding,
     IntegerCoding,
     PackedWeight,
+    ScaledCoding,
 )
 from tailorbird.kernels.packing import unpack_codes
 from tailorbird.kernels.reference import group_layout
@@ -181,17 +182,18 @@ def steps_of(codes: Tensor, zeros: Tensor | int, coding: GroupedCoding) -> Tenso
     return levels.index_select(0, codes.flatten().int()).view_as(codes)
 
 
-def stored_scales(scales: Tensor, coding: GroupedCoding) -> Tensor:
+def stored_scales(scales: Tensor, coding: ScaledCoding) -> Tensor:
     """Scales rounded to their stored dtype, in float32, of a magnitude that it holds.
 
-    Zero becomes one, or the least where zero is none of the levels.
+    Zero becomes one, or the least where zero is none of the levels or points.
     """
     dtype = SCALE_DTYPES[coding.scale_dtype]
     information = torch.finfo(dtype)
     # float16 goes on below its normal range with a fixed step; bfloat16 does so where float32 does
     least = information.smallest_normal * (information.eps if dtype == torch.float16 else 1)
     magnitude = scales.abs().clamp(least, information.max).to(dtype).float()
-    none = 1.0 if coding.levels is None or 0 in coding.levels else least
+    levels = coding.levels
+    none = 1.0 if levels is None or bool((levels.view(len(levels), -1) == 0).all(1).any()) else least
     return torch.where(scales == 0, none, torch.where(scales < 0, -magnitude, magnitude))
 
 

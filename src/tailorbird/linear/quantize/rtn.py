@@ -24,6 +24,7 @@ from tailorbird.formats.packed import (
     FloatCoding,
     PackedWeight,
     TableCoding,
+    VectorCoding,
     coded_scales,
     expanded_scales,
 )
@@ -31,6 +32,7 @@ from tailorbird.kernels.packing import pack_codes
 from tailorbird.kernels.reference import group_layout
 from tailorbird.linear.quantize.clusters import clustered, nearest_values
 from tailorbird.linear.quantize.grid import fit_grid, quantize_to_grid
+from tailorbird.linear.quantize.points import round_to_points
 from tailorbird.linear.settings import GRIDS, on_grids
 
 
@@ -41,14 +43,14 @@ class Rtn:
     Parameters
     ----------
     clip_search : bool
-        Whether grids narrower than the range of the values are tried (see `fit_grid`).
+        Whether grids narrower than the range of the values are tried (see `fit_grid`); of points none are.
     """
 
     family: ClassVar[str] = "quantize"
     kind: ClassVar[str] = "linear method"
     paper: ClassVar[str] = "round to nearest, the common baseline"
     requirements: ClassVar[frozenset[str]] = frozenset()
-    makes: ClassVar[frozenset[str]] = GRIDS | {DoubleCoding.kind, TableCoding.kind}
+    makes: ClassVar[frozenset[str]] = GRIDS | {VectorCoding.kind, DoubleCoding.kind, TableCoding.kind}
     outliers: ClassVar[float] = 0.0
     least_token: ClassVar[float] = 1.0
 
@@ -89,6 +91,8 @@ class Rtn:
         if isinstance(coding, TableCoding):
             tables = clustered(weight, coding, importance)
             return PackedWeight.from_tables(nearest_values(weight, tables), tables, coding)
+        if isinstance(coding, VectorCoding):
+            return round_to_points(weight, coding)
         if isinstance(coding, DoubleCoding):
             return self._double(weight, importance, coding)
         coding = on_grids("rtn", coding)
