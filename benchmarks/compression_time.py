@@ -3,7 +3,8 @@
 Every subject rounds the same model to 4 bits in groups of 64 from the same calibration windows, in a process
 of its own, one after the other in turns; medians over rounds. Of the project the stage that collects
 statistics and rounds is set against the one call of a peer; the whole command, with scores of sensitivity and
-the comparison with the source that peers leave out, is given beside it. Environments of peers lie in one
+the comparison with the source that peers leave out, is given beside it. `gptq-plain` is GPTQ without asymmetric
+calibration, which is what peers do; `gptq` carries the source model's inputs along. Environments of peers lie in one
 folder as for `quality_per_byte.py`. Refuses to start on a busy machine.
 
     python benchmarks/compression_time.py [--peers FOLDER] [--sizes 0.5B] [--rounds 3] [--windows 64]
@@ -30,7 +31,7 @@ from random_models import write_random_llama
 
 #: name -> (blocks, width, feed-forward width, heads, key heads); vocabulary of 32,000
 SIZES = {"110M": (12, 768, 2048, 12, 4), "0.5B": (24, 1024, 4096, 16, 8)}
-OWN = ("gptq", "gptq+signround")
+OWN = ("gptq-plain", "gptq", "gptq+signround")
 LENGTH, BITS, GROUP = 512, 4, 64
 
 

@@ -22,7 +22,10 @@ BATCH = 8
 #: A scale, or a zero point that isn't rounded.
 FLOAT_BITS = 16
 #: Subjects that are a recipe with settings.
-VARIANTS = {"rtn+omniquant-transform": ("rtn+omniquant", ",omniquant.transform=true")}
+VARIANTS = {
+    "rtn+omniquant-transform": ("rtn+omniquant", ",omniquant.transform=true"),
+    "gptq-plain": ("gptq", ",asymmetric=false"),
+}
 
 
 def recipe_of(name: str, bits: int, group: int) -> str:

@@ -68,7 +68,7 @@ def check_random_schedule(made: Engine, seed: int, requests: int) -> None:
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_every_architecture_serves_the_bits_of_generate(architecture: str, tmp_path: Path) -> None:
     path = served(tmp_path / "m", architecture)
-    made = engine(path, max_sequences=4, step_tokens=24, memory_bytes=None)
+    made = engine(path, max_sequences=4, step_tokens=24)
     check_random_schedule(made, seed=1, requests=8)
 
 
