@@ -3,9 +3,9 @@
 Every subject rounds the same model to 4 bits in groups of 64 from the same calibration windows, in a process
 of its own, one after the other in turns; medians over rounds. Of the project the stage that collects
 statistics and rounds is set against the one call of a peer; the whole command, with scores of sensitivity and
-the comparison with the source that peers leave out, is given beside it. `gptq-plain` is GPTQ without asymmetric
-calibration, which is what peers do; `gptq` carries the source model's inputs along. Environments of peers lie in one
-folder as for `quality_per_byte.py`. Refuses to start on a busy machine.
+the comparison with the source that peers leave out, is given beside it. `gptq-plain` is GPTQ without
+asymmetric calibration, which is what peers do; `gptq` carries the source model's inputs along. Environments
+of peers lie in one folder as for `quality_per_byte.py`. Refuses to start on a busy machine.
 
     python benchmarks/compression_time.py [--peers FOLDER] [--sizes 0.5B] [--rounds 3] [--windows 64]
 """

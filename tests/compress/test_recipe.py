@@ -177,6 +177,8 @@ def test_a_plan_gives_back_the_recipe(name: str) -> None:
         ("rtn:bits=4,clip_serch=true", "`clip_serch` of rtn.*did you mean `clip_search`"),
         ("rtm:bit=4", "method `rtm` is unknown.*did you mean `rtn`"),
         ("rtn:codebook=nf5", "codebook 'nf5'.*one of nf4"),
+        ("rtn:codebook=gauss2x5", "codebook 'gauss2x5'.*gauss2x4"),
+        ("rtn:codebook=gauss2x4,double=true", "double with gauss2x4"),
         ("rtn:codebok=nf4", "`codebok` of rtn.*did you mean `codebook`"),
         ("rtn:codebook=nf4,bits=4", "'bits'.*`codebook`"),
         ("rtn:codebook=nf4,symmetric=true", "'symmetric'"),

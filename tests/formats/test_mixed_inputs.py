@@ -259,3 +259,9 @@ def test_other_formats_refuse_it_by_name() -> None:
     packed = mixed(IntegerCoding(4, 64, True, "float16"))
     for module in (gguf, compressed_tensors):
         assert "input transform" in str(module.refusal(packed.coding, 192, False, packed.named_part))
+
+
+@pytest.mark.parametrize("transform", [Transform(5, "float32"), Transform(32)])
+def test_blocks_that_leave_inputs_over_have_no_layout(transform: Transform) -> None:
+    with pytest.raises(CheckpointError, match="blocks that divide the inputs"):
+        transform.tensor_layout(4, 48)

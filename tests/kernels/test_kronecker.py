@@ -49,3 +49,11 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch(orders: tuple[int, int], d
     assert torch.equal(together, torch.cat([mix(row, left, right) for row in x.split(1)]))
     assert torch.equal(together[3:20], mix(x[3:20], left, right))
     assert torch.equal(together.reshape(5, 13, -1), mix(x.reshape(5, 13, -1), left, right))
+
+
+def test_autocast_narrows_nothing() -> None:
+    left, right, x = (normal(*shape).float() for shape in ((4, 4), (8, 8), (3, 32)))
+    expected = mix(x, left, right), mix_rows(x, left, right)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = mix(x, left, right), mix_rows(x, left, right)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

@@ -110,3 +110,8 @@ def test_the_gradient_is_turned_back(turn: object) -> None:
     other = rotate_back if turn is rotate else rotate
     assert x.grad is not None
     torch.testing.assert_close(x.grad, other(gradient, signs))
+
+
+def test_inputs_that_the_signs_do_not_cover_are_refused() -> None:
+    with pytest.raises(ValueError, match="48 inputs for 32 signs"):
+        rotate(torch.zeros(2, 48), signs_of((1, 32)))

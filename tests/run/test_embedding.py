@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from compressed import pack, save_compressed
+from tailorbird.formats.codebooks import VECTOR_UNITS
 from tailorbird.formats.modules import CompressedEmbedding
-from tailorbird.formats.packed import CodebookCoding, Coding, IntegerCoding
+from tailorbird.formats.packed import CodebookCoding, Coding, IntegerCoding, VectorCoding
 from tailorbird.kernels import native
 from tailorbird.model.load import load
 from tailorbird.run.embedding import embed_by, rows_of
@@ -140,3 +141,10 @@ def test_what_is_looked_up_is_the_weight_as_it_is_now() -> None:
     with torch.no_grad():
         module.weight[3] = 7
     assert torch.equal(rows(torch.tensor([3])), torch.full((1, 48), 7.0))
+
+
+@pytest.mark.parametrize("name", VECTOR_UNITS)
+def test_points_are_read_by_their_module(name: str) -> None:
+    module = CompressedEmbedding.from_packed(pack(torch.randn(300, 64), VectorCoding(name, 32)))
+    assert rows_of(module) is None
+    assert module(IDS.remainder(300)).isfinite().all()

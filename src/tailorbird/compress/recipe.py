@@ -35,7 +35,7 @@ from tailorbird.compress.blocks.method import BlockMethod
 from tailorbird.compress.whole import WHOLE_METHODS
 from tailorbird.compress.whole.method import ModelMethod
 from tailorbird.errors import CheckpointError, SettingsError, nearest
-from tailorbird.formats.codebooks import VECTOR_UNITS
+from tailorbird.formats.codebooks import LEVELS, VECTOR_UNITS
 from tailorbird.formats.packed import (
     CodebookCoding,
     Coding,
@@ -407,7 +407,12 @@ def _coding(entry: dict[str, Any] | None, usual: IntegerCoding | None = None) ->
         )
     default: Coding = usual or IntegerCoding(4, 64)
     if "codebook" in entry:
-        points = str(entry["codebook"]) in VECTOR_UNITS
+        points, known = str(entry["codebook"]) in VECTOR_UNITS, (*LEVELS, *VECTOR_UNITS)
+        if "kind" not in entry and str(entry["codebook"]) not in known:
+            raise SettingsError(
+                f"codebook {entry['codebook']!r}", "one of " + ", ".join(known),
+                nearest(str(entry["codebook"]), known),
+            )  # fmt: skip
         default = VectorCoding("gauss2x4", 64) if points else CodebookCoding("nf4", 64)
     if "table" in entry and "bits" in entry:
         raise SettingsError(
@@ -432,8 +437,10 @@ def _doubled(entry: dict[str, Any], default: Coding) -> tuple[Coding, dict[str, 
     if not entry["double"]:
         return default, rest
     if not isinstance(default, CodebookCoding):
+        points = isinstance(default, VectorCoding)
+        given = f"double with {entry['codebook']}" if points else "double without a codebook"
         raise SettingsError(
-            "double without a codebook",
+            given,
             "it where scales of a codebook become codes of 8 bits",
             "write for example rtn:codebook=nf4,group=64,double=true",
         )

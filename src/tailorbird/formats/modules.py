@@ -153,7 +153,7 @@ class _PackedModule(nn.Module):
         if isinstance(coding, FloatCoding):
             raise SettingsError(
                 f"a compressed module of coding `{coding.label}`",
-                "integers, a codebook, tables or entropy-coded values",
+                "integers, a codebook, points, tables or entropy-coded values",
                 "keep weights of a float coding in an ordinary module",
             )
         self.coding = coding
@@ -386,7 +386,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
         if isinstance(packed.coding, FloatCoding):
             raise SettingsError(
                 f"a packed weight of coding `{packed.coding.label}`",
-                "integers, a codebook, tables or entropy-coded values",
+                "integers, a codebook, points, tables or entropy-coded values",
                 "put the weight into an ordinary nn.Linear",
             )
         module = cls(
@@ -723,7 +723,7 @@ class CompressedEmbedding(_PackedModule, nn.Embedding):
     Parameters
     ----------
     num_embeddings, embedding_dim : int
-    coding : IntegerCoding, CodebookCoding, DoubleCoding, TableCoding or EntropyCoding
+    coding : IntegerCoding, CodebookCoding, VectorCoding, DoubleCoding, TableCoding or EntropyCoding
     padding_idx : int, optional
         Kept for whoever reads it; its row is what is stored.
     device : torch.device or str, optional
@@ -766,7 +766,7 @@ class CompressedEmbedding(_PackedModule, nn.Embedding):
         if isinstance(packed.coding, FloatCoding):
             raise SettingsError(
                 f"a packed weight of coding `{packed.coding.label}`",
-                "integers, a codebook, tables or entropy-coded values",
+                "integers, a codebook, points, tables or entropy-coded values",
                 "put the weight into an ordinary nn.Embedding",
             )
         module = cls(

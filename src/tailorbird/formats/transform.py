@@ -68,6 +68,12 @@ class Transform:
         self, out_features: int, in_features: int
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name, shape and dtype of `signs`, or of `left` and `right`."""
+        if in_features % self.block:
+            raise CheckpointError(
+                f"a transform of blocks of {self.block} for {in_features} inputs",
+                "blocks that divide the inputs",
+                "check the file; it may be damaged",
+            )
         blocks = in_features // self.block
         if self.matrices is None:
             return {"signs": ((blocks, self.block), torch.int8)}

@@ -31,15 +31,19 @@ def mix(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     rows = x.to(wide).reshape(-1, len(left), len(right))
-    half = torch.bmm(rows, right.to(wide).expand(len(rows), -1, -1))
-    return torch.bmm(left.to(wide).t().expand(len(rows), -1, -1), half).reshape(x.shape).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        half = torch.bmm(rows, right.to(wide).expand(len(rows), -1, -1))
+        mixed = torch.bmm(left.to(wide).t().expand(len(rows), -1, -1), half)
+    return mixed.reshape(x.shape).to(x.dtype)
 
 
 def mix_rows(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """``W T^T`` of a weight ``[out_features, in_features]``: as `mix`, all rows in one product."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     rows = weight.to(wide).unflatten(-1, (len(left), len(right)))
-    return (left.to(wide).t() @ (rows @ right.to(wide))).flatten(-2).to(weight.dtype)
+    with torch.autocast(weight.device.type, enabled=False):
+        mixed = left.to(wide).t() @ (rows @ right.to(wide))
+    return mixed.flatten(-2).to(weight.dtype)
 
 
 def behind(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:

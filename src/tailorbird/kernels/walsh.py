@@ -52,6 +52,8 @@ def rotate_back(x: Tensor, signs: Tensor) -> Tensor:
 
 
 def _turned(x: Tensor, signs: Tensor, back: bool) -> Tensor:
+    if x.shape[-1] != signs.numel():
+        raise ValueError(f"{x.shape[-1]} inputs for {signs.numel()} signs")
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     compiled = wide.dtype == torch.float32 and wide.is_cpu and native.available()
     if not compiled or torch.compiler.is_compiling():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tailorbird.formats.modules import CompressedEmbedding
-from tailorbird.formats.packed import DoubleCoding, EntropyCoding, unpacking
+from tailorbird.formats.packed import DoubleCoding, EntropyCoding, VectorCoding, unpacking
 from tailorbird.kernels import native
 from tailorbird.model.skeleton import scale_output
 
@@ -104,7 +104,7 @@ def _packed_rows(module: CompressedEmbedding) -> Rows | None:
         if not isinstance(hook, partial) or hook.func is not scale_output or len(module._forward_hooks) > 1:
             return None
         factor = float(torch.tensor(hook.args[0], dtype=dtype, device="cpu"))
-    if module.scales is None or isinstance(module.coding, EntropyCoding | DoubleCoding):
+    if module.scales is None or isinstance(module.coding, EntropyCoding | DoubleCoding | VectorCoding):
         return None
     stored = [module.codes, module.scales, *([] if module.zeros is None else [module.zeros])]
     if module.order is not None or dtype not in native.KINDS or module.codes.device.type != "cpu":

@@ -167,7 +167,9 @@ def test_a_change_below_half_a_step_survives_that_rounding_to_nearest_would_eras
     assert nearest > size
 
 
-@pytest.mark.parametrize("coding", CODINGS[:-2], ids=lambda coding: coding.label)
+@pytest.mark.parametrize(
+    "coding", [one for one in CODINGS if not isinstance(one, TableCoding)], ids=lambda coding: coding.label
+)
 def test_scales_of_zero_that_others_stored_divide_nothing(coding: CodesCoding) -> None:
     stored = pack(weight(), coding)
     stored.tensors["scales"][:4] = 0

@@ -128,3 +128,10 @@ def test_nearest_points_work_through_rows_in_pieces(monkeypatch: pytest.MonkeyPa
     whole = nearest_points(weight, scales, coding)
     monkeypatch.setattr("tailorbird.linear.quantize.points.CHUNK_PRODUCTS", 1)
     assert torch.equal(nearest_points(weight, scales, coding), whole)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_transposed_weight_takes_the_same_points(name: str) -> None:
+    weight, coding = normal(64, 48).t(), VectorCoding(name, 32)
+    found, expected = (round_to_points(one, coding) for one in (weight, weight.contiguous()))
+    assert torch.equal(found.tensors["codes"], expected.tensors["codes"])

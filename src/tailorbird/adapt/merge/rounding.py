@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.formats.packed import DoubleCoding, FloatCoding, PackedWeight, TableCoding, VectorCoding
-from tailorbird.formats.transform import transform_tensors, transformed, weight_behind
+from tailorbird.formats.transform import transform_tensors, weight_behind
 from tailorbird.linear.quantize.descent import descend
 from tailorbird.linear.quantize.ganq import Ganq
 from tailorbird.linear.quantize.gptq import Gptq
@@ -33,6 +33,7 @@ from tailorbird.linear.quantize.points_feedback import IN_ORDER, points_by_feedb
 from tailorbird.linear.quantize.rows import best_rows
 from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.linear.quantize.tables import codes_by_feedback
+from tailorbird.linear.transformed import transformed_statistics
 
 METHOD = Gptq(asymmetric=False)
 TABLES = Ganq(asymmetric=False)
@@ -90,7 +91,7 @@ class Rounding:
             return replace(base, packed=replace(base.packed, tensors=base.packed.tensors | beside))
         turned = transform_tensors(stored.tensors)
         if turned:  # the codes move to the target behind the transform, by its inputs
-            rounding = Rounding(_transformed(self.statistics, turned))
+            rounding = Rounding(transformed_statistics(self.statistics, turned))
             inner = rounding(stored.behind_transform, weight_behind(target, turned))
             packed = replace(inner.packed, tensors=inner.packed.tensors | turned)
             return replace(inner, packed=packed)
@@ -114,7 +115,7 @@ class Rounding:
                 NEAREST: Rtn()(target, statistics, coding),
             }
         elif isinstance(coding, VectorCoding):
-            scales = stored.tensors["scales"]
+            scales = _usable(stored.tensors["scales"])
             rounded = IN_ORDER.prepare(statistics)
             fitted = scales_by_deviation(target, coding)
             found = {
@@ -137,12 +138,11 @@ class Rounding:
 def _dividing(grid: Grid) -> Grid:
     """A grid on which values can be found: a scale of zero, which other programs may store, becomes one."""
     scales, zeros = grid
-    return scales.masked_fill(scales == 0, 1), zeros
+    return _usable(scales), zeros
 
 
-def _transformed(statistics: LinearStatistics, turned: dict[str, Tensor]) -> LinearStatistics:
-    """Statistics of transformed inputs, but for `mean_abs`, which no rounding reads."""
-    return replace(statistics, gram=transformed(transformed(statistics.gram, turned).t(), turned))
+def _usable(scales: Tensor) -> Tensor:
+    return scales.masked_fill(scales == 0, 1)
 
 
 def _ordered(statistics: LinearStatistics, order: Tensor) -> LinearStatistics:

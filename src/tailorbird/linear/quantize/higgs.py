@@ -20,7 +20,7 @@ group has one, as in the coding. Signs are the same for all linears with as many
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -45,6 +45,7 @@ from tailorbird.linear.quantize.points import nearest_points, scales_by_deviatio
 from tailorbird.linear.quantize.points_feedback import IN_ORDER, points_by_feedback
 from tailorbird.linear.quantize.rtn import round_to_float
 from tailorbird.linear.settings import check_codes, check_setting
+from tailorbird.linear.transformed import transformed_statistics
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ class Higgs:
             if statistics is not None:
                 columns = len(statistics.gram)
                 signs = random_signs(self.transform(columns), columns, self.seed)
-                statistics = rotated_statistics(statistics, signs.to(statistics.gram.device))
+                turning = {"signs": signs.to(statistics.gram.device)}
+                statistics = transformed_statistics(statistics, turning)
             rounding = GptqRounding(IN_ORDER, statistics, self.name)
         return lambda weight, coding: self._rounded(weight, coding, rounding)
 
@@ -160,12 +162,6 @@ def normal_grid(method: str, coding: PackedCoding) -> CodebookCoding | VectorCod
             "write codebook=gauss4",
         )
     return coding
-
-
-def rotated_statistics(statistics: LinearStatistics, signs: Tensor) -> LinearStatistics:
-    """Statistics of transformed inputs, as far as rounding reads them without `cross`."""
-    gram = rotate(rotate(statistics.gram, signs).t(), signs)
-    return replace(statistics, gram=gram, cross=None)
 
 
 def random_signs(transform: Transform, in_features: int, seed: int) -> Tensor:

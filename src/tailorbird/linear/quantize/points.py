@@ -60,7 +60,7 @@ def nearest_points(weight: Tensor, scales: Tensor, coding: VectorCoding) -> Tens
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
         values = pad(weight[rows] / scales[rows].float()[:, group_of], (0, count * dimension - columns))
-        products = torch.addmm(-norms, values.view(-1, dimension), points.t(), alpha=2)
+        products = torch.addmm(-norms, values.reshape(-1, dimension), points.t(), alpha=2)
         codes[rows] = products.argmax(1).to(torch.uint8).view(-1, count)
     return codes
 

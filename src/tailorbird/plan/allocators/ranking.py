@@ -83,11 +83,13 @@ class Ranking:
 def _at_width(group: Group, width: int) -> int:
     """The option of the fewest bits from `width` on, of the most where all have fewer; of `GROUP`."""
 
-    def distance(index: int) -> tuple[int, int, int]:
+    def distance(index: int) -> tuple[int, int, int, int]:
         option: Option = group.options[index]
         bits = option.coding.bits
         group_size = getattr(option.coding, "group_size", GROUP)
-        return (bits - width if bits >= width else 1000 - bits, abs(group_size - GROUP), option.bytes)
+        dimension = getattr(option.coding, "dimension", 1)  # points lose less in as many bytes
+        further = bits - width if bits >= width else 1000 - bits
+        return (further, abs(group_size - GROUP), option.bytes, -dimension)
 
     return min(range(len(group.options)), key=distance)
 
