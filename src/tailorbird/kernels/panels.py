@@ -59,7 +59,7 @@ class StoredWeight:
 def serves(coding: Any, in_features: int) -> bool:
     """Whether the compiled library dequantizes pieces of such a weight."""
     return native.serves(coding, in_features) and (
-        coding.levels is None or (coding.kind == "codebook" and coding.bits == native.CODEBOOK_BITS)
+        coding.levels is None or (coding.kind != "vector" and coding.bits == native.CODEBOOK_BITS)
     )
 
 
