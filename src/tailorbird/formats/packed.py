@@ -65,6 +65,12 @@ _MOST_BYTES = (1 << 40) - 1
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
+def _grouped_label(values: str, group_size: int, scale_dtype: str, *more: str) -> str:
+    """Short name of codes with scales of groups; bfloat16 goes without saying."""
+    scales = () if scale_dtype == "bfloat16" else (_SHORT[scale_dtype],)
+    return " ".join((values, f"g{group_size}" if group_size else "row", *more, *scales))
+
+
 def _one_of(field: str, given: Any, allowed: Iterable[int] | Iterable[str]) -> None:
     # types too: 64.0 equals 64, but is no group size
     if not any(type(given) is type(value) and given == value for value in allowed):
@@ -110,12 +116,8 @@ class IntegerCoding:
     @property
     def label(self) -> str:
         """Short name: `int4 g64`, `int4 g64 sym`, `int8 row`, `int3 g32 fp16`."""
-        parts = [f"int{self.bits}", f"g{self.group_size}" if self.group_size else "row"]
-        if self.symmetric:
-            parts.append("sym")
-        if self.scale_dtype != "bfloat16":
-            parts.append(_SHORT[self.scale_dtype])
-        return " ".join(parts)
+        sign = ("sym",) if self.symmetric else ()
+        return _grouped_label(f"int{self.bits}", self.group_size, self.scale_dtype, *sign)
 
 
 @dataclass(frozen=True)
@@ -160,10 +162,7 @@ class CodebookCoding:
     @property
     def label(self) -> str:
         """Short name: `nf4 g64`, `nf4 row`, `nf4 g64 fp16`."""
-        parts = [self.codebook, f"g{self.group_size}" if self.group_size else "row"]
-        if self.scale_dtype != "bfloat16":
-            parts.append(_SHORT[self.scale_dtype])
-        return " ".join(parts)
+        return _grouped_label(self.codebook, self.group_size, self.scale_dtype)
 
 
 @dataclass(frozen=True)
@@ -221,10 +220,7 @@ class VectorCoding:
     @property
     def label(self) -> str:
         """Short name: `gauss2x4 g64`, `gauss3x2 row`."""
-        parts = [self.codebook, f"g{self.group_size}" if self.group_size else "row"]
-        if self.scale_dtype != "bfloat16":
-            parts.append(_SHORT[self.scale_dtype])
-        return " ".join(parts)
+        return _grouped_label(self.codebook, self.group_size, self.scale_dtype)
 
 
 @dataclass(frozen=True)
