@@ -74,13 +74,13 @@ def test_between_steps_no_page_of_them_is_in_ram(tmp_path: Path) -> None:
     trim_heap()
     before = resident_bytes()
     parameters[0].grad = torch.ones_like(parameters[0])
-    own = parameters[0].nbytes
     for _ in range(2):
         optimizer.step()
+    trim_heap()
     states = [one for state in optimizer.state.values() for one in state.values() if isinstance(one, Tensor)]
     assert len(states) == 24
     assert sum(map(mapped_resident, states)) == 0
-    assert resident_bytes() - before < own + held / 8
+    assert resident_bytes() - before < held / 2  # what other tests' threads take meanwhile is far less
     Checkpoints(tmp_path / "saved").save(State(1, pack_state(optimizer)[0], {}), optimizer.leave)
     assert sum(map(mapped_resident, states)) == 0
 
