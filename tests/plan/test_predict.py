@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from tailorbird.calibrate import kept
 from tailorbird.formats.packed import FloatCoding, IntegerCoding
 from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
@@ -14,6 +16,8 @@ from tailorbird.plan.predict import Prediction, Workload, predict
 from tiny import save_model
 
 CODINGS = (IntegerCoding(4, 64), FloatCoding())
+#: Room that no disk has.
+NEVER = 1 << 60
 
 
 def foresee(
@@ -152,6 +156,7 @@ def test_too_little_memory_is_advised_on(wide: Path, monkeypatch: pytest.MonkeyP
 def test_too_little_disk_is_advised_on_with_a_number_that_helps(
     wide: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(kept, "ROOM", NEVER)
     needed = max(stage.disk_bytes for stage in foresee(wide, windows=320).stages)
 
     class Usage:
@@ -190,16 +195,34 @@ def test_disk_that_the_unfinished_job_holds_counts_as_free(
 def test_fewer_sequences_are_advised_only_where_they_help(
     wide: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = module.shutil.disk_usage(wide)
+    monkeypatch.setattr(kept, "ROOM", NEVER)  # what is kept where there is room leaves no shortage
     for windows, helps in ((1, False), (400, True)):
         stages = foresee(wide, windows=windows).stages
         largest = max(stages, key=lambda stage: stage.disk_bytes)
         free = int(0.9 * largest.disk_bytes)
-        monkeypatch.setattr(module.shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
-        advice = foresee(wide, windows=windows).advice or ""
+        with monkeypatch.context() as patched:
+            patched.setattr(module.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+            advice = foresee(wide, windows=windows).advice or ""
         assert ("--sequences" in advice) == (helps and largest.name != "sensitivity")
         assert "larger disk" in advice
-        monkeypatch.undo()
+
+
+@pytest.mark.usefixtures("steady")
+def test_what_would_be_kept_on_the_disk_is_foreseen_only_where_it_fits(
+    wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs = frozenset({"gram", "cross"})
+    roomy = foresee(wide, windows=320, needs=needs).stages[2]
+    with monkeypatch.context() as patched:
+        patched.setattr(kept, "ROOM", NEVER)
+        anew = foresee(wide, windows=320, needs=needs).stages[2]
+    assert roomy.disk_bytes > anew.disk_bytes
+    assert roomy.seconds < anew.seconds
+    assert roomy.peak_rss_bytes <= anew.peak_rss_bytes
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=anew.disk_bytes))
+    found = foresee(wide, windows=320, needs=needs)
+    assert found.stages[2] == anew
+    assert found.shortage is None
 
 
 @pytest.mark.usefixtures("steady")

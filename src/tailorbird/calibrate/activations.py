@@ -140,6 +140,11 @@ class ActivationFile:
         finally:
             self._abandon()
 
+    def drop(self) -> None:
+        """Let go of the file and delete it."""
+        self._abandon()
+        self.path.unlink(missing_ok=True)
+
     def _abandon(self) -> None:
         if self._handle >= 0:
             os.close(self._handle)

@@ -16,7 +16,9 @@ rotation (`compress/rotation.py`) one more says by what the source was rotated.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,7 @@ import torch
 from tailorbird.calibrate.activations import ActivationFile
 from tailorbird.calibrate.importance import attention_received, token_weights
 from tailorbird.calibrate.job import Job
+from tailorbird.calibrate.kept import KeptInputs, KeptOutputs, has_room, input_bytes, output_bytes
 from tailorbird.calibrate.statistics import GramAccumulator, LinearStatistics
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.compress.blocks.beside import begin
@@ -76,6 +79,13 @@ STATES = "whole-states"
 SKETCHES = "sketches"
 #: Of a job: blocks that were learned in one window and are to be learned again in the next.
 WINDOWS = "windows"
+
+#: Around a block's run over windows `start` to `stop`: what is kept of it, or was kept before.
+Passing = Callable[[int, int], AbstractContextManager[None]]
+
+
+def _as_is(start: int, stop: int) -> AbstractContextManager[None]:
+    return contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -285,10 +295,13 @@ class Pipeline:
     def _block(self, anatomy: BlockAnatomy) -> dict[str, Any]:
         """Compress one block, write its file, carry both streams over it."""
         block = self._rounded(anatomy)
-        self._learn_together([block])
+        if self.compression.block is not None:
+            block.drop_kept()  # what learns changes them once more
+            self._learn_together([block])
         self._write(block)
         if self.streamed:
-            self._carry("result", anatomy.index, block.module)
+            self._carry("result", anatomy.index, block.module, block.passing)
+        block.drop_kept()
         return block.done
 
     def _window(self, window: Window) -> dict[str, Any]:
@@ -296,9 +309,11 @@ class Pipeline:
         blocks: list[_Block] = []
         for anatomy in self.anatomy.blocks[window.start : window.stop]:
             if blocks:
-                self._carry("result", anatomy.index - 1, blocks[-1].module)
+                self._carry("result", anatomy.index - 1, blocks[-1].module, blocks[-1].passing)
             learned = anatomy.index < window.new
             blocks.append(self._again(window, anatomy) if learned else self._rounded(anatomy))
+        for block in blocks:
+            block.drop_kept()
         self._learn_together(blocks)
         done: dict[str, Any] = {}
         for block in blocks:
@@ -336,9 +351,10 @@ class Pipeline:
         """Round the linears of a block, and carry the source's stream over it."""
         index = anatomy.index
         chosen = [p for p in anatomy.linears if p.name in self.compression.codings]
+        source = self._pass_source(anatomy) if self.streamed and self.paired else None
         block = _Block(anatomy, self.model.load_block(index))
         working = block.module
-        source = self.model.load_block(index) if self.streamed and self.paired else None
+        block.kept = self._kept_outputs(anatomy)
         tensors = block.tensors
         tensors |= {other: self.checkpoint.weights.read(other) for other in anatomy.other}
         for place in anatomy.linears:
@@ -351,13 +367,14 @@ class Pipeline:
                 self.compression.fold, self.model, working, anatomy, self.compression.codings, tensors
             )
             folding.fold_pairs(lambda place: self._statistics(index, place, working, None, None, weights))
-        for together in sharing_input(chosen):
+        groups = sharing_input(chosen)
+        for together in groups:
             statistics = None
             if self.gathers:
                 if folding is not None:
                     folding.shift_norm(together, partial(self._inputs, index, together[0], working))
                 statistics = self._statistics(
-                    index, together[0], working, source if self.crossed else None, folding, weights
+                    index, together[0], working, source, folding, weights, block.passing
                 )
                 if folding is not None:
                     statistics = folding.fold_norm(together, statistics)
@@ -377,10 +394,49 @@ class Pipeline:
                 tensors |= self._stored(place, packed)
                 self.model.set_weight(working, place, approximation)
                 del weight, approximation, packed
+                if block.kept is not None and together is not groups[-1]:
+                    block.kept.keep(place, self.model.module_of(working, place.name))
             del rounded, statistics
         if source is not None:
-            self._carry("source", index, source)
+            source.drop()
         return block
+
+    def _pass_source(self, anatomy: BlockAnatomy) -> _SourceInputs | None:
+        """Carry the source's stream over a block; what its linears read, where that is asked for."""
+        ids = self.compression.ids
+        assert ids is not None
+        index = anatomy.index
+        module = self.model.load_block(index)
+        if not self.crossed:
+            self._carry("source", index, module)
+            return None
+        if not self._has_room(input_bytes(anatomy, ids.numel())):
+            self._carry("source", index, module)
+            return _SourceInputs(partial(self._source_input, index, module), lambda: None)
+        kept = KeptInputs(self.job, anatomy, *ids.shape)
+        linears = {place.shares_input: self.model.module_of(module, place.name) for place in anatomy.linears}
+        self._carry("source", index, module, partial(kept.passing, linears))
+        return _SourceInputs(kept.read, kept.drop)
+
+    def _source_input(
+        self, index: int, module: torch.nn.Module, key: str, start: int, stop: int
+    ) -> torch.Tensor:
+        stream = self._open_stream("source", index)
+        x = self._input(key, index, module, stream.read(start, stop))
+        stream.close()
+        return x
+
+    def _has_room(self, size: int) -> bool:
+        """Whether so many bytes are kept on the disk for a while."""
+        return has_room(shutil.disk_usage(self.job.work).free, size)
+
+    def _kept_outputs(self, anatomy: BlockAnatomy) -> KeptOutputs | None:
+        """Where outputs of linears are kept while others of their block are rounded, if there is room."""
+        ids = self.compression.ids
+        if not self.gathers or ids is None:
+            return None
+        room = self._has_room(output_bytes(anatomy, ids.numel()))
+        return KeptOutputs(self.job, *ids.shape) if room else None
 
     def _begin(
         self, block: _Block, place: LinearPlace, weight: torch.Tensor | None, packed: PackedWeight
@@ -501,14 +557,15 @@ class Pipeline:
         index: int,
         place: LinearPlace,
         working: torch.nn.Module,
-        source: torch.nn.Module | None,
+        source: _SourceInputs | None,
         folding: BlockFolding | None,
         weights: torch.Tensor | None,
+        passing: Passing = _as_is,
     ) -> LinearStatistics:
         """Statistics of the input that `place` and its fellows read in the compressed block.
 
         What `folding` has made of that input is done to the source's too, so that both can be compared.
-        `weights`, ``[windows, length]``, are those of tokens.
+        `weights`, ``[windows, length]``, are those of tokens; windows run as `passing` has it.
         """
         key = place.shares_input
         accumulator = GramAccumulator(
@@ -517,18 +574,17 @@ class Pipeline:
         ids = self.compression.ids
         assert ids is not None
         result_stream = self._open_stream("result", index)
-        source_stream = self._open_stream("source", index) if source is not None else None
         for start, stop in batches(*ids.shape):
-            x = self._input(key, index, working, result_stream.read(start, stop))
+            with passing(start, stop):
+                x = self._input(key, index, working, result_stream.read(start, stop))
             own = None if weights is None else weights[start:stop]
-            if source is not None and source_stream is not None:
-                source_x = self._input(key, index, source, source_stream.read(start, stop))
-                accumulator.add(x, source_x if folding is None else folding.of_source(key, source_x), own)
+            if source is not None:
+                source_x = source.read(key, start, stop)
+                source_x = source_x if folding is None else folding.of_source(key, source_x)
+                accumulator.add(x, source_x.view_as(x), own)
             else:
                 accumulator.add(x, weights=own)
         result_stream.close()
-        if source_stream is not None:
-            source_stream.close()
         return accumulator.finish()
 
     def _inputs(self, index: int, place: LinearPlace, working: torch.nn.Module) -> Iterator[torch.Tensor]:
@@ -565,13 +621,14 @@ class Pipeline:
             self.model.capture_inputs(block, index, hidden, keep)
         return found[0]
 
-    def _carry(self, kind: str, index: int, block: torch.nn.Module) -> None:
-        """Run a stream through `block` into the stream of the next boundary."""
+    def _carry(self, kind: str, index: int, block: torch.nn.Module, passing: Passing = _as_is) -> None:
+        """Run a stream through `block`, as `passing` has it, into the stream of the next boundary."""
         ids = self.compression.ids
         assert ids is not None
         before, after = self._open_stream(kind, index), self._new_stream(kind, index + 1)
         for start, stop in batches(*ids.shape):
-            after.write(start, self.model.run_block(block, index, before.read(start, stop)))
+            with passing(start, stop):
+                after.write(start, self.model.run_block(block, index, before.read(start, stop)))
         before.close()
         after.close()
 
@@ -644,6 +701,22 @@ class Pipeline:
         return frozenset(name.removesuffix(".order") for name in names if name.endswith(".order"))
 
 
+@dataclass(frozen=True)
+class _SourceInputs:
+    """What the linears of a block of the source read.
+
+    Attributes
+    ----------
+    read : callable
+        From the ``shares_input`` of linears, and windows from one to another, ``[..., in_features]``.
+    drop : callable
+        Called when none is read any more.
+    """
+
+    read: Callable[[str, int, int], torch.Tensor]
+    drop: Callable[[], None]
+
+
 class _Learning:
     """What a block method learns in one block: by the names of linears, beside where it began."""
 
@@ -680,6 +753,8 @@ class _Block:
     done, rows : dict
         What was measured: what the step records, and the relative errors of rows.
     folding : BlockFolding or None
+    kept : KeptOutputs or None
+        Of linears that were rounded, while others are.
     """
 
     #: In a state: before the names of tensors, errors of rows, weights before they were rounded, scales.
@@ -691,6 +766,7 @@ class _Block:
         self.done: dict[str, Any] = {}
         self.rows: dict[str, torch.Tensor] = {}
         self.folding: BlockFolding | None = None
+        self.kept: KeptOutputs | None = None
         self.learning = _Learning()
         self._folds: dict[str, torch.Tensor] = {}
 
@@ -698,6 +774,17 @@ class _Block:
     def folds(self) -> dict[str, torch.Tensor]:
         """Scales by which it was folded."""
         return self._folds if self.folding is None else self.folding.found
+
+    @property
+    def passing(self) -> Passing:
+        """How the block runs: with what is kept of it."""
+        return _as_is if self.kept is None else self.kept.passing
+
+    def drop_kept(self) -> None:
+        """Run all of the block from now on."""
+        if self.kept is not None:
+            self.kept.drop()
+        self.kept = None
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that it takes to learn the block once more."""

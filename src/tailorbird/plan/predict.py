@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from tailorbird.calibrate.kept import has_room, input_bytes, output_bytes
 from tailorbird.calibrate.statistics import CHUNK_TOKENS
 from tailorbird.evaluate.streamed import BATCH_TOKENS, LOGIT_VALUES
 from tailorbird.formats.packed import Coding
@@ -247,6 +248,14 @@ def _statistics_peak(block: BlockAnatomy, anatomy: Anatomy, activations: int) ->
     return peak
 
 
+def _kept_bytes(work: Workload) -> int:
+    """What passes over a block leave on the disk for later ones."""
+    tokens = work.calibration[0] * work.calibration[1]
+    inputs = max(input_bytes(block, tokens) for block in work.anatomy.blocks)
+    outputs = max(output_bytes(block, tokens) for block in work.anatomy.blocks)
+    return ("cross" in work.needs) * inputs + ("gram" in work.needs) * outputs
+
+
 def predict(work: Workload) -> Prediction:
     """Stages of `fit` for `work` on this machine.
 
@@ -266,7 +275,13 @@ def predict(work: Workload) -> Prediction:
     def forward(tokens: int) -> float:
         return forward_flops(tokens, s.parameters)
 
+    parent = work.output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free + _occupied(work.output.with_name(f"{work.output.name}.partial"))
     streams = 2 if work.needs & {"cross", "outputs"} else 1
+    keeps = has_room(free - hidden(cal, 2 * streams) - source_bytes, _kept_bytes(work))
+    sources = 1 if "cross" in work.needs and not keeps else 0  # blocks of the source beside the others
     tokens = {k: v[0] * v[1] for k, v in (("cal", cal), ("held", held), ("sens", sens))}
     # An end's rounding by the method holds it, a working copy, its codes and the values they stand for.
     rounding_end = int(4.2 * s.end) if "gram" in work.needs else int(2.6 * s.end)
@@ -290,13 +305,17 @@ def predict(work: Workload) -> Prediction:
     sensitivity = max(sensitivity, s.end + 6 * s.head_gram)  # the errors of the head, or the tied pair
     compress = max(
         rounding_end,
-        streams * s.block + streams * s.gram + max(s.activations(s.batch(*cal)), 3 * s.gram + 3 * s.linear),
+        (1 + sources) * s.block
+        + streams * s.gram
+        + max(s.activations(s.batch(*cal)), 3 * s.gram + 3 * s.linear),
     )
     if work.corrects:  # in float64: the Gram matrix, its eigenvectors, the solver's own; and the difference
-        compress = max(compress, streams * (s.block + s.gram) + s.gram + 10 * s.gram + 8 * s.linear)
+        compress = max(
+            compress, (1 + sources) * s.block + (streams + 1) * s.gram + 10 * s.gram + 8 * s.linear
+        )
     if "sketch" in work.needs:
         passing = 2 * s.block + max(s.sketches) + s.linear + int(2.5 * s.activations(cal[1]))
-        both_sides = streams * (s.block + s.gram) + 4 * s.gram + 3 * s.sketch + 6 * s.linear
+        both_sides = (1 + sources) * s.block + (streams + 4) * s.gram + 3 * s.sketch + 6 * s.linear
         compress = max(compress, passing, 2 * s.end + 4 * s.logits, both_sides)
     block_tokens, whole_tokens = (windows * cal[1] for _, windows in (work.block_updates, work.whole_updates))
     if block_tokens:
@@ -346,7 +365,7 @@ def predict(work: Workload) -> Prediction:
         "sensitivity": 4 * forward(tokens["sens"]) + 6 * tokens["sens"] * head_flops
         if work.gradients
         else measuring_flops(work.anatomy, tokens["sens"]),
-        "compress": 3 * streams * forward(tokens["cal"])
+        "compress": (1 if keeps else 3) * streams * forward(tokens["cal"])
         + streams * grams
         + 4 * solving
         + correcting
@@ -371,16 +390,12 @@ def predict(work: Workload) -> Prediction:
             "compress",
             base + compress,
             0,
-            max(hidden(cal, passes) + sketches + waiting, states) + source_bytes,
+            max(hidden(cal, passes) + keeps * _kept_bytes(work) + sketches + waiting, states) + source_bytes,
             times["compress"] / rate,
         ),
         Stage("gate", base + gate, 0, hidden(held, 2) + source_bytes, times["gate"] / rate),
     )
     available = available_bytes() + resident_bytes()
-    parent = work.output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free + _occupied(work.output.with_name(f"{work.output.name}.partial"))
     worst = max(stages, key=lambda stage: stage.peak_rss_bytes)
     disk = max(stages, key=lambda stage: stage.disk_bytes)
     shortage = advice = None
