@@ -199,18 +199,17 @@ def test_a_correction_stands_beside_it(model: Path, text: Path, tmp_path: Path) 
 
 
 @pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
-def test_it_generates_and_serves_by_its_modules(turned: Path) -> None:
+def test_it_generates_and_serves_in_compiled_blocks(turned: Path) -> None:
     model = load(turned, dtype=torch.float32)
-    assert "rotated inputs" in str(obstacle(model))
-    assert any("gauss3 g32 · rotated native" in path for path in linear_paths(model, 1))
+    assert obstacle(model) is None
+    assert any("gauss3 g32 · rotated fused" in path for path in linear_paths(model, 1))
     ids = torch.arange(40)[None] * 5
     with torch.no_grad():
         expected = model(ids).logits[:, -1].float()
     found = decode(model).read(ids)
-    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert (found - expected).abs().max() <= 2e-2 * expected.abs().max()  # inputs in bytes
     made = engine(str(turned), max_sequences=4, step_tokens=24)
-    assert made.info["path"] == "paged"
-    assert "rotated inputs" in made.info["note"]
+    assert made.info["path"] == "fused"
     run = Watched(made)
     for number in range(3):
         made.add(Request(str(number), (5, 9, 7 + number), 6, sampling=Sampling(temperature=0.0)))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compressed import save_compressed
+from readings import LENGTH, by_modules, in_pieces, tokens
 from tailorbird.formats.modules import CompressedLinear
 from tailorbird.formats.packed import CodebookCoding, GroupedCoding, IntegerCoding
 from tailorbird.kernels import blocks, native
@@ -28,7 +29,6 @@ from tiny import ARCHITECTURES, make_model
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
 
-LENGTH = 70
 INT4, NF4 = IntegerCoding(4, 32), CodebookCoding("nf4", 32)
 
 
@@ -49,33 +49,6 @@ def compressed(
     model = make_model(architecture, **config).to(dtype)
     save_compressed(directory, model, coding, layout=layout)
     return load(str(directory))
-
-
-def tokens(sequences: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, (sequences, LENGTH), generator=torch.Generator().manual_seed(seed))
-
-
-def by_modules(model: Any, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits.float()
-
-
-def in_pieces(model: Any, ids: Tensor, cuts: list[int]) -> Tensor:
-    """Logits of all tokens, read in pieces that end at `cuts`."""
-    fused = FusedModel(model)
-    sequences, length = ids.shape
-    pages = fused.pages(sequences)
-    found = []
-    for start, stop in zip([0, *cuts], [*cuts, length], strict=True):
-        pages.reach(stop)
-        count = stop - start
-        positions = torch.arange(start, stop, dtype=torch.int32).repeat(sequences)
-        owners = torch.arange(sequences, dtype=torch.int32).repeat_interleave(count)
-        part = fused.step(
-            ids[:, start:stop].reshape(-1), positions, owners, pages, torch.arange(sequences * count)
-        )
-        found.append(part.view(sequences, count, -1))
-    return torch.cat(found, dim=1)
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))

@@ -285,9 +285,10 @@ def linear_paths(model: Any, rows: int) -> dict[str, int]:
     fused = obstacle(model) is None
     for module in model.modules():
         if isinstance(module, CompressedLinear):
-            path = (
-                f"fused {'int8' if module.rounds else 'float'}" if fused else module.path(rows, model.dtype)
-            )
+            path = module.path(rows, model.dtype)
+            if fused:
+                turned = "" if module.transform is None else f"{module.transform.word} "
+                path = f"{turned}fused {'int8' if module.rounds else 'float'}"
             found[f"{module.coding.label} · {path}"] += 1
         elif isinstance(module, nn.Linear | Conv1D):
             dtype = module.weight.dtype

@@ -37,15 +37,22 @@ class NormStructure(ctypes.Structure):
     _fields_ = [("weight", _pointer), ("bias", _pointer), ("epsilon", _float), ("kind", _int)]
 
 
+class TurnStructure(ctypes.Structure):
+    """`Turn`: what `walsh.rotate` does to inputs; int8 signs ``[blocks, block]``."""
+
+    _fields_ = [("signs", _pointer), ("blocks", _size), ("block", _size), ("factor", _float)]
+
+
 class LinearStructure(ctypes.Structure):
     """`Linear`: a packed weight, or a dense one ``[out_features, in_features]``; a float32 bias or null.
 
-    `low_rank` is the address of a `LinearAdapterStructure` of two factors alone, or null.
+    `low_rank` is the address of a `LinearAdapterStructure` of two factors alone, `turn` that of a
+    `TurnStructure`, or null. Linears that read the same inputs have equal signs, or none.
     """
 
     _fields_ = [
         ("weight", WeightStructure), ("dense", _pointer), ("bias", _pointer), ("dense_float32", _int),
-        ("int8", _int), ("low_rank", _pointer),
+        ("int8", _int), ("low_rank", _pointer), ("turn", _pointer),
     ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ they don't suit (`parts`), `obstacle` says what stands in the way.
 from __future__ import annotations
 
 import ctypes
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from tailorbird.kernels.blocks import (
     HeadsStructure,
     LinearStructure,
     NormStructure,
+    TurnStructure,
 )
 from tailorbird.run.pages import CPU, Cache, Pages
 from tailorbird.run.parts import Layer, Unsuited, epsilon, norm_kind, parts_of, placed_linears
@@ -404,13 +406,28 @@ class FusedModel:
         self._kept.append(described)
         return ctypes.addressof(described)
 
+    def _turn(self, module: CompressedLinear) -> int | None:
+        """Address of what a linear's inputs go through before its codes, if they do."""
+        if module.signs is None:
+            return None
+        blocks, block = module.signs.shape
+        described = TurnStructure(self._keep(module.signs.contiguous()), blocks, block, 1 / math.sqrt(block))
+        self._kept.append(described)
+        return ctypes.addressof(described)
+
     def _linear(self, module: Any) -> LinearStructure:
         bias = None if module.bias is None else self._keep(module.bias.detach().float().contiguous())
         if isinstance(module, CompressedLinear):
             layout = module.native_layout(self._arena)
             self._kept.append(layout)
             return LinearStructure(
-                layout.described, None, bias, 0, int(module.rounds), self._low_rank(module)
+                layout.described,
+                None,
+                bias,
+                0,
+                int(module.rounds),
+                self._low_rank(module),
+                self._turn(module),
             )
         weight = module.weight.detach()
         if not isinstance(module, nn.Linear):  # Conv1D stores [in, out]

@@ -7,7 +7,7 @@ refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -200,6 +200,8 @@ def _check_layer(layer: Layer, width: int) -> None:
     pairs = [*zip(layer.attention_in, shapes, strict=True), (layer.attention_out, (width, heads * d))]
     for module in (*layer.attention_in, layer.attention_out, *layer.mlp_in, layer.mlp_out):
         _check_kind(module)
+    for together in (layer.attention_in, layer.mlp_in):
+        _check_turned_alike(together)
     inner = linear_shape(layer.mlp_out)[1]
     rows = 2 * inner if layer.gated and len(layer.mlp_in) == 1 else inner
     pairs += [(module, (rows, width)) for module in layer.mlp_in]
@@ -219,7 +221,7 @@ def _check_kind(module: Any) -> None:
     if isinstance(module, CompressedLinear):
         if module.order is not None:
             raise Unsuited("a linear with reordered inputs")
-        if module.transform is not None:
+        if module.transform is not None and module.signs is None:
             raise Unsuited(f"a linear with {module.transform.word} inputs")
         if module.values is not None:
             raise Unsuited("a linear with a sparse part")
@@ -231,6 +233,14 @@ def _check_kind(module: Any) -> None:
         raise Unsuited(f"a {type(module).__name__} in place of a linear")
     elif module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise Unsuited(f"a linear of {module.weight.dtype}")
+
+
+def _check_turned_alike(modules: Sequence[Any]) -> None:
+    """Linears that read the same inputs rotate them by the same signs, as far as they do."""
+    found = [module.signs for module in modules if isinstance(module, CompressedLinear)]
+    signs = [one for one in found if one is not None]
+    if any(not torch.equal(one, signs[0]) for one in signs[1:]):
+        raise Unsuited("linears that rotate the same inputs by different signs")
 
 
 def _check_linear(module: Any, shape: tuple[int, int]) -> None:

@@ -23,6 +23,13 @@ struct Norm {
 
 struct LinearAdapter;
 
+// Blocks of inputs times their signs and Hadamard's matrix over the root of its order, before the products of a linear.
+struct Turn {
+  const std::int8_t* signs;     // [blocks][block], 1 or -1
+  std::int64_t blocks, block;  // block: a power of two
+  float factor;                // 1 over the root of block
+};
+
 // y = x times the weight, plus the bias, plus the low-rank part. Packed, or dense: [rows][in_features].
 struct Linear {
   Weight weight;
@@ -30,6 +37,8 @@ struct Linear {
   const float* bias;  // or null
   std::int32_t dense_float32, int8;  // dense values are float32, not bfloat16; inputs may be rounded to bytes
   const LinearAdapter* low_rank;     // `down` and `up` alone, of all tokens; or null
+  const Turn* turn;                  // of the weight's inputs, not of the low-rank part's; or null. Linears that read the
+                                     // same inputs have equal ones, or none
 };
 
 // Where a head's query, key and value lie in what the projections give for a token: `group_stride` apart those of
