@@ -7,6 +7,9 @@ the comparison with the source that peers leave out, is given beside it. `gptq-p
 asymmetric calibration, which is what peers do; `gptq` carries the source model's inputs along. Environments
 of peers lie in one folder as for `quality_per_byte.py`. Refuses to start on a busy machine.
 
+The result is written after each subject. Another run of the same settings goes on with what is there; medians
+are those of all rounds. A subject that failed isn't tried again but with --again.
+
     python benchmarks/compression_time.py [--peers FOLDER] [--sizes 0.5B] [--rounds 3] [--windows 64]
 """
 
@@ -16,6 +19,7 @@ import argparse
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +29,14 @@ from rich.table import Table
 from cpu_peers import installed_version
 from fit_quality import Subject
 from fit_speed import write_text
-from machine import add_quiet_option, require_quiet, write_result
+from machine import add_quiet_option, kept_result, require_quiet, write_result
 from quality_per_byte import PEERS, open_subject, run_child
 from random_models import write_random_llama
 
 #: name -> (blocks, width, feed-forward width, heads, key heads); vocabulary of 32,000
 SIZES = {"110M": (12, 768, 2048, 12, 4), "0.5B": (24, 1024, 4096, 16, 8)}
+#: of the result file
+NAME = "compression_time"
 OWN = ("gptq-plain", "gptq", "gptq+signround")
 LENGTH, BITS, GROUP = 512, 4, 64
 
@@ -44,8 +50,28 @@ def seconds_of(name: str, python: str, settings: dict[str, Any], folder: Path) -
     return found
 
 
-def measure(size: str, pythons: dict[str, str], rounds: int, windows: int) -> list[dict[str, Any]]:
-    """Every subject on one model."""
+def measure(
+    size: str, pythons: dict[str, str], rounds: int, windows: int, runs: dict[str, list[dict[str, Any]]]
+) -> Iterator[str]:
+    """Every subject on one model, as often as `runs` doesn't have it yet; gives its name after each run.
+
+    Parameters
+    ----------
+    size : str
+    pythons : dict of str to str
+        By subject.
+    rounds, windows : int
+    runs : dict of str to list of dict
+        By subject; what is found is added.
+    """
+    todo = [
+        name
+        for number in range(rounds)
+        for name in pythons
+        if len(runs.get(name, ())) <= number and not has_failed(runs.get(name, ()))
+    ]
+    if not todo:
+        return
     blocks, hidden, intermediate, heads, kv_heads = SIZES[size]
     with tempfile.TemporaryDirectory(prefix="compression-time-") as name:
         folder = Path(name)
@@ -59,14 +85,26 @@ def measure(size: str, pythons: dict[str, str], rounds: int, windows: int) -> li
             "bits": BITS, "group": GROUP, "model": str(model), "calibration": str(text), "evaluation": None,
             "sequences": windows, "ids": str(opened.ids), "linears": opened.linears, "steps": None,
         }  # fmt: skip
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in pythons}
-        for _ in range(rounds):
-            for subject, python in pythons.items():
-                runs[subject].append(seconds_of(subject, python, settings, folder))
-                print(size, subject, runs[subject][-1], flush=True)
+        for subject in todo:
+            own = runs.setdefault(subject, [])
+            if has_failed(own):
+                continue
+            own.append(seconds_of(subject, pythons[subject], settings, folder))
+            print(size, subject, own[-1], flush=True)
+            yield subject
+
+
+def has_failed(runs: Sequence[dict[str, Any]]) -> bool:
+    """Whether one of a subject's runs has."""
+    return any("failed" in run for run in runs)
+
+
+def rows_of(runs: dict[str, dict[str, list[dict[str, Any]]]], windows: int) -> list[dict[str, Any]]:
+    """A row for each model and subject."""
     return [
         {"model": size, "subject": subject, "windows": windows, "length": LENGTH, **medians(found)}
-        for subject, found in runs.items()
+        for size, subjects in runs.items()
+        for subject, found in subjects.items()
     ]
 
 
@@ -74,7 +112,7 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Of every number over the rounds; why the first failed, where one did."""
     failed = next((run for run in runs if "failed" in run), None)
     if failed is not None:
-        return failed
+        return {**failed, "runs": runs}
     return {key: statistics.median(run[key] for run in runs) for key in runs[0]} | {"runs": runs}
 
 
@@ -100,6 +138,7 @@ def main() -> None:
     parser.add_argument("--subjects", nargs="+", choices=[*OWN, *PEERS], help="only these")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--windows", type=int, default=64, help=f"of calibration, {LENGTH} tokens each")
+    parser.add_argument("--again", action="store_true", help="measure anew what is there already")
     add_quiet_option(parser)
     arguments = parser.parse_args()
     busy = require_quiet(arguments.even_if_busy)
@@ -110,16 +149,30 @@ def main() -> None:
             pythons[name] = str(python)
     if arguments.subjects:
         pythons = {name: pythons[name] for name in arguments.subjects}
-    rows: list[dict[str, Any]] = []
-    for size in arguments.sizes:
-        rows += measure(size, pythons, arguments.rounds, arguments.windows)
-    versions = {
+    peers = {
         name: installed_version(pythons[name], package)
         for name, (_, package) in PEERS.items()
         if name in pythons
     }
-    write_result("compression_time", {"others_cores": busy, "peers": versions, "rows": rows})
-    show(rows)
+    settings = {"bits": BITS, "group_size": GROUP, "length": LENGTH, "windows": arguments.windows}
+    kept = kept_result(NAME, settings)
+    before = kept.get("peers", {})
+    runs: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for row in kept.get("rows", ()):
+        name = row["subject"]
+        asked = arguments.again and row["model"] in arguments.sizes and name in pythons
+        if not asked and peers.get(name, before.get(name)) == before.get(name):
+            runs.setdefault(row["model"], {})[name] = row["runs"]
+    busy = max(busy, kept.get("others_cores", 0.0))
+    for size in arguments.sizes:
+        own = runs.setdefault(size, {})
+        for _ in measure(size, pythons, arguments.rounds, arguments.windows, own):
+            rows = rows_of(runs, arguments.windows)
+            write_result(
+                NAME,
+                {"others_cores": busy, "peers": before | peers, "settings": settings, "rows": rows},
+            )
+    show(rows_of(runs, arguments.windows))
 
 
 if __name__ == "__main__":

@@ -79,18 +79,47 @@ def write_result(name: str, data: dict[str, Any]) -> Path:
         "benchmark": name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": describe(),
-        "versions": {
-            "tailorbird": tailorbird.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         **data,
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(whole, indent=1) + "\n")
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps(whole, indent=1) + "\n")
+    partial.replace(path)  # whole, or as it was
     return path
+
+
+def kept_result(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What ``results/<name>.json`` holds, for a run that goes on with it; nothing where it can't.
+
+    Parameters
+    ----------
+    name : str
+    settings : dict
+        On which every number depends: those of the file, under the same key, are the same, and so are machine
+        and versions.
+    """
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text())
+    expected = {"settings": settings, "machine": describe(), "versions": versions()}
+    others = [key for key, value in expected.items() if found.get(key) != value]
+    if others:
+        print(f"{path.name} has other {', '.join(others)}: everything is measured anew", flush=True)
+        return {}
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Of what every number depends on."""
+    return {
+        "tailorbird": tailorbird.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _busy_seconds() -> float:

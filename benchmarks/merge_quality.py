@@ -185,7 +185,7 @@ def rounded_to_nearest(base: Path, adapter: Path, measured: Path, place: Path) -
     opened = LoraAdapter.open(adapter, checkpoint, anatomy)
     tensors = {name: checkpoint.weights.read(name) for name in checkpoint.weights.names}
     for linear in anatomy.linears():
-        product = opened.product(linear.name)
+        product = opened.change(linear.name)
         if product is not None:
             stored = stored_weight(checkpoint, linear, tensors)
             packed = Rtn()(stored.dequantize() + product.delta(), None, stored.coding)

@@ -807,14 +807,14 @@ def merge_adapter(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> MergeResult:
-    """Merge a LoRA adapter into the weights of `model`, packed ones too, and measure what survives of it.
+    """Merge a LoRA or GLoRA adapter into the weights of `model`, packed ones too, and measure what survives.
 
     Parameters
     ----------
     model : str
         Directory, Hugging Face id or ``demo``; it stays as it is.
     adapter : str or Path
-        Directory in PEFT's layout; it stays as it is.
+        Directory in PEFT's layout, or as `tune` wrote it; it stays as it is.
     output : str or Path
         Directory to write, in the format of `model`; must not exist.
     data : str

@@ -12,8 +12,10 @@ import pytest
 import yaml
 
 from sample_tuning import CONFIG, origin
-from tailorbird.adapt.card import card, checkpoint_card
+from tailorbird.adapt.card import SERVED, card, checkpoint_card
 from tailorbird.formats.peft import BEGINNINGS
+from tailorbird.serve.adapters.basis import PEFT_TYPE
+from tailorbird.serve.adapters.kinds import KINDS
 
 HOSTILE = [
     "a/b\n---\nlicense: mit",
@@ -82,6 +84,20 @@ def test_an_adapter_of_tailorbirds_own_is_opened_by_tailorbird_alone() -> None:
     assert ast.parse(found[1])
     assert "PeftModel" not in body
     assert "serve demo" not in body
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["in PEFT's layout", "in its own form"])
+def test_glora_is_merged_and_not_served(own: bool) -> None:
+    kind = {"peft_type": "TAILORBIRD", "method": "glora"} if own else {"peft_type": "GLORA"}
+    body = split(card(origin(), kind, "demo"))[1]
+    assert [language for language, _ in blocks(body)] == ["python", "sh"]
+    assert blocks(body)[1][1].startswith("tailorbird adapters merge demo")
+    assert "serve demo" not in body
+
+
+def test_kinds_that_are_said_to_be_served_are() -> None:
+    assert set(SERVED) == set(KINDS) - {PEFT_TYPE}
+    assert "serve" not in split(card(origin(), CONFIG | {"peft_type": "LOHA"}, "demo"))[1]
 
 
 def test_a_base_on_this_machine_is_not_named_as_one_of_the_hubs(

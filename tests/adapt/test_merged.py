@@ -147,6 +147,24 @@ def test_other_changes_of_low_rank_are_merged(method: str, dense: str, data: Dat
     assert run(dense, data, tmp_path / "out", settings).merged["residual_rank"] == 0
 
 
+@pytest.mark.parametrize("around", [None, "ist"])
+def test_glora_is_merged_into_dense_and_packed_models(
+    around: str | None, dense: str, packed: str, data: Data, tmp_path: Path
+) -> None:
+    own = {"rank": 2, "population": 2, "generations": 1, "kept": 1}
+    named: dict[str, Any] = {"method": "glora"} if around is None else {"method": around}
+    inner: dict[str, Any] = own if around is None else own | {"method": "glora"}
+    settings = replace(SHORT, **named, method_settings=inner)
+    for name, model in (("dense", dense), ("packed", packed)):
+        result = run(model, data, tmp_path / name, settings)
+        assert result.merged["gain_kept"] is None or result.merged["gain_kept"] >= 0.95
+        assert result.merged["kl_base"] > 0
+    ids = torch.arange(40)[None]
+    peft = pytest.importorskip("peft")
+    expected = peft.PeftModel.from_pretrained(load(dense), adapter_beside(tmp_path / "dense"))(ids).logits
+    torch.testing.assert_close(load(tmp_path / "dense")(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_too_little_is_refused_and_the_adapter_stays(
     packed: str, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

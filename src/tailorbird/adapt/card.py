@@ -16,9 +16,12 @@ from typing import Any
 import yaml
 
 from tailorbird.adapt.methods.adapter import OWN_TYPE
+from tailorbird.adapt.methods.glora import is_glora
 from tailorbird.formats.peft import BEGINNINGS
 from tailorbird.model.location import on_hub
 
+#: Kinds of PEFT's adapters that are served.
+SERVED = ("LORA", "VERA", "IA3")
 #: Licences by the Hub's own names; others are ``other``, with what they call themselves.
 _LICENCES = frozenset(
     (
@@ -100,7 +103,7 @@ def _sections(origin: Mapping[str, Any], config: Mapping[str, Any], base_name: s
     yield from _how(origin, config)
     yield "## Use"
     if config.get("peft_type") == OWN_TYPE:
-        yield from _opened(base_name)
+        yield from _opened(config, base_name)
     else:
         yield from _loaded_by_peft(base_name)
     if config.get("peft_type") in BEGINNINGS:
@@ -110,7 +113,7 @@ def _sections(origin: Mapping[str, Any], config: Mapping[str, Any], base_name: s
     yield f"Written by tailorbird {_code(origin['tailorbird'])}."
 
 
-def _opened(base_name: str) -> Iterator[str]:
+def _opened(config: Mapping[str, Any], base_name: str) -> Iterator[str]:
     """How an adapter of a method is used that PEFT doesn't have."""
     yield "By tailorbird, whose own method it is, `path/to/adapter` being this directory:"
     yield _fenced(
@@ -118,7 +121,11 @@ def _opened(base_name: str) -> Iterator[str]:
         "from pathlib import Path\n\nfrom tailorbird.adapt.open import load_adapted\n\n"
         f'model = load_adapted({base_name!r}, Path("path/to/adapter"))',
     )
-    yield "It isn't served, and `tailorbird adapters merge` doesn't take it."
+    if is_glora(config):
+        yield "It isn't served."
+        yield from _merged(base_name)
+    else:
+        yield "It isn't served, and `tailorbird adapters merge` doesn't take it."
 
 
 def _loaded_by_peft(base_name: str) -> Iterator[str]:
@@ -134,16 +141,23 @@ def _loaded_by_peft(base_name: str) -> Iterator[str]:
 
 def _served_and_merged(config: Mapping[str, Any], base_name: str) -> Iterator[str]:
     """How a change of weights is used without PEFT, and becomes part of them."""
-    yield "As a server that knows it as the model `tuned`:"
-    base = shlex.quote(base_name)
-    yield _fenced("sh", f"tailorbird serve {base} --adapter tuned=path/to/adapter")
-    if config.get("peft_type") == "LORA" and not config.get("use_dora"):
-        yield "Merged into the weights of the base, dense or packed, and what survives of it measured:"
-        merge = f"tailorbird adapters merge {base} path/to/adapter -o path/to/merged --data held-out.jsonl"
-        yield _fenced("sh", merge)
+    if config.get("peft_type") in SERVED:
+        yield "As a server that knows it as the model `tuned`:"
+        serve = f"tailorbird serve {shlex.quote(base_name)} --adapter tuned=path/to/adapter"
+        yield _fenced("sh", serve)
+    if is_glora(config) or (config.get("peft_type") == "LORA" and not config.get("use_dora")):
+        yield from _merged(base_name)
     else:
         yield "Merged into the weights of a base that isn't compressed:"
         yield _fenced("python", 'model.merge_and_unload().save_pretrained("path/to/merged")')
+
+
+def _merged(base_name: str) -> Iterator[str]:
+    """How weights take it in."""
+    yield "Merged into the weights of the base, dense or packed, and what survives of it measured:"
+    base = shlex.quote(base_name)
+    merge = f"tailorbird adapters merge {base} path/to/adapter -o path/to/merged --data held-out.jsonl"
+    yield _fenced("sh", merge)
 
 
 def _checkpoint_sections(origin: Mapping[str, Any], base_name: str) -> Iterator[str]:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from tailorbird.adapt.methods.adapter import OWN_TYPE, Addition, Attached, Place
+from tailorbird.adapt.methods.glora import is_glora
 from tailorbird.adapt.methods.zeroth.moved import Moved
 from tailorbird.errors import SettingsError
 from tailorbird.formats.peft import CONFIG_FILE, WEIGHTS_FILE, lora_config, lora_tensors
@@ -53,7 +54,7 @@ def _additions(places: Mapping[str, Place], method: Attached) -> list[Addition]:
 
 
 def check_mergeable(name: str, method: Attached) -> None:
-    """Refuse a method whose result isn't a LoRA, the kind of adapter that weights can take in.
+    """Refuse a method whose result is neither a LoRA nor a GLoRA, which weights can take in.
 
     Parameters
     ----------
@@ -77,8 +78,10 @@ def check_mergeable(name: str, method: Attached) -> None:
         return
     if own is not None and own[1].get("peft_type") == "LORA" and not own[1].get("use_dora"):
         return
+    if own is not None and is_glora(own[1]):
+        return
     raise SettingsError(
-        f"a merge of what `{name}` learns", "one whose adapter is a LoRA, such as lora, pissa or lora-pro",
+        f"a merge of what `{name}` learns", "glora, or one whose adapter is a LoRA, such as lora or pissa",
         "leave out --merge and serve the adapter beside the model, or choose another --method",
     )  # fmt: skip
 

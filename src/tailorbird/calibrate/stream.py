@@ -289,10 +289,7 @@ class StreamingModel:
 
         Of a dense linear a view of the very tensor that is in use; of a packed one unpacked.
         """
-        module = self.module_of(block, place.name)
-        weight: Any = module.weight
-        weight = weight.detach().to(self.dtype)
-        return weight if isinstance(module, nn.Linear) else weight.t()
+        return weight_in(self.module_of(block, place.name)).to(self.dtype)
 
     def set_weight(self, block: nn.Module, place: LinearPlace, weight: Tensor) -> None:
         """Let a linear of a loaded block use `weight` ``[out_features, in_features]``.
@@ -361,6 +358,16 @@ class StreamingModel:
         while len(self._arguments) >= REMEMBERED_SHAPES:
             self._arguments.pop(next(iter(self._arguments)))
         self._arguments[batch, length] = arguments
+
+
+def weight_in(module: nn.Module) -> Tensor:
+    """Weight of a linear or of transformers' Conv1D, ``[out_features, in_features]``, no gradient.
+
+    Of a dense one a view of the very tensor that is in use; of a packed one unpacked.
+    """
+    weight: Any = module.weight
+    weight = weight.detach()
+    return weight if isinstance(module, nn.Linear) else weight.t()
 
 
 def _is_packed(module: nn.Module) -> bool:

@@ -165,9 +165,7 @@ def share(
 @app.command(epilog=MERGE_EXAMPLE)
 def merge(
     model: options.Model,
-    adapter: Annotated[
-        Path, typer.Argument(metavar="ADAPTER", help="A LoRA adapter of MODEL, in PEFT's layout.")
-    ],
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A LoRA or GLoRA adapter of MODEL.")],
     output: options.Output,
     data: Annotated[
         str,

@@ -15,7 +15,7 @@ import tailorbird.api as api
 from peft_adapters import expected_logits, prompt, save, wrapped
 from tailorbird.adapt.deltas.entries import disjoint_mean, drop, generator_of, trim
 from tailorbird.adapt.deltas.factors import truncate, truncate_product
-from tailorbird.adapt.merge.adapter import Product
+from tailorbird.adapt.merge.change import Product
 from tailorbird.adapt.save import ORIGIN
 from tailorbird.errors import CheckpointError, SettingsError
 from tailorbird.formats.peft import WEIGHTS_FILE

@@ -13,7 +13,8 @@ import torch
 
 from folded_models import save_folded
 from peft_adapters import change_config, save, wrapped
-from tailorbird.adapt.merge.adapter import LoraAdapter, Product, write_lora
+from tailorbird.adapt.merge.adapter import LoraAdapter, write_lora
+from tailorbird.adapt.merge.change import Product
 from tailorbird.adapt.save import ORIGIN
 from tailorbird.errors import CheckpointError, SettingsError
 from tailorbird.formats.peft import CONFIG_FILE, WEIGHTS_FILE
@@ -75,12 +76,14 @@ def test_changes_are_those_that_peft_makes(architecture: str, config: Any, tmp_p
     for name, layer in layers.items():
         expected = layer.get_delta_weight("default")
         expected = expected.T if architecture == "gpt2" else expected
-        product = adapter.product(name)
+        product = adapter.change(name)
         assert product is not None
         torch.testing.assert_close(product.delta(), expected)
         x = torch.randn(2, expected.shape[1])
-        torch.testing.assert_close(product.output(x), x @ expected.T)
-    assert adapter.product("model.layers.0.self_attn.o_proj") is None
+        torch.testing.assert_close(
+            product.output(x, lambda: pytest.fail("a weight was asked for"), None), x @ expected.T
+        )
+    assert adapter.change("model.layers.0.self_attn.o_proj") is None
 
 
 @pytest.mark.parametrize(
@@ -161,13 +164,13 @@ def test_an_adapter_of_the_source_fits_its_folded_checkpoint(architecture: str, 
     folded = load(tmp_path / "folded")
     with torch.no_grad():
         for name in adapter.names:
-            product = adapter.product(name)
+            product = adapter.change(name)
             assert product is not None
             folded.get_submodule(name).weight += product.delta()
         ids = torch.randint(0, 256, (1, 20), generator=torch.Generator().manual_seed(0))
         torch.testing.assert_close(folded(ids).logits, made(ids).logits, atol=2e-4, rtol=2e-4)
     change_config(saved, {"base_model_name_or_path": str(tmp_path / "folded")})
-    own = opened(saved, tmp_path / "folded").product(adapter.names[0])
+    own = opened(saved, tmp_path / "folded").change(adapter.names[0])
     layer = made.base_model.model.get_submodule(adapter.names[0])
     assert own is not None
     torch.testing.assert_close(own.delta(), layer.get_delta_weight("default"))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tailorbird.adapt.deltas.bitdelta import DELTA_FILE, FACTS_FILE, VERSION, rebuilt
 from tailorbird.adapt.deltas.signs import SignedChange
-from tailorbird.adapt.merge.adapter import DTYPES
+from tailorbird.adapt.merge.files import DTYPES
 from tailorbird.calibrate.job import Job, check_output
 from tailorbird.errors import CheckpointError, SettingsError
 from tailorbird.model.anatomy import LinearPlace, read_anatomy

@@ -23,7 +23,8 @@ from torch import Tensor
 from tailorbird.adapt.deltas.entries import disjoint_mean, drop, generator_of, trim
 from tailorbird.adapt.deltas.factors import Truncated, relative_error, truncate, truncate_product
 from tailorbird.adapt.deltas.lora_file import LoraFile, check_one_base
-from tailorbird.adapt.merge.adapter import Product, write_lora
+from tailorbird.adapt.merge.adapter import write_lora
+from tailorbird.adapt.merge.change import Product
 from tailorbird.adapt.save import ORIGIN
 from tailorbird.calibrate.job import Job, check_output
 from tailorbird.errors import SettingsError, nearest

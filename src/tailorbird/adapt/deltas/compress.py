@@ -28,7 +28,9 @@ from tailorbird.adapt.deltas.combine import check_density
 from tailorbird.adapt.deltas.lora_file import LoraFile
 from tailorbird.adapt.deltas.ternary import Coded, Signs, decode, deviation, encode, largest
 from tailorbird.adapt.merge.adapted import AdaptedModel
-from tailorbird.adapt.merge.adapter import DTYPES, LoraAdapter, Product
+from tailorbird.adapt.merge.adapter import LoraAdapter
+from tailorbird.adapt.merge.change import Product
+from tailorbird.adapt.merge.files import DTYPES
 from tailorbird.adapt.save import ORIGIN
 from tailorbird.calibrate.job import Job, check_output
 from tailorbird.calibrate.text import Windows, held_out_windows, read_documents

@@ -7,37 +7,41 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tailorbird.adapt.merge.adapter import Product, Products
-from tailorbird.calibrate.stream import StreamingModel
+from tailorbird.adapt.merge.change import Change, Changes
+from tailorbird.calibrate.stream import StreamingModel, weight_in
 from tailorbird.model.anatomy import Anatomy
 from tailorbird.model.checkpoint import Checkpoint
 
 
 class AdaptedModel(StreamingModel):
-    """`StreamingModel` whose linears add ``up (down x)`` to what they compute.
+    """`StreamingModel` whose linears add what changes make of their inputs.
 
     Parameters
     ----------
     checkpoint : Checkpoint
     anatomy : Anatomy
         Of that checkpoint.
-    products : Products
+    changes : Changes
         What is added.
     """
 
-    def __init__(self, checkpoint: Checkpoint, anatomy: Anatomy, products: Products) -> None:
+    def __init__(self, checkpoint: Checkpoint, anatomy: Anatomy, changes: Changes) -> None:
         super().__init__(checkpoint, anatomy)
-        self.products = products
+        self.changes = changes
 
     def load_block(self, index: int) -> nn.Module:
         """As `StreamingModel.load_block`, with what the adapter has for the block."""
         block = super().load_block(index)
         for place in self.anatomy.blocks[index].linears:
-            product = self.products.product(place.name)
-            if product is not None:
-                self.module_of(block, place.name).register_forward_hook(_adds(product))
+            change = self.changes.change(place.name)
+            if change is not None:
+                self.module_of(block, place.name).register_forward_hook(_adds(change))
         return block
 
 
-def _adds(product: Product) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    return lambda module, inputs, output: output + product.output(inputs[0])
+def _adds(change: Change) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    def add(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        bias: Any = module.bias
+        return output + change.output(inputs[0], lambda: weight_in(module), bias)
+
+    return add

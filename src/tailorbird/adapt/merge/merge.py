@@ -14,8 +14,12 @@ import torch
 import tailorbird
 from tailorbird.adapt.merge.adapted import AdaptedModel
 from tailorbird.adapt.merge.adapter import LoraAdapter, write_lora
+from tailorbird.adapt.merge.change import Adapter
+from tailorbird.adapt.merge.files import read_config
 from tailorbird.adapt.merge.gate import Survival, measure, measure_again
+from tailorbird.adapt.merge.glora import GloraAdapter
 from tailorbird.adapt.merge.pipeline import Merger, Residual, packed_places
+from tailorbird.adapt.methods.glora import is_glora
 from tailorbird.calibrate.job import Job, check_output
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.calibrate.text import (
@@ -112,7 +116,7 @@ class _Inputs:
     model: str
     checkpoint: Checkpoint
     anatomy: Anatomy
-    adapter: LoraAdapter
+    adapter: Adapter
     texts: Texts
     keep_share: float
     residual_rank: int
@@ -154,14 +158,14 @@ def merge_adapter(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> MergeResult:
-    """Merge a LoRA adapter into a checkpoint, dense or packed, which keeps its format.
+    """Merge a LoRA or GLoRA adapter into a checkpoint, dense or packed, which keeps its format.
 
     Parameters
     ----------
     model : str
         Directory, Hugging Face id or ``demo``; it stays as it is.
     adapter : Path
-        Directory in PEFT's layout; it stays as it is.
+        Directory in PEFT's layout, or as `tune` wrote it; it stays as it is.
     output : Path
         Must not exist.
     data : str
@@ -290,7 +294,8 @@ def _open(
     """Open and check everything that is read."""
     checkpoint = open_checkpoint(model)
     anatomy = read_anatomy(checkpoint)
-    opened = LoraAdapter.open(adapter, checkpoint, anatomy)
+    kind = GloraAdapter if is_glora(read_config(adapter)) else LoraAdapter
+    opened: Adapter = kind.open(adapter, checkpoint, anatomy)
     _check_numbers(opened)
     packed = bool(packed_places(checkpoint, anatomy) & set(opened.names))
     texts = read(checkpoint, anatomy, packed)
@@ -339,15 +344,15 @@ def _read_texts(
     return Texts(windows, measured, tuple(dict.fromkeys(notes)))
 
 
-def _check_numbers(adapter: LoraAdapter) -> None:
+def _check_numbers(adapter: Adapter) -> None:
     """Read all of the adapter once, so that what is damaged is known before work begins."""
     for name in adapter.names:
-        product = adapter.product(name)
-        if product is not None and not bool(product.up.isfinite().all() & product.down.isfinite().all()):
+        change = adapter.change(name)
+        if change is not None and not change.is_finite():
             raise CheckpointError(
                 f"the adapter's matrices for `{name}` aren't finite once scaled",
                 "finite numbers",
-                "check its `lora_alpha` and `r`",
+                "check its `lora_alpha` and `r`, or train it anew",
             )
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tailorbird.adapt.merge.adapted import AdaptedModel
-from tailorbird.adapt.merge.adapter import LoraAdapter, Product
+from tailorbird.adapt.merge.change import Adapter, Product
 from tailorbird.adapt.merge.residual import best_product
 from tailorbird.adapt.merge.rounding import Rounding
 from tailorbird.calibrate.activations import ActivationFile
@@ -54,7 +54,7 @@ class Merger:
     job : Job
     checkpoint : Checkpoint
     anatomy : Anatomy
-    adapter : LoraAdapter
+    adapter : Adapter
     ids : LongTensor ``[windows, length]`` or None
         Calibration tokens; None only where no packed weight changes.
     residual_rank : int
@@ -68,7 +68,7 @@ class Merger:
         job: Job,
         checkpoint: Checkpoint,
         anatomy: Anatomy,
-        adapter: LoraAdapter,
+        adapter: Adapter,
         ids: Tensor | None,
         residual_rank: int,
         seed: int,
@@ -160,10 +160,17 @@ class Merger:
         residual: dict[str, Tensor],
     ) -> dict[str, Any]:
         """Move one linear to its target, in `tensors`; put what is left into `residual`."""
-        product = self.adapter.product(place.name)
-        assert product is not None  # only linears that the adapter changes come here
+        change = self.adapter.change(place.name)
+        assert change is not None  # only linears that the adapter changes come here
         stored = stored_weight(self.checkpoint, place, tensors)
-        target = stored.dequantize() + product.delta()
+        weight = stored.dequantize()
+        target = change.moved(weight)
+        if place.bias:
+            name = f"{place.name}.bias"
+            bias = change.moved_bias(weight, tensors[name].float())
+            if bias is not None:
+                tensors[name] = bias_in(place, bias, tensors[name].dtype)
+        del weight
         facts: dict[str, Any] = {}
         if isinstance(stored.coding, FloatCoding):
             merged = rounded_once(place, target, stored.coding)
@@ -252,7 +259,7 @@ class Residual:
                     name.removesuffix(f".{UP}"): weights for name in weights.names if name.endswith(UP)
                 }
 
-    def product(self, name: str) -> Product | None:
+    def change(self, name: str) -> Product | None:
         """That of one linear, or None where it stays as it is."""
         weights = self._files.get(name)
         if weights is None:
@@ -261,7 +268,7 @@ class Residual:
 
     def products(self) -> dict[str, Product]:
         """All of them."""
-        return {name: found for name in sorted(self._files) if (found := self.product(name)) is not None}
+        return {name: found for name in sorted(self._files) if (found := self.change(name)) is not None}
 
 
 def residual_file(index: int) -> str:
@@ -321,9 +328,21 @@ def rounded_once(place: LinearPlace, target: Tensor, coding: FloatCoding) -> Pac
     """A target in the dtype of the weight; SettingsError where that can't hold it."""
     packed = PackedWeight.from_float(target, coding)
     if not bool(packed.tensors["weight"].isfinite().all()):
-        raise SettingsError(
-            f"`{place.name}` with the adapter has weights up to {float(target.abs().max()):.3g}",
-            f"what {coding.dtype} can hold",
-            "check the adapter's scale (`lora_alpha`, `r`), or store the model in a wider dtype",
-        )
+        raise _too_large(place, "weights", target, coding.dtype)
     return packed
+
+
+def bias_in(place: LinearPlace, target: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same of a bias ``[out_features]``."""
+    bias = target.to(dtype)
+    if not bool(bias.isfinite().all()):
+        raise _too_large(place, "a bias of", target, str(dtype).removeprefix("torch."))
+    return bias
+
+
+def _too_large(place: LinearPlace, what: str, target: Tensor, dtype: str) -> SettingsError:
+    return SettingsError(
+        f"`{place.name}` with the adapter has {what} up to {float(target.abs().max()):.3g}",
+        f"what {dtype} can hold",
+        "check the adapter's scale (`lora_alpha`, `r`), or store the model in a wider dtype",
+    )

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tailorbird.adapt.merge.adapter import Product
+from tailorbird.adapt.merge.change import Product
 from tailorbird.errors import TailorbirdError
 
 #: added to the diagonal of the Gram matrix, as a fraction of its mean; raised tenfold while that isn't enough

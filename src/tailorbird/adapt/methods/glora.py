@@ -41,6 +41,8 @@ ALLOWED = {"a": FORMS, "b": FORMS, "c": ("none", "vector", "lora"), "d": FORMS[:
 #: a mutation draws each form anew with this probability, as the authors' does
 MUTATED = 0.2
 PREFIX = "base_model.model."
+#: PEFT's name of the method
+PEFT_TYPE = "GLORA"
 
 
 class Generalized(Addition):
@@ -109,34 +111,56 @@ class Generalized(Addition):
 
     def _product(self, name: str) -> Tensor | None:
         """`a`, `b` or `c` as a matrix; None where it's nothing."""
-        pair = self._pair(name)
+        form = int(self.forms["abc".index(name)])
+        pair = _factors(form, self.get_parameter(f"{name}_up"), self.get_parameter(f"{name}_down"))
         return None if pair is None else pair[0] @ pair[1]
 
-    def _pair(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """The factors of `a`, `b` or `c` in the form that stands; None where it's nothing."""
-        form = int(self.forms["abc".index(name)])
-        if form == NONE:
-            return None
-        up, down = self.get_parameter(f"{name}_up"), self.get_parameter(f"{name}_down")
-        if form == LORA:
-            return up, down
-        column = up[:, :1] if form == VECTOR else up[:1, :1].expand(len(up), 1)
-        return column, torch.ones_like(down[:1])
-
-    @torch.no_grad()
     def written(self) -> dict[str, Tensor]:
-        """The tensors in PEFT's layout, every form as the widest one there, whose product is the same."""
-        found: dict[str, Tensor] = {}
-        for name in "abc" if self.biased else "ab":
-            up, down = (torch.zeros_like(self.get_parameter(f"{name}_{side}")) for side in ("up", "down"))
-            pair = self._pair(name)
-            if pair is not None:
-                up[:, : pair[0].shape[1]], down[: len(pair[1])] = pair
-            found |= {f"glora_{name.upper()}.Xd": up, f"glora_{name.upper()}.Xu": down}
-        if self.biased:
-            for name, form, one in (("D", self.forms[3], self.d), ("E", self.forms[4], self.e)):
-                found[f"glora_{name}.X"] = _spread(form, one).expand_as(one).clone()
-        return found
+        """The tensors in PEFT's layout."""
+        return in_widest_forms(self.forms, dict(self.named_parameters()))
+
+
+def is_glora(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter's config is that of one of this method, in PEFT's layout or in its own form."""
+    kind = config.get("peft_type")
+    return kind == PEFT_TYPE or (kind == OWN_TYPE and config.get("method") == Glora.name)
+
+
+@torch.no_grad()
+def in_widest_forms(forms: Tensor, learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A linear's tensors in PEFT's layout, every form as the widest one there, whose product is the same.
+
+    Parameters
+    ----------
+    forms : Tensor[5]
+    learned : mapping of str to Tensor
+        As of `Generalized`, by their names there.
+    """
+    found: dict[str, Tensor] = {}
+    for name, form in zip("ABC", forms[:3].tolist(), strict=True):
+        if f"{name.lower()}_up" not in learned:
+            continue
+        own_up, own_down = (learned[f"{name.lower()}_{side}"] for side in ("up", "down"))
+        up, down = torch.zeros_like(own_up), torch.zeros_like(own_down)
+        pair = _factors(form, own_up, own_down)
+        if pair is not None:
+            up[:, : pair[0].shape[1]], down[: len(pair[1])] = pair
+        found |= {f"glora_{name}.Xd": up, f"glora_{name}.Xu": down}
+    for name, form in zip("DE", forms[3:], strict=True):
+        if name.lower() in learned:
+            one = learned[name.lower()]
+            found[f"glora_{name}.X"] = _spread(form, one).expand_as(one).clone()
+    return found
+
+
+def _factors(form: int, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Those whose product is `A`, `B` or `C` in a form; None where it's nothing."""
+    if form == NONE:
+        return None
+    if form == LORA:
+        return up, down
+    column = up[:, :1] if form == VECTOR else up[:1, :1].expand(len(up), 1)
+    return column, torch.ones_like(down[:1])
 
 
 def _spread(form: Tensor, vector: Tensor) -> Tensor:
@@ -181,14 +205,14 @@ class AttachedGlora(Attached):
         linears = self._linears()
         if any(type(one._place.module) is not nn.Linear for one in linears):
             tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-            return tensors, {"peft_type": OWN_TYPE, "task_type": "CAUSAL_LM"}
+            return tensors, {"peft_type": OWN_TYPE, "method": Glora.name, "task_type": "CAUSAL_LM"}
         tensors = {
             f"{PREFIX}{one._place.path}.{name}": tensor
             for one in linears
             for name, tensor in one.written().items()
         }
         return tensors, {
-            "peft_type": "GLORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
+            "peft_type": PEFT_TYPE, "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
             "r": self.method.rank, "target_modules": sorted(one._place.path for one in linears),
             "config_A_B": "lora", "config_C": "lora", "config_D_E": "vector", "init_weights": True,
         }  # fmt: skip
