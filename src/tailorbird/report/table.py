@@ -255,7 +255,8 @@ def coding_text(coding: Any) -> str:
         return f"table{coding.get('bits')}{' fp16' if coding.get('table_dtype') == 'float16' else ''}"
     if coding.get("kind") == "binary":
         group = coding.get("group_size")
-        return f"binary {f'g{group}' if group else 'row'}"
+        half = " fp16" if coding.get("table_dtype") == "float16" else ""
+        return f"binary {f'g{group}' if group else 'row'}{half}"
     if coding.get("kind") == "entropy":
         return "df11"
     dtype = str(coding.get("dtype", ABSENT))

@@ -8,7 +8,7 @@ the same four values, `a + b` and `a - b` with either sign: so these are their b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tailorbird.formats.packed import BinaryCoding, PackedWeight
 from tailorbird.kernels.reference import group_layout
-from tailorbird.linear.quantize.clusters import RunningSums, stored_values
+from tailorbird.linear.quantize.clusters import CHUNK_VALUES, RunningSums, stored_values
 
 #: columns that are rounded before those after them hear of it, in one matrix product
 BLOCK = 128
@@ -84,14 +84,15 @@ def fitted_magnitudes(weight: Tensor, coding: BinaryCoding, importance: Tensor |
     SettingsError
         When weights are too large for the coding.
     """
-    _, size = group_layout(weight.shape[1], coding.group_size)
-    alike = torch.ones(weight.shape[1], device=weight.device)
-    shares = (alike if importance is None else importance).split(size)
-    tables = [
-        split_magnitudes(members, h if bool(h.any()) else torch.ones_like(h))
-        for members, h in zip(weight.split(size, 1), shares, strict=True)
-    ]
-    return stored_values(torch.stack(tables, 1), coding)
+    groups, size = group_layout(weight.shape[1], coding.group_size)
+    tables = torch.empty((len(weight), groups, 2), device=weight.device)
+    if importance is None:
+        importance = torch.ones(weight.shape[1], device=weight.device)
+    for group, (members, h) in enumerate(zip(weight.split(size, 1), importance.split(size), strict=True)):
+        h = h if bool(h.any()) else torch.ones_like(h)
+        for rows in _row_chunks(members):
+            tables[rows, group] = split_magnitudes(members[rows], h)
+    return stored_values(tables, coding)
 
 
 def round_to_magnitudes(
@@ -100,11 +101,17 @@ def round_to_magnitudes(
     """Round a weight to nearest; parameters and exceptions as of `fitted_magnitudes`."""
     _, size = group_layout(weight.shape[1], coding.group_size)
     tables = fitted_magnitudes(weight, coding, importance)
-    codes = [
-        nearest_signed(members.float(), magnitudes)[0]
-        for members, magnitudes in zip(weight.split(size, 1), tables.unbind(1), strict=True)
-    ]
-    return PackedWeight.from_tables(torch.cat(codes, 1), tables, coding)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    for group, (members, into) in enumerate(zip(weight.split(size, 1), codes.split(size, 1), strict=True)):
+        for rows in _row_chunks(members):
+            into[rows] = nearest_signed(members[rows].float(), tables[rows, group])[0]
+    return PackedWeight.from_tables(codes, tables, coding)
+
+
+def _row_chunks(weight: Tensor) -> Iterator[slice]:
+    """Rows of a weight that are handled at once."""
+    step = max(1, CHUNK_VALUES // weight.shape[1])
+    return (slice(start, start + step) for start in range(0, len(weight), step))
 
 
 def codes_by_feedback(
