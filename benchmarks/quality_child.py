@@ -25,12 +25,15 @@ FLOAT_BITS = 16
 VARIANTS = {
     "rtn+omniquant-transform": ("rtn+omniquant", ",omniquant.transform=true"),
     "gptq-plain": ("gptq", ",asymmetric=false"),
+    "billm-static": ("billm", ",static_groups=true"),
 }
 
 
 def recipe_of(name: str, bits: int, group: int) -> str:
     """A method of the project with codes of so many bits."""
     name, settings = VARIANTS.get(name, (name, ""))
+    if name == "billm":
+        return f"{name}:binary=true,group={2 * group}{settings}"
     return f"{name}:table={bits}" if name == "ganq" else f"{name}:bits={bits},group={group}{settings}"
 
 

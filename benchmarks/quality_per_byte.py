@@ -1,6 +1,7 @@
 """What a result loses for its bytes: our recipes and peers at 2, 3 and 4 bits, on one text by one evaluator.
 
-Groups of 64, or tables of rows for `ganq`; embedding and head stay. Every cell is one subject at one width
+Groups of 64, or tables of rows for `ganq`, or groups of 128 for `billm`, whose two magnitudes take as much as
+scale and zero point of 64; embedding and head stay. Every cell is one subject at one width
 on one model, in a process of its own: recipes of the project through `compress`, peers in their own
 environments with the same calibration windows. What a peer's linears stand for is put into a dense
 checkpoint, and all are walked over the held-out text beside the source. A cell is a file of its own below
@@ -58,9 +59,12 @@ GROUP = 64
 SEQUENCES = 128
 OWN = (
     "rtn", "gptq", "awq+gptq", "hadamard+gptq", "quantease", "leanquant", "decoupleq", "yaqa", "spqr", "ganq",
+    "billm", "billm-static",
     "gptq+signround", "decoupleq+signround", "gptq+signround+distil", "spqr+signround+distil",
     "rtn+omniquant", "rtn+omniquant-transform", "rtn+cbq", "gptq+cbq", "cfp+rtn+cbq",
 )  # fmt: skip
+#: Subjects that have one width only.
+WIDTHS = {"billm": 2, "billm-static": 2}
 #: Peer -> folder of its environment, and the package whose version is noted.
 PEERS = {
     "autoround": ("autoround", "auto-round"),
@@ -231,6 +235,8 @@ def run_cells(arguments: argparse.Namespace, busy: float) -> None:
             opened = open_subject(subject, Path(folder))
             for bits in arguments.bits:
                 for name in arguments.subject or list(pythons):
+                    if WIDTHS.get(name, bits) != bits:
+                        continue
                     label = f"{CELLS}/{subject.name}/{bits}-bits/{name}"
                     if (RESULTS / f"{label}.json").exists() and not arguments.subject:
                         continue

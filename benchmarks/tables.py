@@ -24,7 +24,7 @@ from rich.table import Table
 from all_at_once import AllAtOnce
 from fit_quality import ASSETS, Subject, subjects
 from machine import RESULTS, write_result
-from tailorbird.formats.packed import Coding, IntegerCoding, TableCoding
+from tailorbird.formats.packed import BinaryCoding, Coding, IntegerCoding, TableCoding
 from tailorbird.linear import LINEAR_METHODS
 
 #: calibration windows; the rest as in `sensitivity`
@@ -44,6 +44,14 @@ def cases(bits: int) -> list[tuple[str, dict[str, Any], Coding]]:
         ("ganq", exact, tables),
         ("bcq", exact, tables),
     ]
+    if bits == BinaryCoding.bits:
+        signs = [BinaryCoding(group) for group in (64, 128, 256)]
+        found += [("rtn", {}, signs[0])]
+        found += [
+            ("billm", {**exact, "static_groups": static}, coding)
+            for static in (False, True)
+            for coding in signs
+        ]
     outliers = [("spqr", 0.005), ("spqr", 0.01), ("quantease", 0.0), ("quantease", 0.01)]
     found += [(name, {**exact, "outliers": share}, IntegerCoding(bits, 64)) for name, share in outliers]
     return found

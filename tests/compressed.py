@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tailorbird.formats.packed import (
     SCALE_DTYPES,
+    BinaryCoding,
     CodebookCoding,
     Coding,
     DoubleCoding,
@@ -45,7 +46,7 @@ def pack(weight: torch.Tensor, coding: Coding, order: torch.Tensor | None = None
     if isinstance(coding, TableCoding):
         tables = clustered(weight, coding)
         return PackedWeight.from_tables(nearest_values(weight, tables), tables, coding, order)
-    if isinstance(coding, DoubleCoding | VectorCoding):
+    if isinstance(coding, DoubleCoding | VectorCoding | BinaryCoding):
         packed = Rtn()(weight, None, coding)
         tensors = packed.tensors if order is None else {**packed.tensors, "order": order.to(torch.int32)}
         return PackedWeight(coding, out, n, tensors)

@@ -11,6 +11,7 @@ import torch
 from tailorbird.formats.packed import (
     SCALE_DTYPES,
     TABLE_DTYPES,
+    BinaryCoding,
     CodesCoding,
     DoubleCoding,
     PackedWeight,
@@ -36,6 +37,11 @@ def random_packed(coding: CodesCoding, shape: tuple[int, int], order: bool = Fal
         scales = coded_scales(plain.tensors["scales"])
         return PackedWeight(coding, rows, columns, plain.tensors | scales)
     groups = 1 if coding.group_size == 0 else math.ceil(columns / coding.group_size)
+    if isinstance(coding, BinaryCoding):
+        tables = torch.randn(rows, groups, 2, generator=generator).to(TABLE_DTYPES[coding.table_dtype])
+        values = torch.randint(0, 4, shape, generator=generator)
+        permutation = torch.randperm(columns, generator=generator) if order else None
+        return PackedWeight.from_tables(values, tables, coding, permutation)
     scales = torch.rand(rows, groups, generator=generator).to(SCALE_DTYPES[coding.scale_dtype])
     if coding.levels is not None:  # levels reach further than integers of as many bits
         scales /= 16

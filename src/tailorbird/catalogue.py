@@ -13,6 +13,7 @@ from tailorbird.adapt.starts.registry import STARTS
 from tailorbird.compress.blocks.flatquant import FlatQuant
 from tailorbird.compress.recipe import STAGES
 from tailorbird.formats.packed import (
+    BinaryCoding,
     CodebookCoding,
     DoubleCoding,
     EntropyCoding,
@@ -39,6 +40,7 @@ _CODES = {
     VectorCoding.kind: "points",
     DoubleCoding.kind: "codebooks with codes for scales",
     TableCoding.kind: "tables of rows",
+    BinaryCoding.kind: "signs and magnitudes",
     EntropyCoding.kind: "coded bfloat16",
 }
 #: what methods read

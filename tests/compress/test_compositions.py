@@ -55,6 +55,7 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
     },
     "ganq": {"rounds": [1, 2], "damping": [0.01, 1.0], "asymmetric": ["true", "false"]},
     "bcq": {"rounds": [0, 1, 2, -1], "damping": [0.01, 1.0]},
+    "billm": {"static_groups": ["true", "false"], "asymmetric": ["true", "false"], "damping": [0.01, 0.0]},
     "hadamard": {"seed": [0, 7]},
     "higgs": {"block": [1, 16, 1024], "seed": [0, 7], "feedback": ["true", "false"]},
     "df11": {},
@@ -79,6 +80,8 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
 }  # fmt: skip
 #: how often a method gets tables; others hardly ever
 TABLES = {"ganq": 0.8, "bcq": 0.8, "leanquant": 0.3, "rtn": 0.2}
+#: how often a method gets signs before two magnitudes
+SIGNS = {"billm": 0.8, "rtn": 0.1}
 #: what is drawn of codebooks where most are; others seldom get one
 CODEBOOKS = {"higgs": ["gauss2", "gauss3", "gauss4", "gauss2x2", "gauss2x4", "gauss3x2"]}
 #: what is drawn of bits; others take any
@@ -116,6 +119,8 @@ def coding_drawn(draw: random.Random, method: str) -> str:
     """What a recipe states of the coding."""
     if draw.random() < TABLES.get(method, 0.02):
         return f"table={draw.choice([2, 3, 4])}"
+    if method in SIGNS and draw.random() < SIGNS[method]:
+        return f"binary=true,group={draw.choice([0, 32, 64, 96, 128])}"
     codebook = draw.choice(CODEBOOKS.get(method, ["nf4", "fp4", "gauss2", "gauss3"]))
     width = draw.choice(BITS.get(method, [2, 3, 4, 5, 6, 8]))
     by_name = draw.random() < (0.9 if method in CODEBOOKS else 0.2)
@@ -133,6 +138,7 @@ def fewest_bits(recipe: str) -> int:
     stated = dict(part.split("=") for part in recipe.partition(":")[2].split(","))
     codebook = stated.get("codebook")
     bits = stated.get("bits") or stated.get("table") or (bits_of(codebook) if codebook else 4)
+    bits = 2 if "binary" in stated else bits
     if stated.get("balance") == "0.0":  # codes of 8 bits that are chosen for the narrower ones
         bits = 4
     return min(int(bits), int(stated.get("embedding_bits", 8)))

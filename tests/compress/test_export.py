@@ -17,7 +17,7 @@ from tailorbird.compress import gguf_file
 from tailorbird.compress.export import check_gguf_architecture, export
 from tailorbird.compress.stored_model import StoredModel
 from tailorbird.errors import CheckpointError, ExportError, SettingsError
-from tailorbird.formats.packed import CodebookCoding, IntegerCoding, TableCoding
+from tailorbird.formats.packed import BinaryCoding, CodebookCoding, IntegerCoding, TableCoding
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.layout import BlockLayout
 from tailorbird.model.load import load
@@ -174,10 +174,13 @@ def test_compressed_tensors_refuses_what_it_has_no_place_for(tmp_path, unchecked
     save_compressed(tmp_path / "tables", make_model("llama"), TableCoding(3))
     with pytest.raises(ExportError, match=r"q_proj.*tables of its rows"):
         export(tmp_path / "tables", "compressed-tensors", tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpt2", "nf4", "ordered", "tables"]
+    save_compressed(tmp_path / "signs", make_model("llama"), BinaryCoding(32))
+    with pytest.raises(ExportError, match=r"q_proj.*magnitudes of its groups"):
+        export(tmp_path / "signs", "compressed-tensors", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpt2", "nf4", "ordered", "signs", "tables"]
 
 
-@pytest.mark.parametrize("coding", [CodebookCoding("nf4", 32), TableCoding(4)])
+@pytest.mark.parametrize("coding", [CodebookCoding("nf4", 32), TableCoding(4), BinaryCoding(32)])
 def test_codebooks_and_tables_are_exported_dense(tmp_path, unchecked, coding):
     model = save_compressed(tmp_path / "packed", make_model("llama"), coding, tokenizer=byte_tokenizer())
     export(tmp_path / "packed", "dense", tmp_path / "dense")
@@ -365,6 +368,7 @@ def test_architectures_that_llama_cpp_runs_otherwise_are_refused(tmp_path, archi
         (IntegerCoding(4, 32), r"layers\.0\.self_attn\.q_proj.*zero points"),
         (IntegerCoding(4, 32, True), r"layers\.0\.self_attn\.q_proj.*bfloat16"),
         (TableCoding(4, "float16"), r"layers\.0\.self_attn\.q_proj.*tables of its rows"),
+        (BinaryCoding(32, "float16"), r"layers\.0\.self_attn\.q_proj.*magnitudes of its groups"),
         (CodebookCoding("nf4", 32, "float16"), r"layers\.0\.self_attn\.q_proj.*levels of `nf4`"),
     ],
 )

@@ -78,6 +78,7 @@ def test_a_correction_is_foreseen_to_lower_the_loss(model: Path, text: Path, tmp
         ("gptq+eora", {"allocator": "evopress"}, "--allocator evopress with low-rank parts"),
         ("higgs", {"min_speed": "1tok/s"}, "--min-speed with inputs that are rotated"),
         ("df11", {}, "a method of codes"),
+        ("billm", {}, "a fit by `billm`.*binary=true"),
     ],
 )
 def test_what_the_planner_does_not_know_of_parts_is_refused(

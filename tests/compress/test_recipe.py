@@ -12,12 +12,20 @@ from tailorbird.compress.blocks.signround import SignRound
 from tailorbird.compress.recipe import make_recipe, parse_recipe, planned_recipe, recipe_of_plan
 from tailorbird.compress.whole.distil import Distil
 from tailorbird.errors import SettingsError
-from tailorbird.formats.packed import CodebookCoding, Coding, DoubleCoding, IntegerCoding, TableCoding
+from tailorbird.formats.packed import (
+    BinaryCoding,
+    CodebookCoding,
+    Coding,
+    DoubleCoding,
+    IntegerCoding,
+    TableCoding,
+)
 from tailorbird.kernels.reference import SIMULATED
 from tailorbird.linear import FoldMethod
 from tailorbird.linear.correct.eora import Eora
 from tailorbird.linear.quantize.awq import Awq
 from tailorbird.linear.quantize.bcq import Bcq
+from tailorbird.linear.quantize.billm import Billm
 from tailorbird.linear.quantize.decoupleq import Decoupleq
 from tailorbird.linear.quantize.fptq import Fptq
 from tailorbird.linear.quantize.ganq import Ganq
@@ -50,6 +58,14 @@ from tailorbird.plan.planfile import Method, Plan
         ("rtn:codebook=fp4,group=32,double=true", Rtn(), DoubleCoding("fp4", 32), None),
         ("rtn:codebook=nf4,group=32,double=false", Rtn(), CodebookCoding("nf4", 32), None),
         ("leanquant:table=2,exponent=3.0", Leanquant(exponent=3.0), TableCoding(2), None),
+        ("billm:binary=true,group=128", Billm(), BinaryCoding(128), None),
+        (
+            "billm:binary=true,group=128,static_groups=true",
+            Billm(static_groups=True),
+            BinaryCoding(128),
+            None,
+        ),
+        ("rtn:binary=true,table_dtype=float16", Rtn(), BinaryCoding(64, "float16"), None),
         ("rtn:table=4,table_dtype=float16", Rtn(), TableCoding(4, "float16"), None),
         ("gptq:codebook=nf4,scale_dtype=float16", Gptq(), CodebookCoding("nf4", 64, "float16"), None),
     ],
@@ -192,6 +208,14 @@ def test_a_plan_gives_back_the_recipe(name: str) -> None:
         ("awq+rtn:codebook=nf4,double=true", "`awq.rtn` with codes for scales.*leave out the fold"),
         ("rtn+signround:codebook=nf4,double=true", "`rtn.signround` with codes for scales"),
         ("rtn:codebook=nf4,double=true,activation=int8", "activation int8 beside weights of nf4 g64 double"),
+        ("billm:bits=2,group=64", "`billm` for codes of int2 g64.*binary=true"),
+        ("gptq:binary=true", "`gptq` for codes of binary g64.*bits=4.*rtn or billm"),
+        ("billm:binary=false", "binary False.*leave it out"),
+        ("billm:binary=true,bits=2", "binary and bits 2"),
+        ("billm:binary=true,group=48", "group_size 48"),
+        ("awq+rtn:binary=true", "`awq.rtn` with signs and magnitudes.*leave out the fold"),
+        ("rtn+signround:binary=true", "`rtn.signround` with signs and magnitudes.*leave out what learns"),
+        ("billm:binary=true,activation=int8", "activation int8 beside weights of binary g64"),
         ("ganq:table=5", "bits 5.*one of 2, 3, 4"),
         ("ganq:table=3,group=64", "'group_size'.*`table`"),
         ("ganq:table=3,bits=3", "table 3 and bits 3"),
@@ -268,6 +292,11 @@ def test_tables_are_for_linears_and_stated_alike_in_a_file(tmp_path: Path) -> No
     assert parse_recipe(str(path)).coding == TableCoding(3, "float16")
     path.write_text("method: ganq\ncoding: {table: 3}\nembedding: {table: 4}\n")
     with pytest.raises(SettingsError, match="tables at embedding and head"):
+        parse_recipe(str(path))
+    path.write_text("method: billm\ncoding: {binary: true, group_size: 128}\n")
+    assert parse_recipe(str(path)).coding == BinaryCoding(128)
+    path.write_text("method: rtn\ncoding: {bits: 4}\nembedding: {binary: true}\n")
+    with pytest.raises(SettingsError, match="signs and magnitudes at embedding and head"):
         parse_recipe(str(path))
 
 

@@ -16,6 +16,7 @@ from packed_weights import random_packed
 from tailorbird.formats.codebooks import GRIDS, LEVELS, POINTS, UNITS, VECTOR_UNITS
 from tailorbird.formats.packed import (
     GROUP_SIZES,
+    BinaryCoding,
     CodebookCoding,
     CodesCoding,
     DoubleCoding,
@@ -51,7 +52,8 @@ GROUPS, SCALES = st.sampled_from(GROUP_SIZES), st.sampled_from(["bfloat16", "flo
     | st.builds(CodebookCoding, st.sampled_from(sorted(LEVELS)), GROUPS, SCALES)
     | st.builds(DoubleCoding, st.sampled_from(sorted(LEVELS)), GROUPS)
     | st.builds(VectorCoding, st.sampled_from(sorted(POINTS)), GROUPS, SCALES)
-    | st.builds(TableCoding, st.sampled_from([2, 3, 4]), SCALES),
+    | st.builds(TableCoding, st.sampled_from([2, 3, 4]), SCALES)
+    | st.builds(BinaryCoding, GROUPS, SCALES),
     order=st.booleans(),
     shape=st.tuples(st.integers(1, 5), st.sampled_from([1, 31, 64, 172, 513])),
 )
@@ -172,6 +174,7 @@ def test_the_numbers_of_its_examples() -> None:
     assert stored_bytes(CodebookCoding("nf4", 64), 256, 172) == 22016 + 1536
     assert "11,008 + 1,536 bytes" in page
     assert stored_bytes(VectorCoding("gauss2x4", 64), 256, 172) == 11008 + 1536
+    assert stored_bytes(BinaryCoding(64), 256, 172) == 11008 + 3072
     for name, unit in VECTOR_UNITS.items():
         coding = VectorCoding(name, 64)
         numbers = coding.bits, coding.dimension, coding.code_bits, len(coding.levels), f"{unit:.3f}"

@@ -16,6 +16,7 @@ from packed_weights import random_packed
 from tailorbird.errors import CheckpointError, SettingsError
 from tailorbird.formats.modules import CompressedEmbedding, CompressedLinear, share
 from tailorbird.formats.packed import (
+    BinaryCoding,
     CodebookCoding,
     CodesCoding,
     FloatCoding,
@@ -38,6 +39,7 @@ CODINGS = st.builds(IntegerCoding, st.sampled_from(BITS), st.just(64), st.boolea
         TableCoding(2, "float16"),
         TableCoding(3),
         TableCoding(4),
+        BinaryCoding(64),
     ]
 )
 

@@ -17,6 +17,7 @@ from tailorbird.formats.packed import (
     GROUP_SIZES,
     SCALE_DTYPES,
     TABLE_DTYPES,
+    BinaryCoding,
     CodebookCoding,
     Coding,
     FloatCoding,
@@ -47,6 +48,9 @@ CODEBOOK = st.builds(
 TABLE = st.builds(
     TableCoding, bits=st.sampled_from([2, 3, 4]), table_dtype=st.sampled_from(sorted(TABLE_DTYPES))
 )
+BINARY = st.builds(
+    BinaryCoding, group_size=st.sampled_from(GROUP_SIZES), table_dtype=st.sampled_from(sorted(TABLE_DTYPES))
+)
 VECTOR = st.builds(
     VectorCoding,
     codebook=st.sampled_from(sorted(VECTOR_UNITS)),
@@ -57,7 +61,7 @@ FLOAT = st.builds(FloatCoding, dtype=st.sampled_from(["bfloat16", "float16", "fl
 SHAPE = st.tuples(st.integers(1, 9), st.sampled_from([1, 31, 32, 64, 172, 256, 4097]))
 
 
-@given(coding=INTEGER | CODEBOOK | VECTOR | TABLE, shape=SHAPE, order=st.booleans())
+@given(coding=INTEGER | CODEBOOK | VECTOR | TABLE | BINARY, shape=SHAPE, order=st.booleans())
 @settings(max_examples=120, deadline=None)
 def test_stored_bytes_are_the_bytes_of_the_real_tensors(coding, shape, order) -> None:
     packed = random_packed(coding, shape, order)
@@ -212,6 +216,8 @@ def test_labels() -> None:
     assert [CodebookCoding("nf4", g).label for g in (64, 0)] == ["nf4 g64", "nf4 row"]
     assert CodebookCoding("nf4", 64, "float16").label == "nf4 g64 fp16"
     assert [TableCoding(3).label, TableCoding(4, "float16").label] == ["table3", "table4 fp16"]
+    codings = [BinaryCoding(64), BinaryCoding(0), BinaryCoding(32, "float16")]
+    assert [coding.label for coding in codings] == ["binary g64", "binary row", "binary g32 fp16"]
     assert [FloatCoding(d).label for d in ("bfloat16", "float16", "float32")] == ["bf16", "fp16", "fp32"]
 
 
@@ -259,6 +265,16 @@ def test_tables_that_do_not_fit_are_refused_by_name() -> None:
         PackedWeight.from_tables(values + 8, tables, TableCoding(3))
 
 
+def test_signed_codes_stand_for_either_magnitude_of_their_group() -> None:
+    tables = torch.tensor([[[0.5, 3.0], [-1.0, 2.0]]])
+    values = torch.arange(36)[None] % 4
+    packed = PackedWeight.from_tables(values, tables, BinaryCoding(32))
+    first, last = [-0.5, -3.0, 0.5, 3.0], [1.0, -2.0, -1.0, 2.0]
+    assert packed.dequantize().tolist() == [first * 8 + last]
+    with pytest.raises(CheckpointError, match=r"`tables` \[1, 2\]"):
+        replaced(packed, tables=packed.tensors["tables"][:, 0])
+
+
 def test_from_codes_refuses_what_it_would_have_to_change() -> None:
     coding = IntegerCoding(4, 32)
     values, zeros = torch.zeros(2, 64, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.uint8)
@@ -287,4 +303,8 @@ def test_layout_of_a_documented_example() -> None:
     assert tensor_layout(TableCoding(3), 256, 172) == {
         "codes": ((256, 65), torch.uint8),
         "tables": ((256, 8), torch.bfloat16),
+    }
+    assert tensor_layout(BinaryCoding(64), 256, 172) == {
+        "codes": ((256, 43), torch.uint8),
+        "tables": ((256, 3, 2), torch.bfloat16),
     }

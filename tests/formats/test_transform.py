@@ -17,6 +17,7 @@ from tailorbird.errors import CheckpointError, SettingsError
 from tailorbird.formats import compressed_tensors, gguf
 from tailorbird.formats.modules import CompressedEmbedding, CompressedLinear
 from tailorbird.formats.packed import (
+    BinaryCoding,
     CodebookCoding,
     CodesCoding,
     FloatCoding,
@@ -36,7 +37,7 @@ CODINGS = st.builds(
 ) | st.sampled_from(
     [CodebookCoding(name, 64) for name in ("nf4", "gauss2", "gauss3", "gauss4")]
     + [VectorCoding(name, 64) for name in ("gauss2x2", "gauss2x4")]
-    + [TableCoding(3)]
+    + [TableCoding(3), BinaryCoding(64)]
 )
 SHAPE = 24, 176
 BLOCKS = st.sampled_from([1, 2, 16])

@@ -16,6 +16,7 @@ from compressed import INT4, linears, save_compressed
 from tailorbird.errors import CheckpointError, UnsupportedArchitecture
 from tailorbird.formats.modules import CompressedEmbedding, CompressedLinear
 from tailorbird.formats.packed import (
+    BinaryCoding,
     CodebookCoding,
     DoubleCoding,
     FloatCoding,
@@ -60,7 +61,7 @@ def test_loaded_model_computes_with_the_rounded_weights(tmp_path, architecture, 
     "coding",
     [
         *(CodebookCoding("nf4", 32), CodebookCoding("fp4", 32), DoubleCoding("nf4", 32)),
-        *(TableCoding(4), TableCoding(3, "float16")),
+        *(TableCoding(4), TableCoding(3, "float16"), BinaryCoding(32)),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -208,6 +208,8 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("places: [{name: a, coding: {kind: codebook, codebook: nf5, group_size: 64}}]", "'nf5'.*one of nf4"),
         ("places: [{name: a, coding: {kind: table, bits: 5}}]", "bits 5.*one of 2, 3, 4"),
         ("places: [{name: a, coding: {kind: table, bits: 3, group_size: 64}}]", "group_size"),
+        ("places: [{name: a, coding: {kind: binary, group_size: 65}}]", r"places\[0\]\.coding.*65"),
+        ("places: [{name: a, coding: {kind: binary, group_size: 64, bits: 2}}]", "bits"),
         ("places: [{name: a, coding: {kind: codebook, group_size: 64}}]", r"lacks .*coding\.codebook"),
         ("places: [{name: a, coding: {kind: codebook, codebok: nf4}}]", "did you mean `codebook`"),
         ("places: [{name: a, coding: {kind: codebook, codebook: nf4, group_size: 64, bits: 4}}]", "bits"),

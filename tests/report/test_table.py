@@ -96,6 +96,8 @@ def test_codings_are_named_as_the_formats_name_them() -> None:
         packed.CodebookCoding("nf4", 64),
         packed.TableCoding(3),
         packed.TableCoding(4, "float16"),
+        packed.BinaryCoding(64),
+        packed.BinaryCoding(0, "float16"),
         packed.FloatCoding("bfloat16"),
         packed.FloatCoding("float32"),
     ):

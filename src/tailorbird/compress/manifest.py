@@ -69,7 +69,12 @@ def plan_of(
                 "sparse": None if sparse is None else asdict(sparse),
                 "transform": None if transform is None else asdict(transform),
                 "bytes": stored_bytes(
-                    coding, *place.shape, low_rank=low_rank, sparse=sparse, transform=transform
+                    coding,
+                    *place.shape,
+                    work.has_order(place.name, place.shape[1], coding),
+                    low_rank,
+                    sparse,
+                    transform,
                 ),
                 "predicted": predicted.get(place.name),
                 "measured": measured.get(place.name),

@@ -17,6 +17,7 @@ from tailorbird.compress.stage import Stage
 from tailorbird.compress.work import SENSITIVITY_TOKENS, Work, as_stored, by_gradients, sensitivity_ids
 from tailorbird.errors import ResourceError, SettingsError, nearest
 from tailorbird.formats.packed import (
+    BinaryCoding,
     CodesCoding,
     Coding,
     DoubleCoding,
@@ -293,7 +294,7 @@ def codings_of_plan(work: Work, plan: Plan) -> dict[str, Coding]:
             )
         coding = place.coding.coding()
         if place.activation is not None and not isinstance(coding, ScaledCoding):
-            held = "values of tables" if isinstance(coding, TableCoding) else "floats"
+            held = "values of tables" if isinstance(coding, TableCoding | BinaryCoding) else "floats"
             held = "codes for scales" if isinstance(coding, DoubleCoding) else held
             raise SettingsError(
                 f"`activation: {place.activation}` at `{place.name}`, whose weight holds {held}",

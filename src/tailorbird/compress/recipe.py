@@ -37,6 +37,7 @@ from tailorbird.compress.whole.method import ModelMethod
 from tailorbird.errors import CheckpointError, SettingsError, nearest
 from tailorbird.formats.codebooks import LEVELS, VECTOR_UNITS
 from tailorbird.formats.packed import (
+    BinaryCoding,
     CodebookCoding,
     Coding,
     DoubleCoding,
@@ -81,7 +82,9 @@ EXAMPLE_CHAIN = "gptq+signround+distil"
 JOINT = "+"
 SHORT = {"group": "group_size"}
 #: what a line may state of the coding
-CODING = ("bits", "codebook", "double", "table", "symmetric", "scale_dtype", "table_dtype", "group_size")
+CODING = (
+    "bits", "codebook", "double", "table", "binary", "symmetric", "scale_dtype", "table_dtype", "group_size",
+)  # fmt: skip
 EXAMPLE = "write for example gptq:bits=4,group=64"
 
 _Kind = TypeVar("_Kind", bound=LinearMethod | Hadamard | FoldMethod | Correction | BlockMethod)
@@ -291,7 +294,7 @@ def _check_coding(recipe: Recipe, method: str) -> None:
         check_nestable(coding)
     if isinstance(recipe.method, Higgs):
         normal_grid(Higgs.name, coding)
-    if isinstance(coding, DoubleCoding | TableCoding) and recipe.fold:
+    if isinstance(coding, DoubleCoding | TableCoding | BinaryCoding) and recipe.fold:
         raise SettingsError(
             f"`{recipe.name}` with {_values_of(coding)}",
             "integers or a codebook, whose steps the fold evens out",
@@ -311,7 +314,7 @@ def _values_of(coding: Coding) -> str:
         return "codes for scales"
     if isinstance(coding, CodebookCoding | VectorCoding):
         return f"codebook {coding.codebook}"
-    return "tables"
+    return "signs and magnitudes" if isinstance(coding, BinaryCoding) else "tables"
 
 
 def _check_activation(recipe: Recipe) -> None:
@@ -336,15 +339,15 @@ def _check_activation(recipe: Recipe) -> None:
 def check_end(coding: Coding | None, place: str) -> None:
     """Refuse tables where a row is a token: one would take as much as its codes. And scales that are codes.
 
-    Those are expanded for all rows where a few are looked up. And points, which no embedding is read from
-    quickly.
+    Those are expanded for all rows where a few are looked up. And points and signs, which no embedding is
+    read from quickly.
 
     Raises
     ------
     SettingsError
         Naming `place`.
     """
-    if isinstance(coding, VectorCoding | DoubleCoding | TableCoding):
+    if isinstance(coding, VectorCoding | DoubleCoding | TableCoding | BinaryCoding):
         raise SettingsError(
             f"{_values_of(coding)} at {place}", "integers, a codebook or floats there", "state bits instead"
         )
@@ -420,6 +423,8 @@ def _coding(entry: dict[str, Any] | None, usual: IntegerCoding | None = None) ->
         )
     if "table" in entry and "kind" not in entry:
         default, entry = TableCoding(4), {"bits" if key == "table" else key: entry[key] for key in entry}
+    if "binary" in entry and "kind" not in entry:
+        default, entry = _binary(entry)
     if "double" in entry and "kind" not in entry:
         default, entry = _doubled(entry, default)
     full = entry if "kind" in entry else {**coding_to_dict(default), **entry}
@@ -427,6 +432,18 @@ def _coding(entry: dict[str, Any] | None, usual: IntegerCoding | None = None) ->
         return coding_from_dict(full)
     except CheckpointError as error:
         raise SettingsError(error.given, error.expected, error.remedy) from None
+
+
+def _binary(entry: dict[str, Any]) -> tuple[Coding, dict[str, Any]]:
+    """The coding and the entry that `binary` means, without it."""
+    if entry["binary"] is not True:
+        raise SettingsError(f"binary {entry['binary']!r}", "true", "write true, or leave it out")
+    others = [key for key in ("bits", "codebook", "table") if key in entry]
+    if others:
+        raise SettingsError(
+            f"binary and {others[0]} {entry[others[0]]}", "one of them", "leave out the other"
+        )
+    return BinaryCoding(64), {key: value for key, value in entry.items() if key != "binary"}
 
 
 def _doubled(entry: dict[str, Any], default: Coding) -> tuple[Coding, dict[str, Any]]:
@@ -468,6 +485,12 @@ def planned_recipe(name: str) -> Recipe:
             f"a fit by `{name}`",
             "a method of codes, among which a plan chooses",
             f"give all linears one coding: compress --recipe {name}",
+        )
+    if recipe.method.makes == {BinaryCoding.kind}:
+        raise SettingsError(
+            f"a fit by `{name}`",
+            "a method of codes of several widths, among which a plan chooses",
+            f"give all linears one coding: compress --recipe {name}:binary=true,group=64",
         )
     if IntegerCoding.kind not in recipe.method.makes:
         tables = TableCoding.kind in recipe.method.makes
@@ -512,9 +535,11 @@ def parse_recipe(text: str) -> Recipe:
     lossless = method is Df11
     stated_coding = coding if coding or not lossless else None
     recipe = make_recipe(name, stated, stated_coding, embedding, **others, activation=activation)
-    if not lossless and not coding.keys() & {"bits", "codebook", "table"}:
+    if not lossless and not coding.keys() & {"bits", "codebook", "table", "binary"}:
         raise SettingsError(
-            f"recipe `{text}` states no bits", "name:bits=N, name:codebook=nf4 or name:table=N", EXAMPLE
+            f"recipe `{text}` states no bits",
+            "name:bits=N, name:codebook=nf4, name:table=N or name:binary=true",
+            EXAMPLE,
         )
     return recipe
 

@@ -54,8 +54,11 @@ from tailorbird.hardware.memory import (
     return_freed_memory,
 )
 from tailorbird.kernels import native
+from tailorbird.kernels.reference import group_layout
 from tailorbird.linear.lossless.df11 import Df11
 from tailorbird.linear.outliers import sparse_of
+from tailorbird.linear.quantize.billm import Billm
+from tailorbird.linear.quantize.gptq import Gptq
 from tailorbird.linear.quantize.higgs import Higgs
 from tailorbird.model.anatomy import Anatomy, read_anatomy
 from tailorbird.model.checkpoint import Checkpoint, demo_text, locate, open_checkpoint
@@ -243,7 +246,16 @@ class Work:
 
     def bytes_of(self, name: str, shape: tuple[int, int], coding: Coding) -> int:
         """Bytes of a place of this shape, with what stands beside its codes."""
-        return stored_bytes(coding, *shape, **self.beside(name, shape, coding)._asdict())
+        has_order = self.has_order(name, shape[1], coding)
+        return stored_bytes(coding, *shape, has_order, **self.beside(name, shape, coding)._asdict())
+
+    def has_order(self, name: str, in_features: int, coding: Coding) -> bool:
+        """Whether the method stores the columns of a place in an order of its own."""
+        method = self.recipe.method
+        if not self._inside(name) or not isinstance(coding, CodesCoding):
+            return False
+        groups, _ = group_layout(in_features, coding.group_size)
+        return groups > 1 and isinstance(method, Gptq | Billm) and method.reorders
 
     def put_beside(self, codings: dict[str, Coding]) -> None:
         """Have the linears of a plan get what correction and linear method put beside their codes."""

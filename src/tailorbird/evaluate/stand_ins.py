@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tailorbird.formats.packed import Coding, EntropyCoding, FloatCoding, TableCoding, VectorCoding
+from tailorbird.formats.packed import (
+    BinaryCoding,
+    Coding,
+    EntropyCoding,
+    FloatCoding,
+    TableCoding,
+    VectorCoding,
+)
 from tailorbird.kernels import native
 from tailorbird.kernels.blocks import (
     ACTIVATIONS,
@@ -101,7 +108,7 @@ class Weights:
             described = native.WeightStructure(rows=rows, in_features=columns, columns=columns, groups=1)
             self.left -= dense.nbytes
             return LinearStructure(described, dense.data_ptr(), None, int(dtype == torch.float32), 0)
-        if isinstance(coding, EntropyCoding):
+        if isinstance(coding, EntropyCoding | BinaryCoding):
             raise ValueError(f"`{coding.label}` doesn't run in compiled blocks")
         if isinstance(coding, TableCoding):
             return self._of_tables(coding, rows, columns)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from tailorbird.errors import ExportError
 from tailorbird.formats.packed import (
+    BinaryCoding,
     CodebookCoding,
     Coding,
     DoubleCoding,
@@ -59,6 +60,8 @@ def refusal(
         return "its entropy-coded values have no place in it"
     if isinstance(coding, TableCoding):
         return "the tables of its rows have no place in it"
+    if isinstance(coding, BinaryCoding):
+        return "the magnitudes of its groups have no place in it"
     if beside is not None:
         return f"its {beside} has no place in it"
     groups, _ = group_layout(in_features, coding.group_size)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tailorbird.errors import ExportError
 from tailorbird.formats.packed import (
+    BinaryCoding,
     CodebookCoding,
     Coding,
     DoubleCoding,
@@ -59,6 +60,8 @@ def refusal(
         return "its entropy-coded values have no place in GGUF's block types"
     if isinstance(coding, TableCoding):
         return "the tables of its rows have no place in GGUF's block types"
+    if isinstance(coding, BinaryCoding):
+        return "the magnitudes of its groups have no place in GGUF's block types"
     _, size = group_layout(in_features, coding.group_size)
     if not coding.symmetric:
         return "its zero points have no place in GGUF's block types"
@@ -115,7 +118,7 @@ def blocks(weight: PackedWeight) -> Tensor:
         )
     if isinstance(coding, FloatCoding):
         return weight.tensors["weight"].contiguous().view(torch.uint8)
-    assert not isinstance(coding, VectorCoding | DoubleCoding | TableCoding | EntropyCoding)  # refused above
+    assert isinstance(coding, GroupedCoding)  # others are refused above
     values = unpack_codes(weight.tensors["codes"], coding.bits, weight.in_features)
     values = values.view(weight.out_features, -1, BLOCK)
     _, size = group_layout(weight.in_features, coding.group_size)

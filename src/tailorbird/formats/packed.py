@@ -309,6 +309,42 @@ class TableCoding:
 
 
 @dataclass(frozen=True)
+class BinaryCoding:
+    """Signs, each before one of two magnitudes that a group of a row has for itself.
+
+    The upper bit of a code is 1 where its value isn't negative, the lower bit says which magnitude it has:
+    `(code & 2) - 1` times `tables[row, group, code & 1]`. So `2 + 32 / group_size` bits stand for a weight.
+
+    Parameters
+    ----------
+    group_size : int
+        As of `IntegerCoding`.
+    table_dtype : str
+        Of the magnitudes: "bfloat16" or "float16".
+    """
+
+    kind: ClassVar[str] = "binary"
+    levels: ClassVar[None] = None
+    bits: ClassVar[int] = 2
+    group_size: int
+    table_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        _one_of("group_size", self.group_size, GROUP_SIZES)
+        _one_of("table_dtype", self.table_dtype, TABLE_DTYPES)
+
+    @property
+    def symmetric(self) -> bool:
+        """True: no zero points are stored."""
+        return True
+
+    @property
+    def label(self) -> str:
+        """Short name: `binary g64`, `binary row`, `binary g64 fp16`."""
+        return _grouped_label("binary", self.group_size, self.table_dtype)
+
+
+@dataclass(frozen=True)
 class FloatCoding:
     """Plain floating-point values.
 
@@ -370,12 +406,13 @@ GroupedCoding = IntegerCoding | CodebookCoding
 #: codings of codes whose groups have a scale in 16 bits, by which inputs may be rounded
 ScaledCoding = GroupedCoding | VectorCoding
 #: codings of codes
-CodesCoding = ScaledCoding | DoubleCoding | TableCoding
+CodesCoding = ScaledCoding | DoubleCoding | TableCoding | BinaryCoding
 #: those of weights that are held by modules of tailorbird's own
 PackedCoding = CodesCoding | EntropyCoding
 Coding = PackedCoding | FloatCoding
 _CODINGS = (
-    IntegerCoding, CodebookCoding, VectorCoding, DoubleCoding, TableCoding, EntropyCoding, FloatCoding,
+    IntegerCoding, CodebookCoding, VectorCoding, DoubleCoding, TableCoding, BinaryCoding, EntropyCoding,
+    FloatCoding,
 )  # fmt: skip
 _KINDS: dict[str, type[Coding]] = {coding.kind: coding for coding in _CODINGS}
 
@@ -505,6 +542,8 @@ def tensor_layout(
     }
     if isinstance(coding, TableCoding):
         layout["tables"] = ((out_features, 1 << coding.bits), TABLE_DTYPES[coding.table_dtype])
+    elif isinstance(coding, BinaryCoding):
+        layout["tables"] = ((out_features, groups, 2), TABLE_DTYPES[coding.table_dtype])
     elif isinstance(coding, DoubleCoding):
         layout["scales"] = ((out_features, groups), torch.uint8)
         layout["scale_sizes"] = ((dynamic_codes.blocks_of(out_features * groups),), torch.float32)
@@ -573,13 +612,13 @@ class PackedWeight:
         Integer coding: `codes` uint8 `[out, ceil(in * bits / 8)]`, `scales` `[out, groups]`, `zeros` uint8
         `[out, ceil(groups * bits / 8)]` unless symmetric, and where columns are permuted `order` int32
         `[in]` (stored column j is input `order[j]`). Codebook: the same without zeros. Table: `codes`,
-        `order` likewise, and `tables` `[out, 2**bits]`. Vector: as codebook, with as many codes in a row as
-        its values take, `ceil(in / dimension)`. Double: as codebook, but `scales` uint8, with
-        `scale_sizes` float32 `[ceil(out * groups / 256)]` and `scale_mean` float32 `[1]`. Any of these may
-        have, in place of an order, a transform (`formats/transform.py`), and a low-rank part, `up`
-        `[out, rank]` and `down` `[rank, in]`, in 16 bits and of the inputs as they come, and a sparse part
-        likewise (`formats/sparse.py`). Entropy coding: `lengths`, `sizes`, `stream` and `rest`
-        (`kernels/entropy.py`). Float coding: `weight` `[out, in]`.
+        `order` likewise, and `tables` `[out, 2**bits]`. Binary: as table, with `tables` `[out, groups, 2]`.
+        Vector: as codebook, with as many codes in a row as its values take, `ceil(in / dimension)`. Double:
+        as codebook, but `scales` uint8, with `scale_sizes` float32 `[ceil(out * groups / 256)]` and
+        `scale_mean` float32 `[1]`. Any of these may have, in place of an order, a transform
+        (`formats/transform.py`), and a low-rank part, `up` `[out, rank]` and `down` `[rank, in]`, in 16 bits
+        and of the inputs as they come, and a sparse part likewise (`formats/sparse.py`). Entropy coding:
+        `lengths`, `sizes`, `stream` and `rest` (`kernels/entropy.py`). Float coding: `weight` `[out, in]`.
 
     Raises
     ------
@@ -705,17 +744,17 @@ class PackedWeight:
 
     @classmethod
     def from_tables(
-        cls, values: Tensor, tables: Tensor, coding: TableCoding, order: Tensor | None = None
+        cls, values: Tensor, tables: Tensor, coding: TableCoding | BinaryCoding, order: Tensor | None = None
     ) -> PackedWeight:
-        """Pack codes for the values of tables.
+        """Pack codes for the values of tables, or for the magnitudes of groups.
 
         Parameters
         ----------
         values : Tensor[out_features, in_features], integer
             Codes in `[0, 2**bits)`, columns in the order in which they are stored.
-        tables : Tensor[out_features, 2**bits], floating point
+        tables : Tensor[out_features, 2**bits] or [out_features, groups, 2], floating point
             Already rounded to the coding's dtype (the tensor itself may be wider).
-        coding : TableCoding
+        coding : TableCoding or BinaryCoding
         order : Tensor[in_features], integer, or None
             Stored column `j` is input `order[j]`.
 

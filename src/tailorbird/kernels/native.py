@@ -270,9 +270,12 @@ def versions() -> tuple[int, ...]:
 
 
 def serves(coding: Any, in_features: int) -> bool:
-    """Whether weights of such a coding can be laid out: one group a row, or groups of whole steps."""
+    """Whether weights of such a coding can be laid out: one group a row, or groups of whole steps.
+
+    Those of signs and magnitudes can't.
+    """
     groups, size = group_layout(in_features, coding.group_size)
-    return groups == 1 or size % STEP == 0
+    return coding.kind != "binary" and (groups == 1 or size % STEP == 0)
 
 
 def tiles(

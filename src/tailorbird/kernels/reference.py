@@ -43,7 +43,7 @@ def dequantize(
     levels: Tensor | None = None,
     tables: Tensor | None = None,
 ) -> Tensor:
-    """Weight `scale * (code - zero)`, `scale * levels[code]` or `tables[row, code]`, rounded to `dtype`.
+    """Weight `scale * (code - zero)`, `scale * levels[code]`, or a value of `tables`, rounded to `dtype`.
 
     The rounding is one of float32 values. Works through the rows in chunks: beyond the result it takes a few
     megabytes, or a few copies of one row where that is more.
@@ -65,8 +65,9 @@ def dequantize(
     levels : Tensor[2**bits] or [2**bits, dimension], int8, or None
         What codes stand for where they aren't integers; then there are no zero points. With a second
         dimension each code stands for that many neighbouring columns.
-    tables : Tensor[out_features, 2**bits], float16 or bfloat16, or None
-        What the codes of each row stand for, without scales and zero points.
+    tables : Tensor[out_features, 2**bits] or [out_features, groups, 2], float16 or bfloat16, or None
+        What the codes of each row stand for, without scales and zero points: `tables[row, code]`; or of each
+        group, two magnitudes, which the lower bit of a code chooses, positive where its upper bit is 1.
 
     Returns
     -------
@@ -85,7 +86,8 @@ def dequantize(
             values = unpack_codes(codes[rows], bits, in_features)
         if scales is None:
             assert tables is not None
-            flat = tables[rows].float().gather(1, values.long())
+            own = tables[rows].float()
+            flat = own.gather(1, values.long()) if own.dim() == 2 else signed_magnitudes(values, own, size)
             weight[rows] = flat if position is None else flat[:, position]
             continue
         if groups * size != in_features:
@@ -101,6 +103,21 @@ def dequantize(
         flat = chunk.view(-1, groups * size)[:, :in_features]
         weight[rows] = flat if position is None else flat[:, position]
     return weight
+
+
+def signed_magnitudes(codes: Tensor, tables: Tensor, size: int) -> Tensor:
+    """Values of codes of two bits, a sign and one of two magnitudes: ``[rows, in_features]`` float32.
+
+    Parameters
+    ----------
+    codes : Tensor[rows, in_features], uint8
+    tables : Tensor[rows, groups, 2], float32
+    size : int
+        Columns of a group, but for the last.
+    """
+    values = torch.cat([-tables, tables], -1)  # by the codes of a group
+    group = torch.arange(codes.shape[1], device=codes.device) // size
+    return values.flatten(1).gather(1, codes.long() + 4 * group)
 
 
 def points_of(codes: Tensor, bits: int, in_features: int, points: Tensor) -> Tensor:

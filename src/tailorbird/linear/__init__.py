@@ -17,6 +17,7 @@ from tailorbird.formats.packed import Coding, PackedWeight
 from tailorbird.linear.lossless.df11 import Df11
 from tailorbird.linear.quantize.awq import Awq
 from tailorbird.linear.quantize.bcq import Bcq
+from tailorbird.linear.quantize.billm import Billm
 from tailorbird.linear.quantize.cfp import Cfp
 from tailorbird.linear.quantize.decoupleq import Decoupleq
 from tailorbird.linear.quantize.double_rounding import DoubleRounding
@@ -118,6 +119,7 @@ LINEAR_METHODS: dict[
         | DoubleRounding
         | Ganq
         | Bcq
+        | Billm
         | Yaqa
         | Higgs
         | Df11
@@ -133,6 +135,7 @@ LINEAR_METHODS: dict[
     "double-rounding": DoubleRounding,
     "ganq": Ganq,
     "bcq": Bcq,
+    "billm": Billm,
     "yaqa": Yaqa,
     "higgs": Higgs,
     "df11": Df11,

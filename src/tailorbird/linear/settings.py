@@ -6,6 +6,7 @@ import math
 
 from tailorbird.errors import SettingsError
 from tailorbird.formats.packed import (
+    BinaryCoding,
     CodebookCoding,
     DoubleCoding,
     EntropyCoding,
@@ -25,6 +26,7 @@ _CODES = {
     VectorCoding.kind: "points (codebook=gauss2x4)",
     DoubleCoding.kind: "a codebook with codes for scales (double=true)",
     TableCoding.kind: "a table of values per row (table=4)",
+    BinaryCoding.kind: "signs before two magnitudes (binary=true)",
     EntropyCoding.kind: "bfloat16, entropy-coded",
 }
 
@@ -75,6 +77,7 @@ def check_codes(method: str, kinds: frozenset[str], coding: PackedCoding) -> Non
             VectorCoding.kind: "higgs or rtn",
             DoubleCoding.kind: "rtn",
             TableCoding.kind: "rtn, leanquant, ganq or bcq, which fill tables",
+            BinaryCoding.kind: "rtn or billm",
             EntropyCoding.kind: "df11",
         }
         remedy = f"take {makers[coding.kind]}" if coding.kind in makers else "state the coding like this"

@@ -20,7 +20,7 @@ from tailorbird.formats.packed import (
     FloatCoding,
     LowRank,
     PackedCoding,
-    TableCoding,
+    ScaledCoding,
     coding_from_dict,
     coding_to_dict,
     low_rank_from_dict,
@@ -86,8 +86,8 @@ class ModuleLayout:
             )
         if self.activation is not None and floats:
             raise _wrong(f"`activation` {self.activation} with {values}", "it only where values are codes")
-        if self.activation is not None and isinstance(self.coding, DoubleCoding | TableCoding):
-            held = "tables" if isinstance(self.coding, TableCoding) else "codes for scales"
+        if self.activation is not None and not isinstance(self.coding, ScaledCoding):
+            held = "codes for scales" if isinstance(self.coding, DoubleCoding) else "tables"
             raise _wrong(
                 f"`activation` {self.activation} with {held}", "it only where a group has a scale of its own"
             )

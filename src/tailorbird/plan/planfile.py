@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from tailorbird.errors import CheckpointError, SettingsError, nearest
 from tailorbird.formats.packed import (
+    BinaryCoding,
     CodebookCoding,
     Coding,
     FloatCoding,
@@ -114,6 +115,14 @@ class TableEntry(_CodingEntry):
     table_dtype: str = TableCoding.table_dtype
 
 
+class BinaryEntry(_CodingEntry):
+    """`BinaryCoding`, likewise."""
+
+    kind: Literal["binary"]
+    group_size: int
+    table_dtype: str = BinaryCoding.table_dtype
+
+
 class EntropyEntry(_CodingEntry):
     """`EntropyCoding`."""
 
@@ -190,7 +199,7 @@ class Place(_Section):
     ----------
     name : str
         Module path of the linear or the embedding.
-    coding : IntegerEntry, CodebookEntry, VectorEntry, DoubleEntry, TableEntry, EntropyEntry or FloatEntry
+    coding : IntegerEntry, CodebookEntry, or any other entry of a kind of coding
     role, block : str, int
         As in the anatomy.
     shape : (int, int)
@@ -215,7 +224,14 @@ class Place(_Section):
     block: Count | None = None
     shape: Annotated[tuple[Dimension, Dimension], Strict(False)] | None = None
     coding: Annotated[
-        IntegerEntry | CodebookEntry | VectorEntry | DoubleEntry | TableEntry | EntropyEntry | FloatEntry,
+        IntegerEntry
+        | CodebookEntry
+        | VectorEntry
+        | DoubleEntry
+        | TableEntry
+        | BinaryEntry
+        | EntropyEntry
+        | FloatEntry,
         Field(discriminator="kind"),
     ]
     low_rank: LowRankEntry | None = None
@@ -404,6 +420,7 @@ _HEADER = """\
 #            likewise}, for higgs and rtn
 #   coding: {kind: double, codebook: nf4, group_size likewise}, scales in 8 bits, for rtn
 #   coding: {kind: table, bits: 2 3 or 4, table_dtype: bfloat16 or float16}, for rtn, leanquant, ganq, bcq
+#   coding: {kind: binary, group_size and table_dtype likewise}, for rtn and billm
 #   coding: {kind: entropy, stream_bytes: 5423}, for df11; the bytes follow from the source's weights
 #   coding: {kind: float, dtype: bfloat16, float16 or float32}
 #   activation: int8, where inputs may be rounded to bytes; fp8 or int4, where they are, in products of floats
@@ -452,7 +469,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "": Plan, "source": Source, "budget": BudgetEntry, "calibration": Text, "evaluation": Text, "folds": Fold,
     "places": Place, "predicted": Costs, "measured": Costs, "integer": IntegerEntry,
     "codebook": CodebookEntry, "vector": VectorEntry, "double": DoubleEntry, "table": TableEntry,
-    "entropy": EntropyEntry, "float": FloatEntry,
+    "binary": BinaryEntry, "entropy": EntropyEntry, "float": FloatEntry,
     "low_rank": LowRankEntry, "sparse": SparseEntry, "transform": TransformEntry,
 }  # fmt: skip
 
@@ -494,7 +511,7 @@ def _explain(path: Path, data: dict[str, Any], error: ErrorDetails, others: int)
             return _refuse(
                 path,
                 f"states at {field} the unknown kind {kind}{more}",
-                "`integer`, `codebook`, `vector`, `double`, `table`, `entropy` or `float`",
+                "`integer`, `codebook`, `vector`, `double`, `table`, `binary`, `entropy` or `float`",
                 "read it with a newer version of tailorbird, or correct the kind",
             )
         case "union_tag_not_found":
@@ -502,7 +519,7 @@ def _explain(path: Path, data: dict[str, Any], error: ErrorDetails, others: int)
                 path,
                 f"lacks `kind` at {field}{more}",
                 "`kind: integer`, `kind: codebook`, `kind: vector`, `kind: double`, `kind: table`, "
-                "`kind: entropy` or `kind: float`",
+                "`kind: binary`, `kind: entropy` or `kind: float`",
                 "add it",
             )
     message = error["msg"][0].lower() + error["msg"][1:]

@@ -253,6 +253,10 @@ def coding_text(coding: Any) -> str:
         return f"{values} {f'g{group}' if group else 'row'}{symmetric}{double}"
     if coding.get("kind") == "table":
         return f"table{coding.get('bits')}{' fp16' if coding.get('table_dtype') == 'float16' else ''}"
+    if coding.get("kind") == "binary":
+        group = coding.get("group_size")
+        half = " fp16" if coding.get("table_dtype") == "float16" else ""
+        return f"binary {f'g{group}' if group else 'row'}{half}"
     if coding.get("kind") == "entropy":
         return "df11"
     dtype = str(coding.get("dtype", ABSENT))
@@ -277,6 +281,8 @@ def coding_bits(coding: Any) -> int | None:
         if not isinstance(name, str) or name not in POINTS:
             return None
         return bits_of(name) // POINTS[name].shape[1]
+    if coding.get("kind") == "binary":
+        return 2
     if coding.get("kind") == "entropy":
         return 16  # as many hold the value
     return {"bfloat16": 16, "float16": 16, "float32": 32}.get(str(coding.get("dtype")))

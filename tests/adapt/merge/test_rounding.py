@@ -12,6 +12,7 @@ from compressed import pack
 from tailorbird.adapt.merge.rounding import FITTED, KEPT, NEAREST, Rounding
 from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.formats.packed import (
+    BinaryCoding,
     CodebookCoding,
     CodesCoding,
     DoubleCoding,
@@ -33,6 +34,7 @@ CODINGS: list[CodesCoding] = [
     VectorCoding("gauss4x2", 32),
     TableCoding(3),
     TableCoding(4, "float16"),
+    BinaryCoding(32),
 ]
 ROWS, COLUMNS = 24, 72
 
@@ -168,7 +170,9 @@ def test_a_change_below_half_a_step_survives_that_rounding_to_nearest_would_eras
 
 
 @pytest.mark.parametrize(
-    "coding", [one for one in CODINGS if not isinstance(one, TableCoding)], ids=lambda coding: coding.label
+    "coding",
+    [one for one in CODINGS if not isinstance(one, TableCoding | BinaryCoding)],
+    ids=lambda coding: coding.label,
 )
 def test_scales_of_zero_that_others_stored_divide_nothing(coding: CodesCoding) -> None:
     stored = pack(weight(), coding)

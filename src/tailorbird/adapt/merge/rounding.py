@@ -11,19 +11,28 @@ depend on each other, so that each takes the best of
 
 Scales that are codes themselves stay, as rows share what these stand for. For codes of tables the grid is
 the row's table, fitted by `ganq.py`, and there is no descent; nor is there for codes of points
-(`points_feedback.py`), whose fitted scales are those by deviation. A target that is the weight itself gives
-back the very bytes.
+(`points_feedback.py`), whose fitted scales are those by deviation, and for signs (`binary.py`). A target that
+is the weight itself gives back the very bytes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from tailorbird.calibrate.statistics import LinearStatistics
-from tailorbird.formats.packed import DoubleCoding, FloatCoding, PackedWeight, TableCoding, VectorCoding
+from tailorbird.formats.packed import (
+    BinaryCoding,
+    DoubleCoding,
+    FloatCoding,
+    PackedWeight,
+    TableCoding,
+    VectorCoding,
+)
 from tailorbird.formats.transform import transform_tensors, weight_behind
+from tailorbird.linear.quantize import binary
 from tailorbird.linear.quantize.descent import descend
 from tailorbird.linear.quantize.ganq import Ganq
 from tailorbird.linear.quantize.gptq import Gptq
@@ -112,6 +121,14 @@ class Rounding:
             found = {
                 KEPT: PackedWeight.from_tables(codes_by_feedback(rounded, target, tables), tables, coding),
                 FITTED: TABLES.round(rounded, target, coding),
+                NEAREST: Rtn()(target, statistics, coding),
+            }
+        elif isinstance(coding, BinaryCoding):
+            factor, every = IN_ORDER.prepare(statistics).factor, torch.arange(stored.in_features)
+            tables = stored.tensors["tables"].float()
+            found = {
+                KEPT: binary.codes_by_feedback(target, factor, every, tables, coding),
+                FITTED: binary.groups_by_feedback(target, factor, every, gram.diagonal(), coding),
                 NEAREST: Rtn()(target, statistics, coding),
             }
         elif isinstance(coding, VectorCoding):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tailorbird.errors import SettingsError
-from tailorbird.formats.packed import TABLE_DTYPES, IntegerCoding, TableCoding
+from tailorbird.formats.packed import TABLE_DTYPES, BinaryCoding, IntegerCoding, TableCoding
 from tailorbird.linear.quantize.grid import fit_grid
 
 #: how often clusters are formed anew, at most; they stop moving earlier
@@ -37,7 +37,7 @@ def nearest_values(values: Tensor, tables: Tensor) -> Tensor:
     return found.view(values.shape)
 
 
-def stored_values(tables: Tensor, coding: TableCoding) -> Tensor:
+def stored_values(tables: Tensor, coding: TableCoding | BinaryCoding) -> Tensor:
     """Tables rounded to the dtype in which they are stored, in float32.
 
     Raises

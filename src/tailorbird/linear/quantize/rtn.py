@@ -19,6 +19,7 @@ from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.errors import SettingsError
 from tailorbird.formats.packed import (
     FLOAT_DTYPES,
+    BinaryCoding,
     Coding,
     DoubleCoding,
     FloatCoding,
@@ -30,6 +31,7 @@ from tailorbird.formats.packed import (
 )
 from tailorbird.kernels.packing import pack_codes
 from tailorbird.kernels.reference import group_layout
+from tailorbird.linear.quantize.binary import round_to_magnitudes
 from tailorbird.linear.quantize.clusters import clustered, nearest_values
 from tailorbird.linear.quantize.grid import fit_grid, quantize_to_grid
 from tailorbird.linear.quantize.points import round_to_points
@@ -50,7 +52,9 @@ class Rtn:
     kind: ClassVar[str] = "linear method"
     paper: ClassVar[str] = "round to nearest, the common baseline"
     requirements: ClassVar[frozenset[str]] = frozenset()
-    makes: ClassVar[frozenset[str]] = GRIDS | {VectorCoding.kind, DoubleCoding.kind, TableCoding.kind}
+    makes: ClassVar[frozenset[str]] = GRIDS | {
+        VectorCoding.kind, DoubleCoding.kind, TableCoding.kind, BinaryCoding.kind,
+    }  # fmt: skip
     outliers: ClassVar[float] = 0.0
     least_token: ClassVar[float] = 1.0
 
@@ -91,6 +95,8 @@ class Rtn:
         if isinstance(coding, TableCoding):
             tables = clustered(weight, coding, importance)
             return PackedWeight.from_tables(nearest_values(weight, tables), tables, coding)
+        if isinstance(coding, BinaryCoding):
+            return round_to_magnitudes(weight, coding, importance)
         if isinstance(coding, VectorCoding):
             return round_to_points(weight, coding)
         if isinstance(coding, DoubleCoding):
