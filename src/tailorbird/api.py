@@ -342,6 +342,7 @@ def _choose_activations(work: Work, activations: str) -> dict[str, Any]:
         )
     if activations == "exact":
         work.rounded_inputs = {}
+    planning.check_static_inputs(work)
     planning.remark_on_simulation(work)
     return {"rounded_inputs": work.rounded_inputs}
 

@@ -111,7 +111,7 @@ def drawn(seed: int) -> str:
     if draw.random() < 0.3:
         stated.append(f"embedding_bits={draw.choice([2, 4, 8])}")
     if draw.random() < 0.15:
-        stated.append(f"activation={draw.choice(['int8', 'int8', 'fp8', 'int4'])}")
+        stated.append(f"activation={draw.choice(['int8', 'int8', 'int8-static', 'fp8', 'int4'])}")
     return f"{'+'.join(stages.values())}:{','.join(stated)}"
 
 

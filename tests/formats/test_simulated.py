@@ -18,9 +18,11 @@ from tailorbird.formats.packed import (
     TableCoding,
 )
 from tailorbird.kernels import native
-from tailorbird.kernels.reference import SIMULATED, round_inputs
+from tailorbird.kernels.reference import FP8, INT4, round_inputs
 from tailorbird.model.layout import ModelLayout, ModuleLayout
 
+#: what is simulated with a scale for each segment; test_static_inputs.py has the other
+SIMULATED = (FP8, INT4)
 CODINGS = st.sampled_from(
     [
         IntegerCoding(4, 32),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tailorbird.formats.packed import FloatCoding, IntegerCoding
-from tailorbird.kernels.reference import to_bytes
+from tailorbird.kernels.reference import INT8, INT8_STATIC, round_to_scale, to_bytes
 from tailorbird.plan.inputs import (
     LEAST_KL,
     SHARE,
@@ -37,13 +37,35 @@ def test_errors_of_inputs_add_up_to_that_of_the_output(group: int) -> None:
     assert found[input_key(group)] == pytest.approx(exact, rel=0.1)
 
 
+def test_a_static_scale_is_priced_whatever_the_groups() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2000, 192, generator=generator), torch.randn(50, 192, generator=generator)
+    x[::7] *= 10  # tokens that make the step coarse for all others
+    errors = InputErrors(192, CODINGS, (INT8, INT8_STATIC))
+    for show in (errors.widen, errors.add):
+        for part in x.split(300):
+            show(part.view(1, -1, 192))
+    assert errors.static is not None
+    energy = float((x @ weight.T).square().sum(1).mean())
+    rounded = round_to_scale(x, errors.static.scale)
+    exact = float(((rounded - x) @ weight.T).square().sum(1).mean()) / energy
+    found = errors.errors(weight, energy)
+    assert set(found) == {input_key(group, to) for group in (32, 64) for to in (INT8, INT8_STATIC)}
+    assert found[input_key(32, INT8_STATIC)] == found[input_key(64, INT8_STATIC)]
+    assert found[input_key(64, INT8_STATIC)] == pytest.approx(exact, rel=0.1)
+    assert found[input_key(64, INT8_STATIC)] > 2 * found[input_key(64)]
+
+
 def test_only_the_first_tokens_are_looked_at() -> None:
-    errors = InputErrors(32, CODINGS)
+    errors = InputErrors(32, CODINGS, (INT8, INT8_STATIC))
     x = torch.randn(TOKENS + 500, 32, generator=torch.Generator().manual_seed(0))
+    for part in (x[:3000], x[3000:], x[:10] * 100):
+        errors.widen(part)
     errors.add(x[:3000])
     errors.add(x[3000:])
     errors.add(x[:10])
-    once = InputErrors(32, CODINGS)
+    once = InputErrors(32, CODINGS, (INT8, INT8_STATIC))
+    once.widen(x[:TOKENS])
     once.add(x[:TOKENS])
     weight = torch.ones(1, 32)
     assert errors.tokens == TOKENS

@@ -99,6 +99,13 @@ def export(directory: Path, to: str, output: Path) -> ExportResult:
     check_output(output)
     _require_packages(to)
     model = StoredModel.open(directory)
+    for name, module in model.layout.modules.items():
+        if module.simulated is not None:
+            raise ExportError(
+                f"`{name}`, whose inputs are rounded to {module.simulated}",
+                "inputs as they are, which is what other tools multiply",
+                f"compress the model anew without activation={module.simulated}",
+            )
     with _unfinished(output, is_file=to == "gguf") as partial:
         notes = _WRITERS[to](model, partial)
         kl, difference = _compare(model.checkpoint, partial, to)

@@ -28,6 +28,7 @@ import torch
 
 from tailorbird.calibrate.activations import ActivationFile
 from tailorbird.calibrate.importance import attention_received, token_weights
+from tailorbird.calibrate.input_scales import InputScale
 from tailorbird.calibrate.job import Job
 from tailorbird.calibrate.kept import KeptInputs, KeptOutputs, has_room, input_bytes, output_bytes
 from tailorbird.calibrate.statistics import GramAccumulator, LinearStatistics
@@ -43,6 +44,7 @@ from tailorbird.compress.folds import BlockFolding
 from tailorbird.compress.whole.method import ModelMethod
 from tailorbird.compress.whole.stage import learn_whole, put_learned
 from tailorbird.evaluate.streamed import batches
+from tailorbird.formats.modules import CompressedLinear
 from tailorbird.formats.packed import (
     PARTS,
     Coding,
@@ -55,6 +57,7 @@ from tailorbird.formats.packed import (
 from tailorbird.formats.sparse import Sparse
 from tailorbird.formats.transform import Transform, transform_to_dict
 from tailorbird.hardware.memory import trim_heap
+from tailorbird.kernels.reference import INT8_STATIC
 from tailorbird.linear import FoldMethod, LinearMethod
 from tailorbird.linear.correct import Correction
 from tailorbird.linear.correct.eora import Corrected
@@ -79,6 +82,8 @@ STATES = "whole-states"
 SKETCHES = "sketches"
 #: Of a job: blocks that were learned in one window and are to be learned again in the next.
 WINDOWS = "windows"
+#: Of a job: ending of the files in which the static scales of a block's inputs wait.
+INPUT_SCALES = "inputs.safetensors"
 
 #: Around a block's run over windows `start` to `stop`: what is kept of it, or was kept before.
 Passing = Callable[[int, int], AbstractContextManager[None]]
@@ -159,7 +164,8 @@ class Pipeline:
         self.weighted = "attention" in compression.method.needs
         self.sketched = "sketch" in compression.method.needs
         self.gathers = "gram" in compression.method.needs | folds | corrects
-        self.streamed = self.gathers or compression.block is not None
+        self.static = {name for name, to in compression.rounded_inputs.items() if to == INT8_STATIC}
+        self.streamed = self.gathers or compression.block is not None or bool(self.static)
         self.paired = self.crossed or compression.block is not None
         self.learns_scales = compression.block is not None and compression.block.transform
 
@@ -495,13 +501,46 @@ class Pipeline:
         share_inputs(groups)
 
     def _write(self, block: _Block) -> None:
-        """Write the file of a block that is finished, how far its rows are from the source, and its folds."""
+        """Write the file of a block that is finished, and what is known of it.
+
+        That is how far its rows are from the source, the scales by which it was folded, and those of inputs.
+        """
         index = block.anatomy.index
         write_tensors(self.job.partial / file_name(self.anatomy, index + 1), block.tensors)
         if block.rows:
             self._write_row_errors(f"block-{index:05d}", block.rows)
         if block.folds:
             write_tensors(self.job.work / "done" / f"block-{index:05d}.{FOLDS_FILE}", block.folds)
+        scales = self._input_scales(block)
+        if scales:
+            write_tensors(self.job.work / "done" / f"block-{index:05d}.{INPUT_SCALES}", scales)
+
+    def _input_scales(self, block: _Block) -> dict[str, torch.Tensor]:
+        """Static scales of the inputs of linears, by what these read now that the block is finished."""
+        index, ids = block.anatomy.index, self.compression.ids
+        searches: dict[str, InputScale] = {}
+        readers: dict[str, dict[str, CompressedLinear]] = {}
+        found: dict[str, InputScale] = {}
+        for place in block.anatomy.linears:
+            if place.name in self.static:
+                packed = self._read_back(place, block.tensors)
+                linear = CompressedLinear.from_packed(packed)
+                alone = linear.transform is not None or linear.sparse is not None
+                name = place.name if alone else place.shares_input
+                found[place.name] = searches.setdefault(name, InputScale(place.in_features))
+                readers.setdefault(place.shares_input, {})[name] = linear
+        for take in (InputScale.widen, InputScale.add) if found else ():
+
+            def show(key: str, x: torch.Tensor, take: Any = take) -> None:
+                for name, linear in readers.get(key, {}).items():
+                    take(searches[name], linear.to_be_rounded(x))
+
+            assert ids is not None  # linears that round have been given statistics
+            stream = self._open_stream("result", index)
+            for start, stop in batches(*ids.shape):
+                self.model.capture_inputs(block.module, index, stream.read(start, stop), show)
+            stream.close()
+        return {name: torch.tensor(search.scale) for name, search in found.items()}
 
     def _prepared(self, statistics: LinearStatistics | None) -> Corrected:
         """The method, and the correction after it, for weights that read one input."""
@@ -686,7 +725,7 @@ class Pipeline:
         write_index(self.job.partial, self.anatomy)
         config = read_json(self.checkpoint.directory / "config.json") | self.checkpoint.changes
         config["quantization_config"] = quantization_config(
-            self.anatomy, self.compression.codings, self.compression.rounded_inputs,
+            self.anatomy, self.compression.codings, self.compression.rounded_inputs, self._kept_scales(),
             {
                 "low_rank": self.compression.low_rank, "sparse": self.compression.sparse,
                 "transform": self.compression.transforms,
@@ -694,6 +733,14 @@ class Pipeline:
             self._ordered(),
         )  # fmt: skip
         write_json(self.job.partial / "config.json", config)
+
+    def _kept_scales(self) -> dict[str, float]:
+        """Linear -> static scale of its inputs, of all blocks."""
+        scales: dict[str, float] = {}
+        for path in sorted((self.job.work / "done").glob(f"*.{INPUT_SCALES}")):
+            recorded = Weights.open_file(path)
+            scales |= {name: float(recorded.read(name)) for name in recorded.names}
+        return scales
 
     def _ordered(self) -> frozenset[str]:
         """Places whose columns the method stored in an order of its own."""
@@ -815,6 +862,7 @@ def quantization_config(
     anatomy: Anatomy,
     codings: dict[str, Coding],
     rounded_inputs: Mapping[str, str],
+    input_scales: Mapping[str, float],
     parts: Mapping[str, Mapping[str, LowRank | Sparse | Transform]],
     ordered: frozenset[str],
 ) -> dict[str, Any]:
@@ -840,6 +888,8 @@ def quantization_config(
             }  # fmt: skip
     for name in modules.keys() & rounded_inputs.keys():
         modules[name]["activation"] = rounded_inputs[name]
+    for name, scale in input_scales.items():
+        modules[name]["input_scale"] = scale
     for key, found in parts.items():
         for name, part in found.items():
             modules[name][key] = transform_to_dict(part) if isinstance(part, Transform) else asdict(part)

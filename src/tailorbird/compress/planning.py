@@ -11,8 +11,9 @@ import torch
 from tailorbird.calibrate.job import Job
 from tailorbird.calibrate.ledger import Ledger
 from tailorbird.calibrate.stream import StreamingModel
+from tailorbird.compress.blocks.flatquant import FlatQuant
 from tailorbird.compress.lossless import check_entropy_codings, entropy_codings
-from tailorbird.compress.recipe import check_end
+from tailorbird.compress.recipe import JOINT, check_end
 from tailorbird.compress.stage import Stage
 from tailorbird.compress.work import SENSITIVITY_TOKENS, Work, as_stored, by_gradients, sensitivity_ids
 from tailorbird.errors import ResourceError, SettingsError, nearest
@@ -30,7 +31,7 @@ from tailorbird.formats.packed import (
     coding_to_dict,
 )
 from tailorbird.kernels import dispatch
-from tailorbird.kernels.reference import INT8, SIMULATED
+from tailorbird.kernels.reference import INT8, INT8_STATIC, SIMULATED
 from tailorbird.linear.lossless.df11 import Df11
 from tailorbird.linear.outliers import without_outliers
 from tailorbird.linear.quantize.double_rounding import DoubleRounding, check_nestable
@@ -342,6 +343,26 @@ def rounded_inputs_of_recipe(work: Work, codings: dict[str, Coding]) -> dict[str
             )
         names[place.name] = activation
     return names
+
+
+def check_static_inputs(work: Work) -> None:
+    """Refuse static scales of inputs where there is none to find, or where it would not stay right."""
+    static = {name for name, to in (work.rounded_inputs or {}).items() if to == INT8_STATIC}
+    if not static:
+        return
+    for name in sorted(static - {place.name for place in work.anatomy.linears()}):
+        raise SettingsError(
+            f"`activation: {INT8_STATIC}` at `{name}`",
+            "it only at linears inside the blocks, where calibration finds scales",
+            f"write `activation: {INT8}`, or set it to null",
+        )
+    if work.recipe.whole is not None or isinstance(work.recipe.block, FlatQuant):
+        learns = work.recipe.name.split(JOINT)[-1]
+        raise SettingsError(
+            f"activation {INT8_STATIC} with `{learns}`",
+            "inputs whose scales are found when all is learned; this learns behind them, or after",
+            f"write activation={INT8}, or leave out `{learns}`",
+        )
 
 
 def remark_on_simulation(work: Work) -> None:

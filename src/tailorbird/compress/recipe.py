@@ -11,7 +11,7 @@ rounded to bytes, ``smoothing+gptq:bits=8,group=64,activation=int8``, or as a YA
     embedding: {bits: 8, group_size: 64}     # and an untied head; left out, they stay as they are
     correction: eora                         # left out, nothing stands beside what was rounded
     correction_settings: {rank: 8}
-    activation: int8                         # or fp8, int4; left out, linears round where that costs little
+    activation: int8                         # or int8-static, fp8, int4; left out: where it costs little
     rotation: hadamard                       # left out, nothing is rotated
     rotation_settings: {seed: 1}
     fold: awq                                # left out, nothing is folded
@@ -49,7 +49,7 @@ from tailorbird.formats.packed import (
     coding_from_dict,
     coding_to_dict,
 )
-from tailorbird.kernels.reference import INT8, LARGEST
+from tailorbird.kernels.reference import INT8, ROUNDED_TO
 from tailorbird.linear import FOLDS, LINEAR_METHODS, FoldMethod, LinearMethod
 from tailorbird.linear.correct import CORRECTIONS, Correction
 from tailorbird.linear.lossless.df11 import Df11
@@ -103,7 +103,7 @@ class Recipe:
         For every linear inside the blocks; None where a plan decides.
     embedding : Coding or None
         For the embedding and an untied head; None leaves them.
-    activation : {"int8", "fp8", "int4", None}
+    activation : {"int8", "int8-static", "fp8", "int4", None}
         To what linears inside the blocks round their inputs; None where it isn't stated.
     rotation : Hadamard or None
         Turns the channels of the source before all else.
@@ -192,8 +192,8 @@ def make_recipe(
         ``table: 3`` is a table per row for codes of 3 bits. With ``double-rounding`` 8 bits without zero
         points are left out.
     activation : str, optional
-        ``int8``: all linears inside the blocks round their inputs to bytes. ``fp8``, ``int4``: to these, in
-        products of floats.
+        ``int8``: all linears inside the blocks round their inputs to bytes. ``int8-static``, with
+        scales fixed in calibration, ``fp8``, ``int4``: to these, in products of floats.
 
     Raises
     ------
@@ -321,10 +321,10 @@ def _check_activation(recipe: Recipe) -> None:
     """Refuse inputs that are rounded to what isn't known, or before weights that aren't codes of groups."""
     if recipe.activation is None:
         return
-    if recipe.activation not in LARGEST:
+    if recipe.activation not in ROUNDED_TO:
         raise SettingsError(
             f"activation {recipe.activation!r}",
-            "one of " + ", ".join(f"`{name}`" for name in LARGEST),
+            "one of " + ", ".join(f"`{name}`" for name in ROUNDED_TO),
             f"write activation={INT8}, or leave it out",
         )
     if not isinstance(recipe.coding, ScaledCoding):

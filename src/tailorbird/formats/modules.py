@@ -324,11 +324,13 @@ class CompressedLinear(_PackedModule, nn.Linear):
     low_rank : LowRank, optional
     sparse : Sparse, optional
         What stands beside the base.
-    simulated : {"fp8", "int4"}, optional
+    simulated : {"fp8", "int4", "int8-static"}, optional
         What the base's inputs are always rounded to (`reference.round_inputs`), in a product of float32.
         Gradients pass the rounding as if it weren't there.
     transform : Transform, optional
         What inputs go through before the base; then there is no order.
+    input_scale : float, optional
+        With ``int8-static``, and only then: the one scale of its inputs (`reference.round_to_scale`).
 
     Attributes
     ----------
@@ -352,10 +354,14 @@ class CompressedLinear(_PackedModule, nn.Linear):
         sparse: Sparse | None = None,
         simulated: str | None = None,
         transform: Transform | None = None,
+        input_scale: float | None = None,
     ) -> None:
         nn.Module.__init__(self)
+        if (simulated == reference.INT8_STATIC) != (input_scale is not None):
+            raise ValueError(f"inputs rounded to {simulated} with the scale {input_scale}")
         self.rounds = rounds
         self.simulated = simulated
+        self.input_scale = input_scale
         # whose stored tensors these are where tied; not a child, which would be saved a second time
         self.__dict__["_embedding"] = None
         self.in_features = in_features
@@ -381,6 +387,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
         bias: Tensor | None = None,
         rounds: bool = False,
         simulated: str | None = None,
+        input_scale: float | None = None,
     ) -> CompressedLinear:
         """A linear that holds the tensors of `packed`, without copying, and `bias` `[out_features]`."""
         if isinstance(packed.coding, FloatCoding):
@@ -401,6 +408,7 @@ class CompressedLinear(_PackedModule, nn.Linear):
             sparse=packed.sparse,
             simulated=simulated,
             transform=packed.transform,
+            input_scale=input_scale,
         )
         for name, tensor in packed.tensors.items():
             setattr(module, name, tensor)
@@ -517,14 +525,29 @@ class CompressedLinear(_PackedModule, nn.Linear):
             weight, bias = self._decoded().to(input.dtype), self.bias
             return nn.functional.linear(input, weight, None if bias is None else bias.to(input.dtype))
         order = stored["order"]
-        if stored["values"] is not None and (self.rounds or self.simulated is not None):
-            input = self._without_apart(input, stored)
-        input = transformed(input, stored)
+        if self.rounds or self.simulated is not None:
+            input = self._to_be_rounded(input, stored)
+        else:
+            input = transformed(input, stored)
         if self.simulated is None:
             return self._product(input, order, stored)
         assert isinstance(self.coding, ScaledCoding)  # others come with no rounded inputs
-        rounded = _Rounded.apply(_ordered(input, order), self.coding.group_size, self.simulated)
+        rounded = _Rounded.apply(
+            _ordered(input, order), self.coding.group_size, self.simulated, self.input_scale
+        )
         return self._product(rounded, None, stored).to(input.dtype)
+
+    def to_be_rounded(self, input: Tensor) -> Tensor:
+        """What is rounded where inputs are: `input` behind the transform, in the order in which it came.
+
+        Inputs that only the sparse part multiplies are zeros.
+        """
+        return self._to_be_rounded(input, self._buffers)
+
+    def _to_be_rounded(self, input: Tensor, stored: dict[str, Any]) -> Tensor:
+        if stored["values"] is not None:
+            input = self._without_apart(input, stored)
+        return transformed(input, stored)
 
     def _product(self, input: Tensor, order: Tensor | None, stored: dict[str, Any]) -> Tensor:
         """What codes and bias give for inputs that are to be put in `order`, through the fastest path."""
@@ -645,16 +668,18 @@ class CompressedLinear(_PackedModule, nn.Linear):
 
 
 class _Rounded(torch.autograd.Function):
-    """`reference.round_inputs`, for the gradient the identity."""
+    """`reference.round_inputs`, or to a static scale, for the gradient the identity."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group_size: int, to: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group_size: int, to: str, scale: float | None) -> Tensor:
         ctx.dtype = x.dtype
+        if scale is not None:
+            return reference.round_to_scale(x, scale)
         return reference.round_inputs(x, group_size, to)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient.to(ctx.dtype), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return gradient.to(ctx.dtype), None, None, None
 
 
 def _adds_compiled(output: Tensor, input: Tensor) -> bool:

@@ -17,8 +17,12 @@ SEGMENT = 128
 #: What activations may be rounded to -> the value at which the largest of a segment is put.
 INT8, INT4, FP8 = "int8", "int4", "fp8"
 LARGEST = {INT8: 127.0, INT4: 7.0, FP8: 448.0}
+#: Bytes, too, with one scale for all activations, fixed beforehand.
+INT8_STATIC = "int8-static"
+#: All that activations may be rounded to.
+ROUNDED_TO = (*LARGEST, INT8_STATIC)
 #: those of which nothing computes products here: the rounding is done, the product is one of floats
-SIMULATED = (FP8, INT4)
+SIMULATED = (FP8, INT4, INT8_STATIC)
 
 
 def group_layout(in_features: int, group_size: int) -> tuple[int, int]:
@@ -189,6 +193,29 @@ def _rounded(segment: Tensor, to: str) -> Tensor:
         infinite, values, finer.to(torch.float8_e4m3fn).float() if to == FP8 else finer.round()
     )
     return rounded * torch.where(infinite, largest, torch.where(inverse == 0, 0.0, scale / top))
+
+
+def round_to_scale(x: Tensor, scale: float) -> Tensor:
+    """Activations rounded to bytes with one scale for all: `scale * clamp(round(x / scale), -127, 127)`.
+
+    In float32, halves to even. What isn't finite stays so.
+
+    Parameters
+    ----------
+    x : Tensor, floating point
+    scale : float
+        Above 0.
+
+    Returns
+    -------
+    Tensor, float32
+        In the shape of `x`.
+    """
+    values = x.float()
+    # On GPUs PyTorch divides by a number as by its inverse, with two roundings.
+    step = torch.full_like(values[..., :1], scale)
+    codes = (values / step).round_().clamp_(-LARGEST[INT8], LARGEST[INT8])
+    return torch.where(values.isfinite(), codes * step, values)
 
 
 def linear(

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
+
 from tailorbird.errors import CheckpointError, nearest
 from tailorbird.formats.packed import (
     SCHEMA_VERSION,
@@ -28,12 +30,12 @@ from tailorbird.formats.packed import (
 )
 from tailorbird.formats.sparse import Sparse, sparse_from_dict
 from tailorbird.formats.transform import Transform, transform_from_dict, transform_to_dict
-from tailorbird.kernels.reference import INT8, LARGEST, SIMULATED
+from tailorbird.kernels.reference import INT8, INT8_STATIC, ROUNDED_TO, SIMULATED
 
 #: value of `quant_method`, by which transformers knows whose checkpoint it is
 METHOD = "tailorbird"
 #: keys of a module that are there only where it has the part
-_PARTS = ("activation", "low_rank", "sparse", "transform")
+_PARTS = ("activation", "input_scale", "low_rank", "sparse", "transform")
 #: no model has a dimension, head count or block index beyond this
 _LARGEST = 1 << 31
 _REMEDY = "compress the model again, or update tailorbird"
@@ -56,10 +58,12 @@ class ModuleLayout:
     low_rank : LowRank or None
     sparse : Sparse or None
         What stands beside the base; of linears only.
-    simulated : {"fp8", "int4", None}
+    simulated : {"fp8", "int4", "int8-static", None}
         What inputs are always rounded to.
     transform : Transform or None
         What inputs go through before the base; likewise.
+    input_scale : float or None
+        The one scale of inputs rounded to ``int8-static``.
     """
 
     out_features: int
@@ -72,6 +76,7 @@ class ModuleLayout:
     sparse: Sparse | None = None
     simulated: str | None = None
     transform: Transform | None = None
+    input_scale: float | None = None
 
     def __post_init__(self) -> None:
         values = "float values" if isinstance(self.coding, FloatCoding) else "entropy-coded values"
@@ -90,6 +95,12 @@ class ModuleLayout:
             held = "codes for scales" if isinstance(self.coding, DoubleCoding) else "tables"
             raise _wrong(
                 f"`activation` {self.activation} with {held}", "it only where a group has a scale of its own"
+            )
+        if self.activation == INT8_STATIC and self.input_scale is None:
+            raise _wrong(f"`activation` {INT8_STATIC} without `input_scale`", "the scale of its inputs")
+        if self.activation != INT8_STATIC and self.input_scale is not None:
+            raise _wrong(
+                f"`input_scale` where `activation` is {self.activation}", f"it only beside {INT8_STATIC}"
             )
         if self.transform is not None and self.in_features % self.transform.block:
             raise _wrong(
@@ -197,6 +208,7 @@ class ModelLayout:
                     "coding": coding_to_dict(module.coding),
                     "order": module.order,
                     **({} if module.activation is None else {"activation": module.activation}),
+                    **({} if module.input_scale is None else {"input_scale": module.input_scale}),
                     **{part: _part_to_dict(getattr(module, part)) for part in module.parts},
                 }
                 for name, module in self.modules.items()
@@ -295,12 +307,20 @@ def _size(value: Any, where: str) -> int:
     return value
 
 
+def _scale(value: Any, where: str) -> float:
+    single = torch.finfo(torch.float32)
+    number = isinstance(value, float | int) and not isinstance(value, bool)
+    if not number or not single.tiny <= value <= single.max:
+        raise _wrong(f"{where} is {value!r}", "a finite number above 0 that float32 holds")
+    return float(value)
+
+
 def _module(value: Any, where: str) -> ModuleLayout:
     data = _mapping(value, where)
     _check_keys(data, where, required={"out", "in", "coding"}, optional={"bias", "order", *_PARTS})
     activation = data.get("activation")
-    if "activation" in data and not (isinstance(activation, str) and activation in LARGEST):
-        known = ", ".join(f"`{name}`" for name in LARGEST)
+    if "activation" in data and not (isinstance(activation, str) and activation in ROUNDED_TO):
+        known = ", ".join(f"`{name}`" for name in ROUNDED_TO)
         raise _wrong(f"`activation` of {where} is {activation!r}", f"one of {known}, or no such key")
     try:
         coding = coding_from_dict(data["coding"])
@@ -320,6 +340,7 @@ def _module(value: Any, where: str) -> ModuleLayout:
         sparse,
         activation if activation in SIMULATED else None,
         transform,
+        _scale(data["input_scale"], f"`input_scale` of {where}") if "input_scale" in data else None,
     )
 
 

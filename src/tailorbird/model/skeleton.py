@@ -152,6 +152,7 @@ def _build(old: nn.Module, layout: ModuleLayout, name: str, model: Any) -> nn.Mo
             sparse=layout.sparse,
             simulated=layout.simulated,
             transform=layout.transform,
+            input_scale=layout.input_scale,
         )
         if isinstance(layout.coding, EntropyCoding):
             if not unchanged:
@@ -253,6 +254,7 @@ def _untie(model: Any, stored_embedding: str, stored_head: str, layout: ModuleLa
         bias_dtype=old.weight.dtype,
         rounds=layout.rounds,
         simulated=layout.simulated,
+        input_scale=layout.input_scale,
     )
     share(table, new)
     if isinstance(table.coding, EntropyCoding):

@@ -19,7 +19,7 @@ from tailorbird.calibrate.statistics import GramAccumulator, LinearStatistics
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.evaluate.streamed import batches, embed_windows
 from tailorbird.formats.packed import Coding, PackedWeight
-from tailorbird.kernels.reference import INT8
+from tailorbird.kernels.reference import INT8, INT8_STATIC
 from tailorbird.linear import LinearMethod
 from tailorbird.linear.correct import Correction
 from tailorbird.linear.error import output_error, row_energies
@@ -34,7 +34,7 @@ from tailorbird.plan.candidates import (
     spread,
 )
 from tailorbird.plan.ends import HeadStatistics, Rounded, without
-from tailorbird.plan.inputs import InputErrors
+from tailorbird.plan.inputs import TOKENS, InputErrors
 from tailorbird.progress import Progress, Silent
 
 #: Linears on which the method's error is compared with that of rounding to nearest.
@@ -71,7 +71,7 @@ def measure_errors(
     correction : Correction or None
         What follows `method`; it counts in the ratios.
     inputs : sequence of str
-        What inputs may be rounded to, by the names of `kernels.reference.LARGEST`.
+        What inputs may be rounded to, by the names of `kernels.reference.ROUNDED_TO`.
 
     Returns
     -------
@@ -150,6 +150,10 @@ class _ErrorPass:
         rounding = {key: InputErrors(width, self.codings, self.inputs) for key, width in widths.items()}
         before = self.ledger.open_stream(_boundary(index), *self.shape)
         after = self.ledger.new_stream(_boundary(index + 1), *self.shape)
+        for start, stop in self._to_widen():
+            model.capture_inputs(
+                block, index, before.read(start, stop), lambda key, x: rounding[key].widen(x)
+            )
         for start, stop in batches(*self.ids.shape):
             judging = [window - start for window in range(start, stop) if _judges(window, len(self.ids))]
 
@@ -183,6 +187,13 @@ class _ErrorPass:
         before.close()
         after.close()
         return {"errors": errors, "samples": samples}
+
+    def _to_widen(self) -> list[tuple[int, int]]:
+        """Batches that are run beforehand: those of `inputs.TOKENS` tokens, where a scale is static."""
+        if INT8_STATIC not in self.inputs:
+            return []
+        windows, length = self.ids.shape
+        return [(start, stop) for start, stop in batches(windows, length) if start * length < TOKENS]
 
     def _compare(
         self,
@@ -224,6 +235,8 @@ class _ErrorPass:
         whole, judge = GramAccumulator(model.head_width), GramAccumulator(model.head_width)
         rounding = InputErrors(model.head_width, self.codings, self.inputs)
         stream = self.ledger.open_stream(_boundary(len(model.anatomy.blocks)), *self.shape)
+        for start, stop in self._to_widen():
+            rounding.widen(model.head_input(stream.read(start, stop)))
         for start, stop in batches(*self.ids.shape):
             x = model.head_input(stream.read(start, stop))
             whole.add(x)

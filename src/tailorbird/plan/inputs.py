@@ -16,8 +16,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from tailorbird.calibrate.input_scales import InputScale
 from tailorbird.formats.packed import Coding, ScaledCoding
-from tailorbird.kernels.reference import INT8, round_inputs
+from tailorbird.kernels.reference import INT8, INT8_STATIC, round_inputs
 from tailorbird.plan.scores import Scores
 
 #: Tokens on which the rounding of inputs is measured.
@@ -42,17 +43,28 @@ class InputErrors:
     codings : sequence of Coding
         Inputs share a scale where weights do, so the error depends on the group sizes of these.
     inputs : sequence of str
-        What they are rounded to, by the names of `kernels.reference.LARGEST`.
+        What they are rounded to, by the names of `kernels.reference.ROUNDED_TO`.
     """
 
     def __init__(self, in_features: int, codings: Sequence[Coding], inputs: Sequence[str] = (INT8,)) -> None:
-        groups = sorted({coding.group_size for coding in codings if isinstance(coding, ScaledCoding)})
-        self.sums = {pair: torch.zeros(in_features, dtype=torch.float64) for pair in product(groups, inputs)}
-        self.tokens = 0
+        self.groups = sorted({coding.group_size for coding in codings if isinstance(coding, ScaledCoding)})
+        pairs = product(self.groups, (to for to in inputs if to != INT8_STATIC))
+        self.sums = {pair: torch.zeros(in_features, dtype=torch.float64) for pair in pairs}
+        self.static = InputScale(in_features) if INT8_STATIC in inputs else None
+        self.tokens = self.widened = 0
+
+    def widen(self, x: Tensor) -> None:
+        """Show the inputs of the tokens that are added later, for a static scale."""
+        rows = x.reshape(-1, x.shape[-1])[: max(0, TOKENS - self.widened)]
+        if self.static is not None and len(rows):
+            self.static.widen(rows)
+        self.widened += len(rows)
 
     def add(self, x: Tensor) -> None:
         """Add the inputs ``[..., in_features]`` of some tokens, until there are `TOKENS`."""
         rows = x.reshape(-1, x.shape[-1])[: max(0, TOKENS - self.tokens)]
+        if self.static is not None:
+            self.static.add(rows)
         for part in rows.split(max(1, CHUNK_VALUES // rows.shape[1])):
             for (group, to), total in self.sums.items():
                 total += (round_inputs(part, group, to) - part.float()).square().sum(0, dtype=torch.float64)
@@ -69,9 +81,12 @@ class InputErrors:
             Mean squared output of these rows together, ``tr(W H Wᵀ)``.
         """
         norms = weight.square().sum(0, dtype=torch.float64)
+        sums = dict(self.sums)
+        if self.static is not None:  # whatever the groups
+            sums |= {(group, INT8_STATIC): self.static.squared_errors for group in self.groups}
         return {
             input_key(*pair): float(total @ norms) / self.tokens / energy if energy > 0 else 0.0
-            for pair, total in self.sums.items()
+            for pair, total in sums.items()
         }
 
 

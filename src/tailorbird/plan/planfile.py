@@ -213,7 +213,7 @@ class Place(_Section):
         What the linear method does.
     transform : TransformEntry or None
         What inputs go through before the codes of the linear method.
-    activation : {"int8", "fp8", "int4", None}
+    activation : {"int8", "int8-static", "fp8", "int4", None}
         ``int8``: the inputs may be rounded to bytes where that is faster. The others are always rounded to,
         in products of floats.
     predicted, measured : Costs
@@ -238,7 +238,7 @@ class Place(_Section):
     sparse: SparseEntry | None = None
     transform: TransformEntry | None = None
     bytes: Count | None = None
-    activation: Literal["int8", "fp8", "int4"] | None = None
+    activation: Literal["int8", "int8-static", "fp8", "int4"] | None = None
     predicted: Costs | None = None
     measured: Costs | None = None
 
@@ -423,7 +423,8 @@ _HEADER = """\
 #   coding: {kind: binary, group_size and table_dtype likewise}, for rtn and billm
 #   coding: {kind: entropy, stream_bytes: 5423}, for df11; the bytes follow from the source's weights
 #   coding: {kind: float, dtype: bfloat16, float16 or float32}
-#   activation: int8, where inputs may be rounded to bytes; fp8 or int4, where they are, in products of floats
+#   activation: int8, where inputs may be rounded to bytes; fp8, int4 or int8-static (bytes with one scale for
+#               the linear, which is found anew), where they are, in products of floats
 #   low_rank: {rank: 8, dtype: bfloat16 or float16}, where the method names a correction
 #   sparse: {nonzeros: 655, dtype: bfloat16}, where the method keeps outliers; follows from its settings
 #   transform: {block: 1024}, where the method rotates inputs; likewise;
