@@ -58,6 +58,7 @@ def measure(size: str, pythons: dict[str, str], rounds: int, windows: int) -> li
         settings = {
             "bits": BITS, "group": GROUP, "model": str(model), "calibration": str(text), "evaluation": None,
             "sequences": windows, "ids": str(opened.ids), "linears": opened.linears, "steps": None,
+            "transposed": opened.transposed,
         }  # fmt: skip
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in pythons}
         for _ in range(rounds):
@@ -104,9 +105,9 @@ def main() -> None:
     arguments = parser.parse_args()
     busy = require_quiet(arguments.even_if_busy)
     pythons = dict.fromkeys(OWN, sys.executable)
-    for name, (environment, _) in PEERS.items():
-        python = None if arguments.peers is None else arguments.peers / environment / "bin" / "python"
-        if python is not None and python.exists():
+    for name, peer in PEERS.items():
+        python = None if arguments.peers is None else arguments.peers / peer.environment / "bin" / "python"
+        if BITS in peer.bits and python is not None and python.exists():
             pythons[name] = str(python)
     if arguments.subjects:
         pythons = {name: pythons[name] for name in arguments.subjects}
@@ -114,8 +115,8 @@ def main() -> None:
     for size in arguments.sizes:
         rows += measure(size, pythons, arguments.rounds, arguments.windows)
     versions = {
-        name: installed_version(pythons[name], package)
-        for name, (_, package) in PEERS.items()
+        name: installed_version(pythons[name], peer.package)
+        for name, peer in PEERS.items()
         if name in pythons
     }
     write_result("compression_time", {"others_cores": busy, "peers": versions, "rows": rows})
