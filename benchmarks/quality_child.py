@@ -123,7 +123,7 @@ def run_llmcompressor_gptq(settings: dict[str, Any]) -> tuple[dict[str, Any], fl
 
 
 def run_llmcompressor_awq(settings: dict[str, Any]) -> tuple[dict[str, Any], float]:
-    """AWQ of llm-compressor with zero points, as its documentation has it.
+    """AWQ of llm-compressor with zero points, as its documentation has it, in the 16 bits of most models.
 
     It pins batches for an accelerator whether or not there is one; without one they stay where they are.
     """
@@ -134,7 +134,7 @@ def run_llmcompressor_awq(settings: dict[str, Any]) -> tuple[dict[str, Any], flo
 
     if not torch.accelerator.is_available():
         IntermediatesCache.pin_memory = lambda *_: None
-    model = load(settings)
+    model = load(settings).to(torch.bfloat16)
     if any(name.endswith(".bias") for name, _ in model.named_parameters()):
         raise SystemExit("biases, which AWQ rescales too, and only weights are read here")
     rounding = QuantizationModifier(ignore=["lm_head"], **integer_groups(settings))
@@ -176,8 +176,9 @@ def by_llmcompressor(model: Any, settings: dict[str, Any], recipe: list[Any]) ->
     for name in settings["linears"]:
         module = modules[name]
         weights[name] = fake_quantize(
-            module.weight, module.weight_scale, module.weight_zero_point, module.quantization_scheme.weights
-        )
+            module.weight.float(), module.weight_scale.float(), module.weight_zero_point,
+            module.quantization_scheme.weights,
+        )  # fmt: skip
     return weights
 
 
