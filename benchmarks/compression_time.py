@@ -84,6 +84,7 @@ def measure(
         settings = {
             "bits": BITS, "group": GROUP, "model": str(model), "calibration": str(text), "evaluation": None,
             "sequences": windows, "ids": str(opened.ids), "linears": opened.linears, "steps": None,
+            "transposed": opened.transposed,
         }  # fmt: skip
         for subject in todo:
             own = runs.setdefault(subject, [])
@@ -143,15 +144,15 @@ def main() -> None:
     arguments = parser.parse_args()
     busy = require_quiet(arguments.even_if_busy)
     pythons = dict.fromkeys(OWN, sys.executable)
-    for name, (environment, _) in PEERS.items():
-        python = None if arguments.peers is None else arguments.peers / environment / "bin" / "python"
-        if python is not None and python.exists():
+    for name, peer in PEERS.items():
+        python = None if arguments.peers is None else arguments.peers / peer.environment / "bin" / "python"
+        if BITS in peer.bits and python is not None and python.exists():
             pythons[name] = str(python)
     if arguments.subjects:
         pythons = {name: pythons[name] for name in arguments.subjects}
     peers = {
-        name: installed_version(pythons[name], package)
-        for name, (_, package) in PEERS.items()
+        name: installed_version(pythons[name], peer.package)
+        for name, peer in PEERS.items()
         if name in pythons
     }
     settings = {"bits": BITS, "group_size": GROUP, "length": LENGTH, "windows": arguments.windows}

@@ -34,16 +34,9 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Any]]:
             yield name, (halves.astype(np.uint32) << 16).view(np.float32).reshape(entry["shape"])
 
 
-def write(source: str, target: str) -> None:
-    """The model in `source` as one GGUF file."""
-    import gguf
-    import numpy as np
-
-    config = json.loads((Path(source) / "config.json").read_text())
-    is_gpt2 = config["model_type"] == "gpt2"
-    architecture = gguf.MODEL_ARCH.GPT2 if is_gpt2 else gguf.MODEL_ARCH.LLAMA
-    writer = gguf.GGUFWriter(target, gguf.MODEL_ARCH_NAMES[architecture])
-    if is_gpt2:
+def add_hyperparameters(writer: Any, config: dict[str, Any]) -> None:
+    """Sizes of a Llama or GPT-2, of a head and of the vocabulary."""
+    if config["model_type"] == "gpt2":
         blocks, width, heads = config["n_layer"], config["n_embd"], config["n_head"]
         writer.add_context_length(config["n_positions"])
         writer.add_feed_forward_length(4 * width)
@@ -61,6 +54,18 @@ def write(source: str, target: str) -> None:
     writer.add_embedding_length(width)
     writer.add_head_count(heads)
     writer.add_vocab_size(config["vocab_size"])
+
+
+def write(source: str, target: str) -> None:
+    """The model in `source` as one GGUF file."""
+    import gguf
+    import numpy as np
+
+    config = json.loads((Path(source) / "config.json").read_text())
+    is_gpt2 = config["model_type"] == "gpt2"
+    architecture = gguf.MODEL_ARCH.GPT2 if is_gpt2 else gguf.MODEL_ARCH.LLAMA
+    writer = gguf.GGUFWriter(target, gguf.MODEL_ARCH_NAMES[architecture])
+    add_hyperparameters(writer, config)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     tokens = [b"<unk>", b"<s>", b"</s>", *(b"<0x%02X>" % value for value in range(256))]
     kinds = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2, *[gguf.TokenType.BYTE] * 256]
@@ -69,6 +74,7 @@ def write(source: str, target: str) -> None:
     writer.add_token_list([*tokens, *(b"t%d" % number for number in range(rest))])
     writer.add_token_scores([0.0] * config["vocab_size"])
     writer.add_token_types([*kinds, *[gguf.TokenType.NORMAL] * rest])
+    blocks = config["n_layer" if is_gpt2 else "num_hidden_layers"]
     names = gguf.get_tensor_name_map(architecture, blocks)
     for path in sorted(Path(source).glob("*.safetensors")):
         for name, values in read_tensors(path):

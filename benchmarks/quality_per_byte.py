@@ -11,11 +11,27 @@ window by window; what is there isn't run again.
 `fit-fast@PEER`, `fit-balanced@PEER` and `fit-best@PEER` are what `fit` plans for the bytes that the peer's
 cell took, embedding and head left as that peer leaves them.
 
-The environments lie in one folder, each with the name of its program; peers that aren't there are left out:
+A peer has cells only at the widths that it has. The environments lie in one folder, each with the name of its
+program; peers that aren't there are left out. `python -m venv FOLDER/NAME`, then
+`FOLDER/NAME/bin/pip install torch` and
 
-    python -m venv FOLDER/autoround && FOLDER/autoround/bin/pip install torch auto-round
-    python -m venv FOLDER/llmcompressor && FOLDER/llmcompressor/bin/pip install torch llmcompressor
-    python -m venv FOLDER/hqq && FOLDER/hqq/bin/pip install torch hqq
+    autoround      auto-round
+    llmcompressor  llmcompressor
+    gptqmodel      gptqmodel
+    hqq            hqq
+    bitsandbytes   bitsandbytes transformers accelerate
+    torchao        torchao transformers accelerate
+    quanto         optimum-quanto transformers accelerate
+    llamacpp       transformers gguf
+
+llama.cpp's tools are built from the source that llama-cpp-python carries, and lie beside `python`:
+
+    FOLDER/llamacpp/bin/pip download --no-binary llama-cpp-python --no-deps llama-cpp-python
+    tar xf llama_cpp_python-*.tar.gz && cmake -S llama_cpp_python-*/vendor/llama.cpp -B build \\
+        -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_OPENSSL=OFF
+    cmake --build build --target llama-imatrix llama-quantize
+    cp build/bin/llama-imatrix build/bin/llama-quantize FOLDER/llamacpp/bin
+
     python benchmarks/quality_per_byte.py [--peers FOLDER] [--only MODEL ...] [--bits 2 3 4] [--subject ...]
     python benchmarks/quality_per_byte.py --draw [--against gptq]
 """
@@ -37,6 +53,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import k_quants
 from cpu_peers import installed_version
 from fit_quality import ASSETS, Subject, subjects
 from machine import RESULTS, add_quiet_option, require_quiet, write_result
@@ -65,11 +82,41 @@ OWN = (
 )  # fmt: skip
 #: Subjects that have one width only.
 WIDTHS = {"billm": 2, "billm-static": 2}
-#: Peer -> folder of its environment, and the package whose version is noted.
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A program beside which ours is set.
+
+    Attributes
+    ----------
+    environment, package : str
+        Folder of its environment, and the package whose version is noted.
+    bits : tuple of int
+        Widths that it has.
+    group : int or None
+        Weights that share a scale; None where its formats say themselves.
+    """
+
+    environment: str
+    package: str
+    bits: tuple[int, ...]
+    group: int | None = GROUP
+
+
 PEERS = {
-    "autoround": ("autoround", "auto-round"),
-    "llmcompressor-gptq": ("llmcompressor", "llmcompressor"),
-    "hqq": ("hqq", "hqq"),
+    "autoround": Peer("autoround", "auto-round", (2, 3, 4, 8)),
+    "llmcompressor-gptq": Peer("llmcompressor", "llmcompressor", (2, 3, 4, 8)),
+    "llmcompressor-awq": Peer("llmcompressor", "llmcompressor", (2, 3, 4, 8)),
+    "gptqmodel": Peer("gptqmodel", "gptqmodel", (2, 3, 4, 8)),
+    "hqq": Peer("hqq", "hqq", (2, 3, 4, 8)),
+    "bitsandbytes": Peer("bitsandbytes", "bitsandbytes", (4,)),
+    "bitsandbytes-double": Peer("bitsandbytes", "bitsandbytes", (4,)),
+    "bitsandbytes-int8": Peer("bitsandbytes", "bitsandbytes", (8,), None),
+    "torchao": Peer("torchao", "torchao", (2, 3, 4)),
+    "torchao-int8": Peer("torchao", "torchao", (8,), None),
+    "quanto": Peer("quanto", "optimum-quanto", (2, 4, 8), None),
+    **{name: Peer("llamacpp", "gguf", tuple(formats), None) for name, formats in k_quants.FORMATS.items()},
 }
 
 
@@ -89,6 +136,11 @@ class Opened:
     def linears(self) -> list[str]:
         """Names of the linears inside the blocks."""
         return [place.name for place in self.work.anatomy.linears()]
+
+    @property
+    def transposed(self) -> list[str]:
+        """Those of them that are stored as ``[in, out]``."""
+        return [place.name for place in self.work.anatomy.linears() if place.transposed]
 
 
 def open_subject(subject: Subject, folder: Path, sequences: int = SEQUENCES) -> Opened:
@@ -116,14 +168,14 @@ def run_child(python: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def dense_checkpoint(opened: Opened, linears: Path, output: Path) -> Path:
-    """The source with other values in its linears, in float32."""
+    """The source with other values in its linears, and in what else is in `linears`, in float32."""
     checkpoint = opened.work.checkpoint
     learned = Weights.open_file(linears)
     output.mkdir()
     checkpoint.copy_companions(output)
     (output / "config.json").write_bytes((checkpoint.directory / "config.json").read_bytes())
     tensors = {name: checkpoint.weights.read(name) for name in checkpoint.weights.names}
-    for name in opened.linears:
+    for name in (*opened.linears, *learned.names):
         tensors[f"{name}.weight"] = learned.read(name)
     write_tensors(output / "model.safetensors", tensors)
     return output
@@ -190,15 +242,13 @@ def run_cell(
     opened: Opened, name: str, bits: int, python: str, steps: int | None, budget: dict[str, Any]
 ) -> dict[str, Any]:
     """One subject at one width; `budget` is what `budget_for` says."""
-    if name in PEERS and any(place.transposed for place in opened.work.anatomy.linears()):
-        return {"failed": "linears stored as [in, out], which the peers' linears aren't"}
     with tempfile.TemporaryDirectory(prefix="quality-") as temporary:
         folder = Path(temporary)
         settings = {
             "subject": name, "bits": bits, "group": GROUP, "model": opened.subject.model,
             "calibration": opened.subject.calibration, "evaluation": opened.subject.held_out,
             "sequences": SEQUENCES, "ids": str(opened.ids), "linears": opened.linears,
-            "output": str(folder / "result"), "steps": steps, **budget,
+            "transposed": opened.transposed, "output": str(folder / "result"), "steps": steps, **budget,
         }  # fmt: skip
         if name in PEERS:
             settings["model"] = str(opened.work.checkpoint.directory)
@@ -221,8 +271,8 @@ def run_cells(arguments: argparse.Namespace, busy: float) -> None:
     """Those that aren't there, or all that are asked for by name."""
     pythons = dict.fromkeys((*OWN, *FITS), sys.executable)
     if arguments.peers is not None:
-        for name, (environment, _) in PEERS.items():
-            python = arguments.peers / environment / "bin" / "python"
+        for name, peer in PEERS.items():
+            python = arguments.peers / peer.environment / "bin" / "python"
             if python.exists():
                 pythons = {name: str(python)} | pythons  # before those that match its bytes
     missing = [name for name in arguments.subject or () if name not in pythons]
@@ -240,12 +290,15 @@ def run_cells(arguments: argparse.Namespace, busy: float) -> None:
                     label = f"{CELLS}/{subject.name}/{bits}-bits/{name}"
                     if (RESULTS / f"{label}.json").exists() and not arguments.subject:
                         continue
+                    if name in PEERS and bits not in PEERS[name].bits:
+                        continue
                     budget = budget_for(name, subject.name, bits)
                     if budget is None:
                         continue
                     found = run_cell(opened, name, bits, pythons[name], arguments.steps, budget)
                     if name in PEERS:
-                        found["peer"] = installed_version(pythons[name], PEERS[name][1])
+                        version = installed_version(pythons[name], PEERS[name].package)
+                        found = {"peer": version, "group_size": PEERS[name].group, **found}
                     texts = opened.work.texts
                     (RESULTS / label).parent.mkdir(parents=True, exist_ok=True)
                     write_result(

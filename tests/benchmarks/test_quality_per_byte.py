@@ -11,11 +11,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import k_quants
+import quality_child as child
 import quality_per_byte as benchmark
 from fit_quality import Subject
 from results import text_file
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.evaluate.streamed import measure_quality
+from tailorbird.formats.gguf import interleave_rotary
 from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.writing import write_tensors
@@ -91,3 +94,58 @@ def test_fit_gets_the_bytes_of_the_peers_cell(tmp_path: Path, monkeypatch: pytes
     assert benchmark.budget_for("fit-best@hqq", "tiny", 3) is None
     cell.write_text('{"total_bytes": 1234}')
     assert benchmark.budget_for("fit-best@hqq", "tiny", 3) == {"effort": "best", "memory": "1234"}
+
+
+def test_what_a_peer_moves_between_norms_and_linears_is_carried_over(
+    opened: benchmark.Opened, tmp_path: Path
+) -> None:
+    weights = opened.work.checkpoint.weights
+    moved = {name: weights.read(f"{name}.weight").float() for name in opened.linears}
+    norm = "model.layers.0.input_layernorm"
+    moved[norm] = weights.read(f"{norm}.weight").float() / 4
+    for name in ("q_proj", "k_proj", "v_proj"):
+        moved[f"model.layers.0.self_attn.{name}"] *= 4
+    write_tensors(tmp_path / "linears.safetensors", moved)
+    dense = benchmark.dense_checkpoint(opened, tmp_path / "linears.safetensors", tmp_path / "dense")
+    assert set(benchmark.measured(benchmark.per_window(opened, dense, tmp_path))["kl_windows"]) == {0.0}
+
+
+def test_peers_get_an_equal_model_where_linears_are_stored_transposed(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "gpt2")
+    subject = Subject("tiny", str(model), str(text_file(tmp_path)), None)
+    transposed = benchmark.open_subject(subject, tmp_path).transposed
+    stored = child.load({"model": str(model), "transposed": []})
+    plain = child.load({"model": str(model), "transposed": transposed})
+    assert transposed
+    for name in transposed:
+        assert isinstance(plain.get_submodule(name), torch.nn.Linear)
+        assert torch.equal(plain.get_submodule(name).weight.T, stored.get_submodule(name).weight)
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, stored(ids).logits)
+
+
+def test_every_peer_has_its_run_and_no_other() -> None:
+    assert set(benchmark.PEERS) == set(child.PEERS)
+
+
+def test_rotated_pairs_lie_as_in_exported_files() -> None:
+    rows = torch.arange(2 * 6 * 3).reshape(12, 3)
+    together = k_quants.pairs_together(rows, 2)
+    assert torch.equal(together, interleave_rotary(rows, 2))
+    assert not torch.equal(together, rows)
+    assert torch.equal(k_quants.pairs_apart(together, 2), rows)
+
+
+def test_unrounded_blocks_stand_for_the_source(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    model = save_model(tmp_path / "model", "llama")
+    source = child.load({"model": str(model), "transposed": []})
+    config = source.config.to_dict()
+    k_quants.write(source, config, tmp_path / "source.gguf")
+    linears = [name for name, _ in source.named_modules() if name.endswith("_proj")]
+    weights, bits = k_quants.read(tmp_path / "source.gguf", linears, config)
+    assert bits == 32
+    assert len(linears) >= 7
+    for name in linears:
+        assert torch.equal(weights[name], source.get_submodule(name).weight)
