@@ -18,7 +18,7 @@ import torch
 from tailorbird import api
 from tailorbird.compress.recipe import STAGES, parse_recipe
 from tailorbird.errors import UserError
-from tailorbird.formats.codebooks import bits_of
+from tailorbird.formats.codebooks import POINTS, bits_of
 from tailorbird.model.load import load
 from tiny import make_model, save_model
 
@@ -138,6 +138,8 @@ def fewest_bits(recipe: str) -> int:
     stated = dict(part.split("=") for part in recipe.partition(":")[2].split(","))
     codebook = stated.get("codebook")
     bits = stated.get("bits") or stated.get("table") or (bits_of(codebook) if codebook else 4)
+    if codebook in POINTS:  # whose codes are those of several values
+        bits = int(bits) // POINTS[codebook].shape[1]
     bits = 2 if "binary" in stated else bits
     if stated.get("balance") == "0.0":  # codes of 8 bits that are chosen for the narrower ones
         bits = 4
