@@ -55,7 +55,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Measured:
     monkeypatch.setattr(compression_time, "seconds_of", of_compression)
     monkeypatch.setattr(compression_time, "write_random_llama", lambda folder, **_: folder)
     monkeypatch.setattr(compression_time, "write_text", lambda path: path)
-    opened = type("Opened", (), {"ids": Path("ids"), "linears": []})
+    opened = type("Opened", (), {"ids": Path("ids"), "linears": [], "transposed": False})
     monkeypatch.setattr(compression_time, "open_subject", lambda *_: opened)
     return found
 

@@ -155,13 +155,17 @@ def test_it_is_tuned_and_merged_and_keeps_its_format(flat: Path, tmp_path: Path)
     assert all(torch.equal(before.read(name), after.read(name)) for name in matrices)
 
 
-def test_exports_hold_it_or_refuse_it_by_name(flat: Path, tmp_path: Path) -> None:
+def test_exports_hold_it_or_refuse_it_by_name(model: Path, flat: Path, text: Path, tmp_path: Path) -> None:
+    exact = tmp_path / "exact"
+    compress(model, text, exact, FLAT.replace("activation=int4,", ""))
     for to in ("compressed-tensors", "gguf"):
         with pytest.raises(ExportError):
-            api.export(flat, to, tmp_path / to)
-    api.export(flat, "dense", tmp_path / "dense")
+            api.export(exact, to, tmp_path / to)
+    with pytest.raises(ExportError, match="inputs are rounded to int4"):
+        api.export(flat, "dense", tmp_path / "dense")
+    api.export(exact, "dense", tmp_path / "dense")
     dense = dict(load(tmp_path / "dense", dtype=torch.float32).named_modules())
-    for name, module in load(flat, dtype=torch.float32).named_modules():
+    for name, module in load(exact, dtype=torch.float32).named_modules():
         if isinstance(module, CompressedLinear) and module.transform is not None:
             torch.testing.assert_close(dense[name].weight, module.packed().dequantize(), rtol=1e-2, atol=1e-4)
 

@@ -221,7 +221,7 @@ def test_groups_that_cross_steps_are_left_to_the_reference() -> None:
     )
     path = next(path for path in dispatch.PATHS if path.name == "native-float")
     assert path.serves(IntegerCoding(4, 32), 100)
-    assert not path.serves(type("Coding", (), {"group_size": 40})(), 100)
+    assert not path.serves(type("Coding", (), {"group_size": 40, "kind": "integer"})(), 100)
 
 
 def test_without_a_compiler_the_package_still_builds(tmp_path: Path) -> None:
