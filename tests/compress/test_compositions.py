@@ -134,7 +134,7 @@ def coding_drawn(draw: random.Random, method: str) -> str:
 
 
 def fewest_bits(recipe: str) -> int:
-    """Of the codes of all linears, the embedding's among them."""
+    """Of the codes of all linears, the embedding's and those of inputs among them."""
     stated = dict(part.split("=") for part in recipe.partition(":")[2].split(","))
     codebook = stated.get("codebook")
     bits = stated.get("bits") or stated.get("table") or (bits_of(codebook) if codebook else 4)
@@ -143,7 +143,8 @@ def fewest_bits(recipe: str) -> int:
     bits = 2 if "binary" in stated else bits
     if stated.get("balance") == "0.0":  # codes of 8 bits that are chosen for the narrower ones
         bits = 4
-    return min(int(bits), int(stated.get("embedding_bits", 8)))
+    inputs = 4 if stated.get("activation") == "int4" else 8
+    return min(int(bits), inputs, int(stated.get("embedding_bits", 8)))
 
 
 class Source:
