@@ -9,7 +9,8 @@ checkpoint, and all are walked over the held-out text beside the source. A cell 
 window by window; what is there isn't run again.
 
 `fit-fast@PEER`, `fit-balanced@PEER` and `fit-best@PEER` are what `fit` plans for the bytes that the peer's
-cell took, embedding and head left as that peer leaves them.
+cell took, embedding and head left as that peer leaves them. Where those are float32, `fit` stores them in 16
+bits; its linears get none of what that saves.
 
 A peer has cells only at the widths that it has. The environments lie in one folder, each with the name of its
 program; peers that aren't there are left out. `python -m venv FOLDER/NAME`, then
@@ -225,17 +226,28 @@ def stored_bytes(opened: Opened, bits: float) -> float:
     return weights.total_bytes - sum(info.nbytes for info in inside) + bits * count / 8
 
 
-def budget_for(name: str, model: str, bits: int) -> dict[str, Any] | None:
+def narrowed_bytes(opened: Opened) -> int:
+    """Bytes that a plan saves by storing embedding and head of a float32 model in 16 bits."""
+    weights, anatomy = opened.work.checkpoint.weights, opened.work.anatomy
+    ends = {f"{name}.weight" for name in (anatomy.embedding, anatomy.head)}
+    infos = [weights.info(name) for name in ends if name in weights]
+    return sum(info.nbytes // 2 for info in infos if info.dtype == torch.float32)
+
+
+def budget_for(name: str, opened: Opened, bits: int) -> dict[str, Any] | None:
     """What a subject is told beside the rest: of `FITS`, its effort and the bytes of the peer's cell.
 
-    None where the peer has no such cell.
+    The linears get what the peer's have, and nothing of what narrower ends save. None where the peer has no
+    such cell.
     """
     if name not in FITS:
         return {}
     effort, peer = FITS[name]
-    file = RESULTS / CELLS / model / f"{bits}-bits" / f"{peer}.json"
+    file = RESULTS / CELLS / opened.subject.name / f"{bits}-bits" / f"{peer}.json"
     cell = json.loads(file.read_text()) if file.exists() else {}
-    return {"effort": effort, "memory": str(cell["total_bytes"])} if "total_bytes" in cell else None
+    if "total_bytes" not in cell:
+        return None
+    return {"effort": effort, "memory": str(cell["total_bytes"] - narrowed_bytes(opened))}
 
 
 def run_cell(
@@ -292,7 +304,7 @@ def run_cells(arguments: argparse.Namespace, busy: float) -> None:
                         continue
                     if name in PEERS and bits not in PEERS[name].bits:
                         continue
-                    budget = budget_for(name, subject.name, bits)
+                    budget = budget_for(name, opened, bits)
                     if budget is None:
                         continue
                     found = run_cell(opened, name, bits, pythons[name], arguments.steps, budget)

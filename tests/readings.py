@@ -21,9 +21,9 @@ def by_modules(model: Any, ids: Tensor) -> Tensor:
         return model(ids, use_cache=False).logits.float()
 
 
-def in_pieces(model: Any, ids: Tensor, cuts: list[int]) -> Tensor:
+def in_pieces(model: Any, ids: Tensor, cuts: list[int], fused: FusedModel | None = None) -> Tensor:
     """Logits of all tokens, read in pieces that end at `cuts`."""
-    fused = FusedModel(model)
+    fused = fused or FusedModel(model)
     sequences, length = ids.shape
     pages = fused.pages(sequences)
     found = []

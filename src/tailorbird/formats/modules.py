@@ -608,20 +608,34 @@ class CompressedLinear(_PackedModule, nn.Linear):
         counts, columns, values = (stored[name] for name in SPARSE_PARTS)
         if not _adds_compiled(output, input):
             return output + additions.sparse_linear(input, counts, columns, values)
-        kept = self._rows
-        if kept is None or not kept.current(counts, columns, values):
-            kept = self._rows = additions.StoredRows(counts, columns, values, self.in_features)
-        rows = input.reshape(-1, self.in_features)
-        return additions.add_sparse(output.reshape(-1, self.out_features), rows, kept.rows).reshape(
-            output.shape
-        )
+        sparse, rows = self._sparse_rows(counts, columns, values), input.reshape(-1, self.in_features)
+        return additions.add_sparse(output.reshape(-1, self.out_features), rows, sparse).reshape(output.shape)
 
     def _without_apart(self, input: Tensor, stored: dict[str, Any]) -> Tensor:
         """`input` with zeros where codes have nothing to multiply, so that they don't widen steps."""
+        apart = self._inputs_apart(stored)
+        return input.index_fill(-1, apart, 0) if len(apart) else input
+
+    def inputs_apart(self) -> Tensor:
+        """Inputs that only the sparse part multiplies, int64; zeros where inputs are rounded."""
+        return torch.empty(0, dtype=torch.int64) if self.values is None else self._inputs_apart(self._buffers)
+
+    def _inputs_apart(self, stored: dict[str, Any]) -> Tensor:
         kept = self._apart
         if kept is None or not kept.current(stored):
             kept = self._apart = _InputsApart(self)
-        return input.index_fill(-1, kept.inputs, 0) if len(kept.inputs) else input
+        return kept.inputs
+
+    def sparse_rows(self) -> additions.SparseRows:
+        """The sparse part as compiled code reads it; there is one."""
+        stored = self._stored()
+        return self._sparse_rows(*(stored[name] for name in SPARSE_PARTS))
+
+    def _sparse_rows(self, counts: Tensor, columns: Tensor, values: Tensor) -> additions.SparseRows:
+        kept = self._rows
+        if kept is None or not kept.current(counts, columns, values):
+            kept = self._rows = additions.StoredRows(counts, columns, values, self.in_features)
+        return kept.rows
 
     def native_layout(self, arena: native.Arena) -> native.Tiles | native.TableRows:
         """The weight as the compiled products read it, made once, in `arena`; its coding must suit them."""

@@ -21,7 +21,7 @@ from tailorbird.kernels.native import ONE_THREAD, best_version, library
 _ACTIVATIONS = (torch.float32, torch.bfloat16)
 
 
-class _SparseStructure(ctypes.Structure):
+class SparseStructure(ctypes.Structure):
     """`SparseRows` of `cpp/block.h`."""
 
     _fields_ = [
@@ -84,6 +84,14 @@ class SparseRows:
     @property
     def out_features(self) -> int:
         return len(self.offsets) - 1
+
+    def described(self) -> SparseStructure:
+        """As compiled code reads it, as long as this matrix is kept."""
+        return SparseStructure(
+            self.offsets.data_ptr(), self.columns.data_ptr(), self.values.data_ptr(), self.out_features,
+            self.in_features,
+            int(self.columns.dtype == torch.int32), int(self.values.dtype == torch.float16),
+        )  # fmt: skip
 
 
 class StoredRows:
@@ -241,13 +249,8 @@ def add_sparse(y: Tensor, x: Tensor, sparse: SparseRows, version: int | None = N
             f"y {list(y.shape)} and x {list(x.shape)}; expected {sparse.out_features} and "
             f"{sparse.in_features} columns"
         )
-    described = _SparseStructure(
-        sparse.offsets.data_ptr(), sparse.columns.data_ptr(), sparse.values.data_ptr(), sparse.out_features,
-        sparse.in_features,
-        int(sparse.columns.dtype == torch.int32), int(sparse.values.dtype == torch.float16),
-    )  # fmt: skip
     library().tailorbird_add_sparse(
-        ctypes.byref(described), inputs.data_ptr(), total.data_ptr(), len(y),
+        ctypes.byref(sparse.described()), inputs.data_ptr(), total.data_ptr(), len(y),
         _threads(len(y) * len(sparse.values)), best_version() if version is None else version,
     )  # fmt: skip
     return total.to(y.dtype)

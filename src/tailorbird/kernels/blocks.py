@@ -47,12 +47,15 @@ class LinearStructure(ctypes.Structure):
     """`Linear`: a packed weight, or a dense one ``[out_features, in_features]``; a float32 bias or null.
 
     `low_rank` is the address of a `LinearAdapterStructure` of two factors alone, `turn` that of a
-    `TurnStructure`, or null. Linears that read the same inputs have equal signs, or none.
+    `TurnStructure`, `sparse` that of a `SparseStructure`, or null. Linears that read the same inputs have
+    equal signs, or none. `apart`: int32 ``[apart_count]``, inputs that are zeros where they are rounded to
+    bytes; who has the same ones has the same address.
     """
 
     _fields_ = [
         ("weight", WeightStructure), ("dense", _pointer), ("bias", _pointer), ("dense_float32", _int),
         ("int8", _int), ("low_rank", _pointer), ("turn", _pointer),
+        ("sparse", _pointer), ("apart", _pointer), ("apart_count", _size),
     ]  # fmt: skip
 
 

@@ -91,6 +91,7 @@ class FusedModel:
         self.width = model.config.get_text_config().hidden_size
         self.cache_dtype = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
         self._kept: list[Any] = []
+        self._aparts: dict[tuple[int, ...], Tensor] = {}
         self._arena = native.Arena()
         self._angles: dict[str | None, tuple[Tensor, Tensor]] = {}
         self._reached = 0  # positions whose angles the blocks know
@@ -415,6 +416,23 @@ class FusedModel:
         self._kept.append(described)
         return ctypes.addressof(described)
 
+    def _sparse(self, module: CompressedLinear) -> int | None:
+        """Address of the sparse part beside a linear's codes, if it has one."""
+        if module.values is None:
+            return None
+        rows = module.sparse_rows()
+        described = rows.described()
+        self._kept += [rows, described]
+        return ctypes.addressof(described)
+
+    def _apart(self, module: CompressedLinear) -> tuple[int | None, int]:
+        """Address and number of the inputs that are zeros before they are rounded."""
+        inputs = module.inputs_apart()
+        if not len(inputs):
+            return None, 0
+        known = self._aparts.setdefault(tuple(inputs.tolist()), inputs.to("cpu", torch.int32))
+        return known.data_ptr(), len(known)
+
     def _linear(self, module: Any) -> LinearStructure:
         bias = None if module.bias is None else self._keep(module.bias.detach().float().contiguous())
         if isinstance(module, CompressedLinear):
@@ -428,6 +446,8 @@ class FusedModel:
                 int(module.rounds),
                 self._low_rank(module),
                 self._turn(module),
+                self._sparse(module),
+                *(self._apart(module) if module.rounds else (None, 0)),
             )
         weight = module.weight.detach()
         if not isinstance(module, nn.Linear):  # Conv1D stores [in, out]

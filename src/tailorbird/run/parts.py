@@ -223,8 +223,8 @@ def _check_kind(module: Any) -> None:
             raise Unsuited("a linear with reordered inputs")
         if module.transform is not None and module.signs is None:
             raise Unsuited(f"a linear with {module.transform.word} inputs")
-        if module.values is not None:
-            raise Unsuited("a linear with a sparse part")
+        if module.rounds and module.signs is not None and len(module.inputs_apart()):
+            raise Unsuited("a linear with rotated inputs, some of which are kept apart")
         if module.simulated is not None:
             raise Unsuited(f"a linear whose inputs are rounded to {module.simulated}")
         if module.rest is not None or not native.serves(module.coding, module.in_features):

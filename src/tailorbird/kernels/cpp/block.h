@@ -30,7 +30,15 @@ struct Turn {
   float factor;                // 1 over the root of block
 };
 
-// y = x times the weight, plus the bias, plus the low-rank part. Packed, or dense: [rows][in_features].
+// A matrix that is zero but for some values of 16 bits.
+struct SparseRows {
+  const std::int64_t* offsets;  // [rows + 1], where a row's values begin
+  const void *columns, *values;
+  std::int64_t rows, in_features;
+  std::int32_t wide, half;      // columns are int32, not uint16; values are float16, not bfloat16
+};
+
+// y = x times the weight, plus the bias, plus the sparse and the low-rank part. Packed, or dense: [rows][in_features].
 struct Linear {
   Weight weight;
   const void* dense;  // null: packed
@@ -39,6 +47,9 @@ struct Linear {
   const LinearAdapter* low_rank;     // `down` and `up` alone, of all tokens; or null
   const Turn* turn;                  // of the weight's inputs, not of the low-rank part's; or null. Linears that read the
                                      // same inputs have equal ones, or none
+  const SparseRows* sparse;          // or null
+  const std::int32_t* apart;         // [apart_count] inputs that only the sparse part multiplies: zeros where inputs are
+  std::int64_t apart_count;          // rounded to bytes. The same address for all that read the same bytes
 };
 
 // Where a head's query, key and value lie in what the projections give for a token: `group_stride` apart those of
@@ -89,14 +100,6 @@ struct BlockAdapter {
 struct Segment {
   std::int64_t begin, end;
   const BlockAdapter* blocks;  // of all blocks of the model
-};
-
-// A matrix that is zero but for some values of 16 bits.
-struct SparseRows {
-  const std::int64_t* offsets;  // [rows + 1], where a row's values begin
-  const void *columns, *values;
-  std::int64_t rows, in_features;
-  std::int32_t wide, half;      // columns are int32, not uint16; values are float16, not bfloat16
 };
 
 // Tokens of some sequences, one after the other.

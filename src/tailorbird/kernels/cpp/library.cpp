@@ -139,7 +139,7 @@ struct ByteSpace {
 
 // What one thread keeps for the blocks that it runs, from call to call.
 struct BlockSpace {
-  Values<float> wide, turned, projected, inner, added, low, parts;
+  Values<float> wide, turned, kept, projected, inner, added, low, parts;
   ByteSpace rounded[3];
 };
 
