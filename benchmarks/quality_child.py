@@ -102,7 +102,7 @@ def calibration_ids(settings: dict[str, Any]) -> Any:
 def run_autoround(settings: dict[str, Any]) -> tuple[dict[str, Any], float]:
     """AutoRound with zero points, at its own settings but for the calibration text.
 
-    Linears whose inputs aren't a multiple of 32 it leaves alone: they count 16 bits.
+    Linears with inputs or outputs that are no multiple of 32 it leaves alone: they count 16 bits.
     """
     from auto_round import AutoRound
     from transformers import AutoTokenizer
@@ -118,7 +118,7 @@ def run_autoround(settings: dict[str, Any]) -> tuple[dict[str, Any], float]:
     found = rounding.quantize()
     modules = dict((found[0] if isinstance(found, tuple) else found).named_modules())
     weights = {name: modules[name].weight for name in settings["linears"]}
-    left = {name for name, weight in weights.items() if weight.float().equal(before[name])}
+    left = {name for name, weight in weights.items() if weight.equal(before[name].to(weight.dtype))}
     sizes = {name: weight.numel() for name, weight in weights.items()}
     bits = sum(
         (FLOAT_BITS if name in left else integer_bits(settings)) * size for name, size in sizes.items()
