@@ -25,6 +25,7 @@ from tailorbird.compress.planning import (
     describe,
     predicted_losses,
     predicted_step_seconds,
+    remark_on_exact_inputs,
     with_rounded_inputs,
 )
 from tailorbird.compress.result import DryRun, FitResult
@@ -105,6 +106,7 @@ def make(
             f"remove {cache.directory} to measure it again",
         )
     compression = compression_of(work, scores, cache, codings)
+    remark_on_exact_inputs(work, codings, compression.rounded_inputs)
     measured = compress_into(work, job, compression)
     predicted = predicted_losses(work, scores, codings)
     predicted_kl = sum(p["kl"] for p in predicted.values())
