@@ -139,6 +139,17 @@ def print_remarks(remarks: Sequence[str]) -> None:
         err().print(Text(remark), soft_wrap=True)
 
 
+def _speed_facts(dry: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a decoding step may take, and what the fastest plan does."""
+    asked, fastest = dry.get("asked_step_seconds"), dry.get("fastest_step_seconds")
+    if asked is None:
+        return []
+    found = "not known before kernels are timed, as the full run does first"
+    if fastest is not None:
+        found = f"{1e3 * fastest:.3g} ms, {dry['fastest_tokens_per_s']:.3g} tok/s, predicted"
+    return [("step asked for", f"{1e3 * asked:.3g} ms"), ("fastest possible", found)]
+
+
 def print_dry_run(dry: Mapping[str, Any]) -> None:
     """The stages of a dry run, the memory of the result, and whether it fits this machine."""
     print_table(
@@ -156,6 +167,7 @@ def print_dry_run(dry: Mapping[str, Any]) -> None:
             *([("KV cache in it", size_text(kv))] if kv else []),
             ("predicted total", size_text(dry.get("predicted_total_bytes"))),
             ("smallest possible", size_text(dry.get("smallest_bytes"))),
+            *_speed_facts(dry),
             ("time in all", duration_text(sum(stage.get("seconds") or 0 for stage in stages))),
             ("memory available", size_text(dry.get("machine_available_bytes"))),
             ("disk free", size_text(dry.get("disk_free_bytes"))),

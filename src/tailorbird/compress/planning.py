@@ -44,6 +44,7 @@ from tailorbird.plan.ends import end_errors, for_both_uses
 from tailorbird.plan.errors import measure_errors
 from tailorbird.plan.fisher import fisher_coefficients
 from tailorbird.plan.inputs import input_cost, rounded_inputs
+from tailorbird.plan.places import uses_of
 from tailorbird.plan.planfile import Plan
 from tailorbird.plan.score_cache import ScoreCache
 from tailorbird.plan.scores import PlaceScore, Scores, assemble, options
@@ -216,6 +217,21 @@ def speed_planner(work: Work, budget: Budget) -> SpeedPlanner:
     """Who plans for speed."""
     exact = work.rounded_inputs is not None and not work.rounded_inputs
     return SpeedPlanner(work.anatomy, budget, FloatCoding(work.float_dtype), exact, work.progress)
+
+
+def fastest_step_seconds(work: Work, budget: Budget | None) -> float | None:
+    """What a decoding step of the fastest plan within the budget takes, where it asks for speed.
+
+    It reads no weight. None where kernels aren't timed yet, too.
+    """
+    if budget is None or budget.step_seconds is None:
+        return None
+    uses = [use.name for use in uses_of(work.anatomy)]
+    unknown = dict.fromkeys((coding.label for coding in work.codings), 0.0)
+    scores = assemble(work.anatomy, dict.fromkeys(uses, unknown), {}, dict.fromkeys(uses, 0.0), "")
+    return speed_planner(work, budget).fastest(
+        lambda seconds: place_options(work, scores, seconds), budget.weight_bytes - work.other_bytes
+    )
 
 
 def predicted_step_seconds(
