@@ -18,7 +18,15 @@ from rich.text import Text
 from tailorbird.cli.progress import TerminalProgress
 from tailorbird.errors import GateRefused
 from tailorbird.report.comparison import COLUMNS, FIGURE, PAGE_NAME, TEXTS, comparison_rows
-from tailorbird.report.table import Row, duration_text, is_loud, result_rows, size_text, stage_rows
+from tailorbird.report.table import (
+    Row,
+    duration_text,
+    is_loud,
+    number_text,
+    result_rows,
+    size_text,
+    stage_rows,
+)
 
 #: columns of a table that goes to a file or a pipe, where nothing needs to be folded
 _FILE_WIDTH = 200
@@ -146,8 +154,9 @@ def _speed_facts(dry: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     found = "not known before kernels are timed, as the full run does first"
     if fastest is not None:
-        found = f"{1e3 * fastest:.3g} ms, {dry['fastest_tokens_per_s']:.3g} tok/s, predicted"
-    return [("step asked for", f"{1e3 * asked:.3g} ms"), ("fastest possible", found)]
+        speed = number_text(dry["fastest_tokens_per_s"])
+        found = f"{number_text(1e3 * fastest)} ms, {speed} tok/s, predicted"
+    return [("step asked for", f"{number_text(1e3 * asked)} ms"), ("fastest possible", found)]
 
 
 def print_dry_run(dry: Mapping[str, Any]) -> None:
