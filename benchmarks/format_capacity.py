@@ -1,8 +1,8 @@
 """Does what a format holds of Gaussian values tell what a model loses in it? Ranks of errors and of KL.
 
-All linears of a language model are rounded at once to each format of `tailorbird formats`, to nearest and
-with error feedback (`gptq`, for tables `leanquant`), and the KL from the source is set beside the format's
-Gaussian error. Embedding and head are left alone.
+All linears of a language model are rounded at once to each format of `tailorbird formats` that both can make:
+rounding to nearest, and error feedback (`gptq`, for tables `leanquant`). Then the KL from the source is set
+beside the format's Gaussian error. Embedding and head are left alone.
 
     python benchmarks/format_capacity.py [--assets DIR] [--only MODEL ...]
 """
@@ -43,6 +43,8 @@ def run(subject: Subject) -> dict[str, Any]:
     every = AllAtOnce(subject, SEQUENCES, TEST_TOKENS)
     rows = []
     for coding in FORMATS:
+        if not all(coding.kind in method_of(feedback, coding).makes for feedback in (False, True)):
+            continue
         row: dict[str, Any] = {
             "format": coding.label,
             "bits": coding.bits,

@@ -73,6 +73,8 @@ from tailorbird.report.comparison import kl_by_bytes, standalone
 CELLS = "quality_per_byte"
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 CHILD = Path(__file__).parent / "quality_child.py"
+#: Settings of a child that are paths, beside its output.
+PATHS = ("model", "calibration", "evaluation", "ids")
 GROUP = 64
 SEQUENCES = 128
 OWN = (
@@ -155,12 +157,30 @@ def open_subject(subject: Subject, folder: Path, sequences: int = SEQUENCES) -> 
     return Opened(subject, work, ids)
 
 
+def with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that mean the same in any folder; a model that isn't here is a name."""
+    here = {name for name in PATHS if settings.get(name) and Path(settings[name]).exists()}
+    return {
+        name: os.path.abspath(value) if name in here | {"output"} else value
+        for name, value in settings.items()
+    }
+
+
 def run_child(python: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """What the process says of itself; where it fails, why."""
-    ran = subprocess.run(
-        [python, str(CHILD), json.dumps(settings)], capture_output=True, text=True, check=False,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    """What the process says of itself; where it fails, why.
+
+    It runs in an empty folder, which is removed with what programs leave where they run, such as logs.
+    """
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    if "PYTHONPATH" in environment:
+        folders = environment["PYTHONPATH"].split(os.pathsep)
+        environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, folders))
+    # not resolved: an environment's python is a link, and says where its packages are
+    command = [os.path.abspath(python), str(CHILD.resolve()), json.dumps(with_absolute_paths(settings))]
+    with tempfile.TemporaryDirectory(prefix="child-") as folder:
+        ran = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment, cwd=folder
+        )  # fmt: skip
     if ran.returncode:
         lines = ran.stderr.strip().splitlines() or [f"status {ran.returncode}"]
         return {"failed": lines[-1][:300]}

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import AddedToken
 
+from chats import WORDS
 from compressed import INT4, save_compressed
 from tailorbird.adapt.card import card
 from tailorbird.adapt.rows import Example
-from tailorbird.adapt.score import BEYOND, LEAST, Question, Scorer, last_number
+from tailorbird.adapt.score import BEYOND, LEAST, Question, Scorer, last_number, up_to_its_end
 from tailorbird.adapt.settings import TuneSettings
 from tailorbird.adapt.tune import Data, tune
 from tailorbird.errors import SettingsError
@@ -103,6 +105,43 @@ def test_learning_a_constant_answer_takes_the_score_from_none_to_all(
         write_tuning_report(tmp_path / "out").read_text(encoding="utf-8").replace("\N{NO-BREAK SPACE}", " ")
     )
     assert f"it completes {result.scored} as expected" in page
+
+
+@pytest.mark.parametrize(
+    ("score", "ending"), [("exact", "</s>"), ("exact", "<|end|>"), ("exact", "\n"), ("number", "\n")]
+)
+def test_an_answer_of_a_conversation_ends_as_its_template_ends_it(
+    score: str, ending: str, tmp_path: Path
+) -> None:
+    """By the tokenizer's end token, one that was added without being special, or by lines alone."""
+    model = save_model(tmp_path / "m", vocab_size=259)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|end|>", special=False)])
+    tokenizer.save_pretrained(model)
+    file = tmp_path / "chats.jsonl"
+    asked = [{"role": "user", "content": "Is it 3?"}, {"role": "assistant", "content": "yes 7"}]
+    file.write_text(
+        "".join(
+            json.dumps({"messages": [{"role": "system", "content": f"{n}"}, *asked]}) + "\n"
+            for n in range(80)
+        )
+    )
+    template = WORDS.replace("\n{% endfor", ending + "{% endfor")
+    data = Data(str(file), share=0.1, chat_template=template)
+    result = tune(str(model), data, tmp_path / "out", replace(LEARNING, length=96, score=score))
+    assert result.scored is not None
+    assert (result.score_before, result.score_after) == (0, result.scored)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected", "counted"),
+    [
+        ("4\nuser: 5", "4\n", "4"), ("4\nuser: 5", "4", "4\nuser: 5"), ("a\nb\nc\n", "a\nb\n", "a\nb"),
+        ("4 or 5\n", "4\n", "4 or 5"), ("4", "4\n", "4"),
+    ],
+)  # fmt: skip
+def test_lines_after_the_last_expected_one_dont_count(said: str, expected: str, counted: str) -> None:
+    assert up_to_its_end(said, expected) == counted
 
 
 def test_scoring_changes_nothing_of_what_is_learned(model: str, tmp_path: Path) -> None:

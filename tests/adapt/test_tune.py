@@ -224,6 +224,33 @@ def test_what_is_no_change_of_weights_is_loaded_with_what_it_learned(
         load_adapted(str(other), tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("method", "inner"),
+    [("ist", "glora"), ("density", "glora"), ("mezo", "glora"), ("mezo", "meft"), ("ist", "mixlora")],
+)
+def test_what_a_wrapped_method_writes_in_its_own_form_is_loaded_as_it_was_learned(
+    method: str, inner: str, data: Data, tmp_path: Path
+) -> None:
+    """Packed linears, beside which GLoRA writes its own tensors: loaded as those of the method within."""
+    base = tmp_path / "m"
+    save_compressed(base, make_model("llama"), INT4, tokenizer=byte_tokenizer())
+    settings: dict[str, Any] = {"method": inner, "rank": 2}
+    learning = {"method": method, "method_settings": settings, "rate": 0.05, "steps": 2, "memory": 16 << 30}
+    tune(str(base), data, tmp_path / "out", TuneSettings(**{**vars(SHORT), **learning}))
+    ids = torch.arange(30)[None]
+    adapted = load_adapted(str(base), tmp_path / "out")(input_ids=ids).logits
+    plain = load(str(base))(input_ids=ids).logits
+    assert not torch.equal(adapted, plain)
+    if inner == "mixlora":  # written with what its wrapper holds
+        return
+    origin_file = tmp_path / "out" / "tailorbird.json"
+    origin = json.loads(origin_file.read_text())
+    origin["method"] |= {"method": inner, "method_settings": {"rank": 2}}
+    origin_file.write_text(json.dumps(origin))
+    alone = load_adapted(str(base), tmp_path / "out")(input_ids=ids).logits
+    assert torch.equal(adapted, alone)
+
+
 #: method, its settings
 BEGINNINGS = [
     ("prompt-tuning", {"tokens": 4}),

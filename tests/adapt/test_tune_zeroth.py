@@ -12,6 +12,7 @@ import torch
 
 import tailorbird
 from compressed import INT4, save_compressed
+from tailorbird.adapt.score import Scorer
 from tailorbird.adapt.settings import TuneSettings
 from tailorbird.adapt.tune import Data, tune
 from tailorbird.adapt.zeroth import ZerothStep
@@ -69,6 +70,29 @@ def test_the_result_is_a_checkpoint_with_other_tensors_of_the_linears(
     assert torch.isfinite(loaded(ids).logits).all()
     assert name in write_tuning_report(tmp_path / "tuned").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "tuned" / "tailorbird.json").read_text())["base_name"] == model
+
+
+@pytest.mark.parametrize("name", ["mezo", "sparse-mezo", "qzo"])
+def test_what_is_scored_is_the_model_as_it_was_and_the_one_that_is_written(
+    name: str, tmp_path: Path, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, scorers, said = base(name, tmp_path), list[Scorer](), list[list[list[int]]]()
+
+    def right(scorer: Scorer) -> int:
+        scorers.append(scorer)
+        said.append([scorer._complete(question) for question in scorer.questions])
+        return len(said)
+
+    monkeypatch.setattr(Scorer, "right", right)
+    scored = dataclasses.replace(settings(name), score="number", rate=1e-2)
+    held_out = dataclasses.replace(data, share=0.2)
+    result = tune(model, held_out, tmp_path / "tuned", scored)
+    assert (result.score_before, result.score_after) == (1, 2)
+    assert result.scored == len(said[0])
+    assert result.best_step
+    for directory, heard in zip((model, str(tmp_path / "tuned")), said, strict=True):
+        again = Scorer("number", tailorbird.load(directory), scorers[0].tokenizer, scorers[0].questions)
+        assert [again._complete(question) for question in again.questions] == heard
 
 
 def test_of_another_method_it_is_that_methods_adapter(tmp_path: Path, data: Data) -> None:

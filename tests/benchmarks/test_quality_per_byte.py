@@ -129,6 +129,33 @@ def test_every_peer_has_its_run_and_no_other() -> None:
     assert set(benchmark.PEERS) == set(child.PEERS)
 
 
+def test_what_a_child_leaves_where_it_runs_is_gone_and_its_paths_mean_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "child.py"
+    script.write_text(
+        "import json, os, sys\nimport beside\nos.mkdir('logs')\nopen('log.txt', 'w').close()\n"
+        "given = json.loads(sys.argv[1])\nassert open(given['ids']).read() == 'windows'\n"
+        "os.mkdir(given['output'])\n"
+        "print(json.dumps({**given, 'beside': beside.VALUE, 'where': os.getcwd()}))\n"
+    )
+    here = tmp_path / "here"
+    (here / "packages").mkdir(parents=True)
+    (here / "packages" / "beside.py").write_text("VALUE = 7\n")
+    (here / "ids").write_text("windows")
+    (here / "python").symlink_to(sys.executable)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("PYTHONPATH", "packages")
+    monkeypatch.setattr(benchmark, "CHILD", script)
+    before = sorted(here.iterdir())
+    settings = {"model": "demo", "calibration": None, "ids": "ids", "output": "result", "bits": 4}
+    found = benchmark.run_child("./python", settings)
+    assert sorted(here.iterdir()) == sorted([*before, here / "result"])
+    assert not Path(found["where"]).exists()
+    assert (found["model"], found["calibration"], found["bits"]) == ("demo", None, 4)
+    assert (found["output"], found["beside"]) == (str(here / "result"), 7)
+
+
 def test_rotated_pairs_lie_as_in_exported_files() -> None:
     rows = torch.arange(2 * 6 * 3).reshape(12, 3)
     together = k_quants.pairs_together(rows, 2)

@@ -33,6 +33,9 @@ DRY_RUN = {
     "advice": None,
     "machine_available_bytes": 2**30,
     "disk_free_bytes": 2**34,
+    "asked_step_seconds": None,
+    "fastest_step_seconds": None,
+    "fastest_tokens_per_s": None,
 }
 PROBE = sample()["probe"]
 EVALUATION = {"perplexity": 6.25, "tokens": 4096, "kl_mean": 0.0125, "kl_p99": 0.5, "top1_agreement": 0.93}

@@ -91,3 +91,24 @@ def test_a_dry_run_needs_no_output_and_its_status_says_whether_it_fits(
     assert ("use --sequences 8" in text.out) == (not fits)
     assert json.loads(as_json.out)["fits"] is fits
     assert api.calls[0][1]["dry_run"] is True
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, None),
+        ({"asked_step_seconds": 0.04}, "not known before kernels are timed"),
+        (
+            {"asked_step_seconds": 0.04, "fastest_step_seconds": 2.5e-4, "fastest_tokens_per_s": 4000.0},
+            "0.250 ms, 4,000 tok/s, predicted",
+        ),
+    ],
+)
+def test_a_dry_run_shows_the_speed_that_was_asked_for_and_what_can_be_had(
+    command: Any, api: Any, dry_run: Any, fields: dict[str, float], said: str | None
+) -> None:
+    api.answers["fit"] = replace(dry_run, **fields)
+    out = command("fit", "m", "--memory", "50%", "--dry-run").out
+    assert ("40.0 ms" in out) == bool(fields)
+    assert ("fastest possible" in out) == bool(fields)
+    assert said is None or said in out

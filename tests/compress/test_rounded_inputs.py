@@ -187,3 +187,19 @@ def test_what_nothing_here_multiplies_is_refused_before_work(
     with pytest.raises(ResourceError, match=r"activation int8 for .*leave out activation"):
         compress(model, text, tmp_path / "out", "rtn:bits=8,activation=int8")
     assert not list(tmp_path.iterdir())
+
+
+@built
+def test_a_plan_for_another_machine_is_carried_out_and_says_what_was_measured(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = compress(model, text, tmp_path / "here", "rtn:bits=8,group=0,activation=int8")
+    assert not any("bytes" in warning for warning in made.warnings)
+    monkeypatch.setattr(planning.dispatch, "find", lambda *given, **settings: None)
+    plan = tmp_path / "here" / "plan.yaml"
+    found = compress(model, text, tmp_path / "there", plan=plan)
+    (said,) = (warning for warning in found.warnings if "bytes" in warning)
+    assert "inputs of 14 linears" in said
+    assert "exact inputs" in said
+    stated = {place.name for place in load_plan(tmp_path / "there" / "plan.yaml").places if place.activation}
+    assert stated == {place.name for place in load_plan(plan).places if place.activation}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,29 @@ def test_a_speed_out_of_reach_says_what_can_be_had(make: Any, tmp_path: Path) ->
     with pytest.raises(BudgetError, match=r"1e\+06 tok/s.*tok/s\), predicted for the fastest plan"):
         make("result", "60%", min_speed="1000000tok/s")
     assert not (tmp_path / "result").exists()
+
+
+def test_a_dry_run_tells_the_fastest_plan_as_far_as_kernels_are_timed(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: list[KernelTimes | None] = [None]
+    monkeypatch.setattr(planned_speed, "known_kernel_times", lambda *_: known[0])
+    reach, beyond = ({"min_speed": f"{speed}tok/s", "dry_run": True} for speed in (3000, 1_000_000))
+    untimed = make("result", "60%", **beyond)
+    assert (untimed.asked_step_seconds, untimed.fastest_step_seconds, untimed.fits) == (1e-6, None, True)
+    known[0] = TIMES
+    possible, impossible = make("result", "60%", **reach), make("result", "60%", **beyond)
+    assert possible.fits
+    assert possible.fastest_step_seconds == impossible.fastest_step_seconds
+    assert not impossible.fits
+    assert "ask for less speed" in impossible.advice
+    told = (
+        f"at least {1e3 * possible.fastest_step_seconds:.3g} ms ({possible.fastest_tokens_per_s:.3g} tok/s)"
+    )
+    with pytest.raises(BudgetError, match=re.escape(told)):
+        make("result", "60%", min_speed="1000000tok/s")
+    plain = make("result", "60%", dry_run=True)
+    assert (plain.asked_step_seconds, plain.fastest_step_seconds) == (None, None)
 
 
 def test_without_any_budget_the_flags_are_named(make: Any) -> None:

@@ -15,12 +15,16 @@ from results import digests
 from tailorbird.calibrate.input_scales import InputScale
 from tailorbird.compress.export import export
 from tailorbird.compress.pipeline import Pipeline
+from tailorbird.compress.planning import codings_of_recipe, rounded_inputs_of_recipe
+from tailorbird.compress.recipe import parse_recipe
+from tailorbird.compress.work import foresee, open_work
 from tailorbird.errors import CheckpointError, ExportError, SettingsError
 from tailorbird.formats.modules import CompressedLinear
 from tailorbird.kernels import native
 from tailorbird.model.load import load
 from tailorbird.model.weights import Weights
 from tailorbird.model.writing import write_tensors
+from tailorbird.plan import predict
 from tailorbird.plan.planfile import load_plan
 from tailorbird.run.fused import obstacle
 from tiny import save_model
@@ -195,3 +199,22 @@ def test_an_export_would_lose_it_and_is_refused(plain: tuple[Path, Any], tmp_pat
     with pytest.raises(ExportError, match=r"rounded to int8-static.*anew without activation=int8-static"):
         export(plain[0], "dense", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_forecast_counts_the_search_for_scales(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "matmul_rate", lambda: 1e11)
+    work = open_work(
+        str(model), parse_recipe(PLAIN), calibration=str(text), evaluation=None, sequences=8, length=32,
+        context=None, target=None, seed=0, progress=None,
+    )  # fmt: skip
+    stated = rounded_inputs_of_recipe(work, codings_of_recipe(work))
+    assert stated is not None
+    seconds = []
+    for rounded in (dict.fromkeys(stated, "int4"), stated):
+        work.rounded_inputs = rounded
+        seconds.append({stage.name: stage.seconds for stage in foresee(work, tmp_path / "out").stages})
+    without, found = seconds
+    assert found["compress"] > without["compress"]
+    assert {**found, "compress": 0.0} == {**without, "compress": 0.0}

@@ -14,7 +14,7 @@ import torch
 from tailorbird.errors import SettingsError
 from tailorbird.evaluate import kernel_times as module
 from tailorbird.evaluate import stand_ins
-from tailorbird.evaluate.kernel_times import kernel_times
+from tailorbird.evaluate.kernel_times import kernel_times, known_kernel_times
 from tailorbird.evaluate.stand_ins import Kernel
 from tailorbird.formats.packed import CodebookCoding, FloatCoding, IntegerCoding
 from tailorbird.hardware.cache import cache_directory, forget_kernel_times
@@ -90,6 +90,17 @@ def test_what_was_timed_is_not_timed_again(monkeypatch: pytest.MonkeyPatch) -> N
     after = kernel_times(KERNELS, SHAPE)
     assert asked == KERNELS[2:]
     assert {name: after.products[name] for name in before.products} == before.products
+
+
+def test_what_is_known_is_told_without_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert known_kernel_times(KERNELS[:2], SHAPE) is None
+    before = kernel_times(KERNELS[:2], SHAPE)
+    assert known_kernel_times(KERNELS[:2], SHAPE) == before
+    assert known_kernel_times(KERNELS[:1], SHAPE) is not None
+    assert known_kernel_times(KERNELS, SHAPE) is None
+    monkeypatch.setattr(native, "available", lambda: False)
+    with pytest.raises(SettingsError, match="compiled kernels"):
+        known_kernel_times(KERNELS[:1], SHAPE)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,13 @@ from tailorbird.formats.packed import (
     PackedWeight,
     stored_bytes,
 )
-from tailorbird.formats.transform import Transform, kronecker_transform, transform_from_dict
+from tailorbird.formats.transform import (
+    LEAST_RATIO,
+    Transform,
+    invertible,
+    kronecker_transform,
+    transform_from_dict,
+)
 from tailorbird.kernels import native
 from tailorbird.kernels.reference import round_inputs
 from tailorbird.model.layout import ModelLayout, ModuleLayout
@@ -194,6 +200,35 @@ def test_one_matrix_alone_is_refused(name: str) -> None:
 def test_a_singular_matrix_can_t_be_written() -> None:
     with pytest.raises(CheckpointError, match="`right` that has no inverse"):
         random_packed(IntegerCoding(4, 64), SHAPE).with_matrices(torch.eye(12), torch.ones(16, 16))
+
+
+@pytest.mark.parametrize("order", [2, 3, 16, 43])
+@pytest.mark.parametrize("ratio", [1.0, 1e-2, 1e-4, 1.4e-5, 1.01e-5, 0.99e-5, 1e-6, 1e-12, 0.0])
+@pytest.mark.parametrize("others", ["large", "small"])
+def test_whether_there_is_an_inverse_is_what_singular_values_say(
+    order: int, ratio: float, others: str
+) -> None:
+    generator = torch.Generator().manual_seed(order)
+    left, right = (
+        torch.linalg.qr(torch.randn(order, order, generator=generator, dtype=torch.float64))[0] for _ in "ab"
+    )
+    values = torch.full((order,), 1.0 if others == "large" else max(ratio, 1e-5), dtype=torch.float64)
+    values[0], values[-1] = 1.0, ratio
+    for size in (1.0, 1e-30, 1e30):
+        assert invertible(size * left @ values.diag() @ right) == (ratio > LEAST_RATIO)
+    assert not invertible(torch.zeros(order, order))
+    for damage in (torch.nan, torch.inf):
+        assert not invertible(torch.eye(order).index_fill(0, torch.tensor([0]), damage))
+
+
+def test_singular_values_are_only_taken_of_what_may_be_singular(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, svdvals = [], torch.linalg.svdvals
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda one: taken.append(one) or svdvals(one))
+    assert all(invertible(matrix(order).bfloat16()) for order in (16, 43, 64))
+    assert not taken
+    assert not invertible(torch.ones(4, 4))
+    assert len(taken) == 1
+    assert not invertible(torch.ones(3, 4))
 
 
 def test_damage_is_named_when_files_are_read() -> None:

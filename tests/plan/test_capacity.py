@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from tailorbird.formats.packed import FloatCoding, IntegerCoding, TableCoding
-from tailorbird.plan.capacity import FORMATS, capacity, format_rows, gaussian_error
+from tailorbird.formats.codebooks import UNITS
+from tailorbird.formats.packed import CodebookCoding, IntegerCoding, TableCoding
+from tailorbird.plan.capacity import FormatRow, capacity, format_rows, gaussian_error
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[FormatRow]:
+    return format_rows()
 
 
 @pytest.mark.parametrize(
@@ -32,9 +38,8 @@ def test_capacity_runs_from_none_to_all_and_falls_with_the_error() -> None:
     assert shares == sorted(shares)
 
 
-def test_no_format_is_above_a_perfect_code_and_those_ahead_are_beaten_by_none() -> None:
-    rows = format_rows()
-    assert len({row.name for row in rows}) == len(FORMATS) == len(rows)
+def test_no_format_is_above_a_perfect_code_and_those_ahead_are_beaten_by_none(rows: list[FormatRow]) -> None:
+    assert len({row.name for row in rows}) == len(rows)
     assert [row.bits_per_weight for row in rows] == sorted(row.bits_per_weight for row in rows)
     for row in rows:
         assert 0 < row.capacity < row.bound < 1
@@ -43,7 +48,33 @@ def test_no_format_is_above_a_perfect_code_and_those_ahead_are_beaten_by_none() 
     assert {row.ahead for row in rows} == {True, False}
 
 
-def test_floats_hold_nearly_all() -> None:
-    (row,) = format_rows([FloatCoding("bfloat16")])
-    assert (row.bits_per_weight, row.ahead) == (16, True)
-    assert 0.998 < row.capacity < 1
+def test_every_kind_of_coding_is_there(rows: list[FormatRow]) -> None:
+    names = {row.name.split()[0] for row in rows}
+    integers = {f"int{bits}" for bits in (2, 3, 4, 5, 6, 8)}
+    points = {"gauss2x2", "gauss2x4", "gauss3x2", "gauss4x2"}
+    tables = {"table2", "table3", "table4", "binary"}
+    assert names == integers | points | tables | {"nf4", "fp4", *UNITS, "bf16", "fp16", "df11"}
+    assert {"nf4 g64 double", "binary row"} <= {row.name for row in rows}
+
+
+def test_floats_hold_nearly_all_and_entropy_codes_the_same_in_fewer_bits(rows: list[FormatRow]) -> None:
+    bf16, df11 = (next(row for row in rows if row.name == name) for name in ("bf16", "df11"))
+    assert bf16.bits_per_weight == 16
+    assert 0.998 < bf16.capacity < 1
+    assert df11.gaussian_error == bf16.gaussian_error
+    # a sign, 7 bits of mantissa, and the entropy of the exponents: that of -floor(log2 |x|), 2.5 bits
+    assert 10.4 < df11.bits_per_weight < 11.2
+
+
+@pytest.mark.parametrize(("bits", "error"), [(2, 0.1175), (3, 0.03454), (4, 0.009497)])
+def test_grids_of_normal_values_come_near_the_best_of_their_width(bits: int, error: float) -> None:
+    # groups of 64 with scales of their own fit the values of the group better
+    assert 0.7 * error < gaussian_error(CodebookCoding(f"gauss{bits}", 64)) < error
+
+
+def test_nested_bits_take_those_that_are_read_and_lose_a_little_for_it(rows: list[FormatRow]) -> None:
+    found = {row.name: row for row in rows}
+    for bits in (8, 6, 4, 2):
+        nested, alone = found[f"int{bits} of 8 g64"], gaussian_error(IntegerCoding(bits, 64, symmetric=True))
+        assert nested.bits_per_weight == bits + 16 / 64
+        assert alone < nested.gaussian_error < 5 * alone

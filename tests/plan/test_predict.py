@@ -32,6 +32,7 @@ def foresee(
     whole_bytes: int = 0,
     together: int = 1,
     again: int = 0,
+    static_inputs: frozenset[str] = frozenset(),
 ) -> Prediction:
     checkpoint = open_checkpoint(str(directory))
     anatomy = read_anatomy(checkpoint)
@@ -54,6 +55,7 @@ def foresee(
             True,
             together,
             again,
+            static_inputs,
         )
     )
 
@@ -102,6 +104,28 @@ def test_windows_of_blocks_take_memory_by_their_size_and_time_by_their_overlap(s
     assert apart[1] == again[1] > one[1]
     assert apart[0] == one[0]
     assert again[0] - plain == pytest.approx(2 * (one[0] - plain))
+
+
+@pytest.mark.usefixtures("steady")
+def test_static_scales_take_two_more_runs_of_the_blocks_that_have_them(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = read_anatomy(open_checkpoint(str(small))).blocks
+
+    def compress(*names: str) -> float:
+        return foresee(small, static_inputs=frozenset(names)).stages[2].seconds
+
+    every = [[place.name for place in block.linears] for block in blocks]
+    names = [name for block in every for name in block]
+    plain, one, all_ = compress(), compress(*every[0]), compress(*names)
+    assert plain < one
+    assert all_ - plain == pytest.approx(len(blocks) * (one - plain))
+    together = compress(*(place.name for place in blocks[0].linears if place.role in ("q", "k", "v")))
+    assert together == compress(*(place.name for place in blocks[0].linears if place.role == "q")) < one
+    monkeypatch.setattr(module, "SCALE_PASSES", 0)
+    weights = sum(place.out_features * place.in_features for block in blocks for place in block.linears)
+    runs = 2 * module.forward_flops(4 * 64, weights) / (1e11 * module.EFFICIENCY)
+    assert compress(*names) - compress() == pytest.approx(runs)
 
 
 @pytest.mark.usefixtures("steady")

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from tailorbird.adapt.methods.adapter import OWN_TYPE
+from tailorbird.adapt.methods.adapter import OWN_TYPE, Attached
 from tailorbird.adapt.methods.attach import attach
 from tailorbird.adapt.methods.peft.injected import library
 from tailorbird.adapt.methods.registry import method_named
+from tailorbird.adapt.methods.wrapped import Wrapped
 from tailorbird.adapt.places import places_of
 from tailorbird.adapt.save import ORIGIN
 from tailorbird.adapt.wrap import put
@@ -76,6 +77,13 @@ def load_adapted(model: str, directory: Path, dtype: torch.dtype | None = None) 
         torch.Generator().manual_seed(settings["seed"]),
     )  # fmt: skip
     weights = Weights.open_file(directory / WEIGHTS_FILE)
-    method.load_state_dict({name: weights.read(name) for name in weights.names})
+    _writer(method).load_state_dict({name: weights.read(name) for name in weights.names})
     put(loaded, places, method.requires_grad_(False))
     return loaded
+
+
+def _writer(method: Attached) -> Attached:
+    """The part of a method whose tensors are those of the file: within wrappers, the one with `files`."""
+    while isinstance(method, Wrapped) and method.inner.files() is not None:
+        method = method.inner
+    return method

@@ -18,14 +18,18 @@ from torch.utils.checkpoint import checkpoint
 @contextmanager
 def recomputing(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Let these blocks be computed again for their gradients until the end of the block."""
-    chosen: list[Any] = list(blocks)
+    before: list[tuple[Any, Any]] = []
     try:
-        for block in chosen:
+        for block in blocks:
+            before.append((block, vars(block).get("forward")))
             block.forward = partial(_forward, block.forward)
         yield
     finally:
-        for block in chosen:
-            del block.forward  # the class's own shows again
+        for block, own in reversed(before):
+            if own is None:
+                del block.forward  # the class's own shows again
+            else:
+                block.forward = own
 
 
 def _forward(own: Any, *arguments: Any, **settings: Any) -> Any:

@@ -44,6 +44,15 @@ def check_score(name: str) -> None:
         raise SettingsError(f"score `{name}`", " or ".join(SCORES), "give for example --score exact")
 
 
+def up_to_its_end(said: str, expected: str) -> str:
+    """What was said, up to where it ends as the expected text does: by white space that no token follows.
+
+    That is how turns end which a chat template writes as lines: the model goes on with the next one.
+    """
+    ending = expected[len(expected.rstrip()) :]
+    return ending.join(said.split(ending)[: expected.count(ending)]) if ending else said
+
+
 @dataclass(frozen=True, eq=False)
 class Question:
     """A prompt, and what shall follow.
@@ -86,19 +95,32 @@ class Scorer:
     def __init__(self, name: str, model: Any, tokenizer: Any, questions: Sequence[Question]) -> None:
         self.name, self.model, self.tokenizer, self.questions = name, model, tokenizer, questions
         self._ends = stop_tokens(model, tokenizer)
+        # templates may end turns by tokens that were added, but aren't called special
+        self._marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
     def right(self) -> int:
         """How many completions agree with the expected ones."""
         compared = SCORES[self.name]
         return sum(
-            compared(self._text(question.tokens.tolist())) == compared(self._text(self._complete(question)))
-            for question in self.questions
+            compared(expected) == compared(said) for expected, said in map(self._texts, self.questions)
         )
+
+    def _texts(self, question: Question) -> tuple[str, str]:
+        """The expected completion, and the model's."""
+        tokens, said = question.tokens.tolist(), self._text(self._complete(question))
+        if self._ending(question):
+            return self._text(tokens[:-1]), said
+        expected = self._text(tokens)
+        return expected, up_to_its_end(said, expected)
+
+    def _ending(self, question: Question) -> set[int]:
+        """The expected completion's last token, where it is one that ends texts, such as a turn's."""
+        return {int(question.tokens[-1])} & (self._ends | self._marks)
 
     @torch.no_grad()
     def _complete(self, question: Question) -> list[int]:
         """The likeliest tokens after a prompt, until one that ends a text or the expected one."""
-        ends = self._ends | ({int(question.tokens[-1])} & set(self.tokenizer.all_special_ids))
+        ends = self._ends | self._ending(question)
         # the modules themselves: compiled blocks would leave out what is attached to linears
         decoding, fed, found = ModuleDecoding(self.model), question.prompt[None], list[int]()
         for _ in range(len(question.tokens) + BEYOND):

@@ -18,7 +18,15 @@ from rich.text import Text
 from tailorbird.cli.progress import TerminalProgress
 from tailorbird.errors import GateRefused
 from tailorbird.report.comparison import COLUMNS, FIGURE, PAGE_NAME, TEXTS, comparison_rows
-from tailorbird.report.table import Row, duration_text, is_loud, result_rows, size_text, stage_rows
+from tailorbird.report.table import (
+    Row,
+    duration_text,
+    is_loud,
+    number_text,
+    result_rows,
+    size_text,
+    stage_rows,
+)
 
 #: columns of a table that goes to a file or a pipe, where nothing needs to be folded
 _FILE_WIDTH = 200
@@ -139,6 +147,18 @@ def print_remarks(remarks: Sequence[str]) -> None:
         err().print(Text(remark), soft_wrap=True)
 
 
+def _speed_facts(dry: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a decoding step may take, and what the fastest plan does."""
+    asked, fastest = dry.get("asked_step_seconds"), dry.get("fastest_step_seconds")
+    if asked is None:
+        return []
+    found = "not known before kernels are timed, as the full run does first"
+    if fastest is not None:
+        speed = number_text(dry["fastest_tokens_per_s"])
+        found = f"{number_text(1e3 * fastest)} ms, {speed} tok/s, predicted"
+    return [("step asked for", f"{number_text(1e3 * asked)} ms"), ("fastest possible", found)]
+
+
 def print_dry_run(dry: Mapping[str, Any]) -> None:
     """The stages of a dry run, the memory of the result, and whether it fits this machine."""
     print_table(
@@ -156,6 +176,7 @@ def print_dry_run(dry: Mapping[str, Any]) -> None:
             *([("KV cache in it", size_text(kv))] if kv else []),
             ("predicted total", size_text(dry.get("predicted_total_bytes"))),
             ("smallest possible", size_text(dry.get("smallest_bytes"))),
+            *_speed_facts(dry),
             ("time in all", duration_text(sum(stage.get("seconds") or 0 for stage in stages))),
             ("memory available", size_text(dry.get("machine_available_bytes"))),
             ("disk free", size_text(dry.get("disk_free_bytes"))),

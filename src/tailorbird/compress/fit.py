@@ -23,8 +23,10 @@ from tailorbird.compress.pipeline import Compression, Pipeline
 from tailorbird.compress.planning import (
     chosen,
     describe,
+    fastest_step_seconds,
     predicted_losses,
     predicted_step_seconds,
+    remark_on_exact_inputs,
     with_rounded_inputs,
 )
 from tailorbird.compress.result import DryRun, FitResult
@@ -61,6 +63,13 @@ FRONTIER = (0.05, 0.15, 0.25, 0.35, 0.5, 0.7)
 
 def dry_run(work: Work, budget: Budget | None, prediction: Prediction) -> DryRun:
     """What `fit` would need, without doing it."""
+    asked, fastest = budget.step_seconds if budget else None, fastest_step_seconds(work, budget)
+    advice = prediction.advice
+    if advice is None and asked is not None and fastest is not None and fastest > asked:
+        advice = (
+            f"the fastest plan within the memory is predicted to take {1e3 * fastest:.3g} ms for a step: "
+            "ask for less speed, fewer --concurrency or a shorter --context"
+        )
     return DryRun(
         model=work.name,
         method=work.recipe.name,
@@ -71,10 +80,13 @@ def dry_run(work: Work, budget: Budget | None, prediction: Prediction) -> DryRun
         smallest_bytes=work.smallest_bytes + (budget.kv_bytes if budget else 0),
         predicted_total_bytes=budget.total_bytes if budget else work.smallest_bytes,
         stages=prediction.as_dicts(),
-        fits=prediction.advice is None,
-        advice=prediction.advice,
+        fits=advice is None,
+        advice=advice,
         machine_available_bytes=prediction.available_bytes,
         disk_free_bytes=prediction.disk_free_bytes,
+        asked_step_seconds=asked,
+        fastest_step_seconds=fastest,
+        fastest_tokens_per_s=None if budget is None or fastest is None else budget.concurrency / fastest,
     )
 
 
@@ -105,6 +117,7 @@ def make(
             f"remove {cache.directory} to measure it again",
         )
     compression = compression_of(work, scores, cache, codings)
+    remark_on_exact_inputs(work, codings, compression.rounded_inputs)
     measured = compress_into(work, job, compression)
     predicted = predicted_losses(work, scores, codings)
     predicted_kl = sum(p["kl"] for p in predicted.values())

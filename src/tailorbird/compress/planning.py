@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ from tailorbird.plan.ends import end_errors, for_both_uses
 from tailorbird.plan.errors import measure_errors
 from tailorbird.plan.fisher import fisher_coefficients
 from tailorbird.plan.inputs import input_cost, rounded_inputs
+from tailorbird.plan.places import uses_of
 from tailorbird.plan.planfile import Plan
 from tailorbird.plan.score_cache import ScoreCache
 from tailorbird.plan.scores import PlaceScore, Scores, assemble, options
@@ -218,6 +219,21 @@ def speed_planner(work: Work, budget: Budget) -> SpeedPlanner:
     return SpeedPlanner(work.anatomy, budget, FloatCoding(work.float_dtype), exact, work.progress)
 
 
+def fastest_step_seconds(work: Work, budget: Budget | None) -> float | None:
+    """What a decoding step of the fastest plan within the budget takes, where it asks for speed.
+
+    It reads no weight. None where kernels aren't timed yet, too.
+    """
+    if budget is None or budget.step_seconds is None:
+        return None
+    uses = [use.name for use in uses_of(work.anatomy)]
+    unknown = dict.fromkeys((coding.label for coding in work.codings), 0.0)
+    scores = assemble(work.anatomy, dict.fromkeys(uses, unknown), {}, dict.fromkeys(uses, 0.0), "")
+    return speed_planner(work, budget).fastest(
+        lambda seconds: place_options(work, scores, seconds), budget.weight_bytes - work.other_bytes
+    )
+
+
 def predicted_step_seconds(
     work: Work, scores: Scores, budget: Budget | None, codings: dict[str, Coding]
 ) -> float | None:
@@ -334,8 +350,7 @@ def rounded_inputs_of_recipe(work: Work, codings: dict[str, Coding]) -> dict[str
         coding = codings.get(place.name)
         if not isinstance(coding, ScaledCoding):
             continue
-        path = dispatch.find(coding, place.in_features, 1, torch.float32, torch.device("cpu"), rounds=True)
-        if activation == INT8 and (path is None or not path.rounds):
+        if activation == INT8 and not multiplies_bytes(coding, place.in_features):
             raise ResourceError(
                 f"activation {activation} for `{place.name}` of {coding.label} on this machine",
                 "a path that multiplies inputs rounded to bytes, which a C++ compiler at installation makes",
@@ -343,6 +358,34 @@ def rounded_inputs_of_recipe(work: Work, codings: dict[str, Coding]) -> dict[str
             )
         names[place.name] = activation
     return names
+
+
+def multiplies_bytes(coding: ScaledCoding, in_features: int) -> bool:
+    """Whether inputs before such a weight that may be rounded to bytes are, where results are measured."""
+    path = dispatch.find(coding, in_features, 1, torch.float32, torch.device("cpu"), rounds=True)
+    return path is not None and path.rounds
+
+
+def remark_on_exact_inputs(work: Work, codings: Mapping[str, Coding], rounded: Mapping[str, str]) -> None:
+    """Have the result say where inputs may be rounded to bytes, and nothing here does so.
+
+    A plan may come from another machine, and go to one: it is carried out all the same, but what is measured
+    is the result with exact inputs.
+    """
+    shapes = work.place_shapes()
+    exact = [
+        name
+        for name, to in rounded.items()
+        if to == INT8
+        and isinstance(coding := codings.get(name), ScaledCoding)
+        and not multiplies_bytes(coding, shapes[name][1])
+    ]
+    if exact:
+        remark = (
+            f"inputs of {len(exact)} linears, such as `{exact[0]}`, may be rounded to bytes, and nothing on "
+            "this machine does so: all that was measured is with exact inputs"
+        )
+        work.remarks = (*work.remarks, remark)
 
 
 def check_static_inputs(work: Work) -> None:

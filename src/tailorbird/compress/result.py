@@ -34,7 +34,11 @@ class FitResult:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What is known before any weight is read; bytes and seconds."""
+    """What is known before any weight is read; bytes and seconds.
+
+    `asked_step_seconds` is what a decoding step may take, where a speed is asked for; the two after it are of
+    the fastest plan within the budget, where the kernels of this machine are timed already.
+    """
 
     model: str
     method: str
@@ -49,3 +53,6 @@ class DryRun:
     advice: str | None
     machine_available_bytes: int
     disk_free_bytes: int
+    asked_step_seconds: float | None = None
+    fastest_step_seconds: float | None = None
+    fastest_tokens_per_s: float | None = None

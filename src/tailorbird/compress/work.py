@@ -54,7 +54,7 @@ from tailorbird.hardware.memory import (
     return_freed_memory,
 )
 from tailorbird.kernels import native
-from tailorbird.kernels.reference import group_layout
+from tailorbird.kernels.reference import INT8_STATIC, group_layout
 from tailorbird.linear.lossless.df11 import Df11
 from tailorbird.linear.outliers import sparse_of
 from tailorbird.linear.quantize.billm import Billm
@@ -606,6 +606,9 @@ def foresee(work: Work, output: Path) -> Prediction:
             packed_products=native.available() and work.rounded_inputs != {},
             together=1 if block is None else block.window,
             again=0 if block is None else block.overlap,
+            static_inputs=frozenset(
+                name for name, to in (work.rounded_inputs or {}).items() if to == INT8_STATIC
+            ),
         )
     )
     if not work.lossless:

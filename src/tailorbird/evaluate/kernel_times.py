@@ -82,6 +82,8 @@ NEAR_BYTES = 16 << 20
 CACHED_HEAD = 1 << 21
 #: Channels of an embedding's row.
 EMBEDDED = 1024
+#: What surrounds products is timed with it.
+BASIC = Kernel(IntegerCoding(4, 64), int8=True)
 
 _LINEARS = ("attention_in", "attention_out", "mlp_in", "mlp_out")
 
@@ -331,24 +333,10 @@ def kernel_times(
     SettingsError
         There is no native library.
     """
-    if not native.available():
-        raise SettingsError(
-            "a prediction of speed without compiled kernels",
-            "an installation with them",
-            "install tailorbird where there is a C++ compiler, or from a wheel",
-        )
-    progress = progress or Silent()
-    threads = torch.get_num_threads()
-    identity = {**machine_identity(), "threads": threads, "library": native.fingerprint()}
+    threads, wanted = torch.get_num_threads(), _wanted(kernels, shape)
+    progress, identity = progress or Silent(), _identity(threads)
     path = kernel_times_path(threads)
     entry = _read(path, identity) or {"schema": SCHEMA, "identity": identity, "around": None, "products": {}}
-    basic, like = Kernel(IntegerCoding(4, 64), int8=True), _like(shape)
-    wanted = [
-        (f"{kernel.name}, {width.label}, {head}", kernel, width, head)
-        for kernel, width, head in (
-            (basic, NOTHING, 256), *((kernel, like, shape.vocab_size) for kernel in kernels),
-        )
-    ]  # fmt: skip
     missing = [each for each in dict.fromkeys(wanted) if each[0] not in entry["products"]]
     if missing or entry["around"] is None:
         progress.stage("kernel times", len(missing) + (entry["around"] is None))
@@ -361,11 +349,49 @@ def kernel_times(
         around: dict[str, Any] = {"streaming": _streaming()}
         around |= dict.fromkeys(("step", "step_streamed", "sequence", "begin", "begin_block"), 0.0)
         around |= _around_products(threads)
-        tiny = {basic.name: entry["products"][wanted[0][0]]}
+        tiny = {BASIC.name: entry["products"][wanted[0][0]]}
         around |= _around_blocks(_assemble(threads, around, tiny))
         entry["around"] = around
         write_entry(path, entry)
         progress.advance(note="around them")
+    return _chosen(threads, entry, wanted)
+
+
+def known_kernel_times(kernels: Collection[Kernel], shape: ModelShape) -> KernelTimes | None:
+    """`kernel_times` where all of it is kept; None where some would have to be measured first.
+
+    Raises
+    ------
+    SettingsError
+        There is no native library.
+    """
+    threads, wanted = torch.get_num_threads(), _wanted(kernels, shape)
+    entry = _read(kernel_times_path(threads), _identity(threads))
+    if entry is None or entry["around"] is None or any(key not in entry["products"] for key, *_ in wanted):
+        return None
+    return _chosen(threads, entry, wanted)
+
+
+def _wanted(kernels: Collection[Kernel], shape: ModelShape) -> list[tuple[str, Kernel, Width, int]]:
+    """Of `BASIC` and each kernel: its key, the kernel, like what it is timed, and on which head."""
+    if not native.available():
+        raise SettingsError(
+            "a prediction of speed without compiled kernels",
+            "an installation with them",
+            "install tailorbird where there is a C++ compiler, or from a wheel",
+        )
+    like = _like(shape)
+    every = ((BASIC, NOTHING, 256), *((kernel, like, shape.vocab_size) for kernel in kernels))
+    return [(f"{kernel.name}, {width.label}, {head}", kernel, width, head) for kernel, width, head in every]
+
+
+def _identity(threads: int) -> dict[str, Any]:
+    return {**machine_identity(), "threads": threads, "library": native.fingerprint()}
+
+
+def _chosen(
+    threads: int, entry: dict[str, Any], wanted: Sequence[tuple[str, Kernel, Width, int]]
+) -> KernelTimes:
     found = {kernel.name: entry["products"][key] for key, kernel, _, _ in wanted[1:]}
     return _assemble(threads, entry["around"], found)
 

@@ -186,8 +186,20 @@ def check_transform(tensors: Mapping[str, Tensor | None]) -> None:
 
 
 def invertible(matrix: Tensor) -> bool:
-    """Whether a matrix is square and finite, and its singular values differ by no more than `LEAST_RATIO`."""
-    if matrix.dim() != 2 or len(set(matrix.shape)) != 1 or not bool(matrix.isfinite().all()):
+    """Whether a matrix is square and finite, and its singular values differ by no more than `LEAST_RATIO`.
+
+    ``A Aᵀ`` less what its least eigenvalue must exceed is positive definite in all but the worst matrices
+    that are good: a triangular factor tells, and singular values, which take far longer, are for the rest.
+    """
+    if matrix.dim() != 2 or len(set(matrix.shape)) != 1:
         return False
-    values = torch.linalg.svdvals(matrix.double())
+    wide = matrix.detach().double()
+    gram = wide @ wide.T
+    squares = float(gram.trace())  # no less than the square of the greatest singular value
+    if not math.isfinite(squares):
+        return False
+    gram.diagonal().sub_(2 * LEAST_RATIO**2 * squares)  # twice: far beyond what the products are rounded by
+    if int(torch.linalg.cholesky_ex(gram).info) == 0:
+        return True
+    values = torch.linalg.svdvals(wide)
     return bool(values[-1] > LEAST_RATIO * values[0])

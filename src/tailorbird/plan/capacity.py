@@ -15,20 +15,28 @@ that were measured on the model itself (`sensitivity.py`), and this says only wh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from tailorbird.formats.codebooks import VECTOR_UNITS
+from tailorbird.formats.codebooks import LEVELS, UNITS, VECTOR_UNITS
+from tailorbird.formats.nested import STORED_BITS, WIDTHS, at_bits
 from tailorbird.formats.packed import (
+    TABLE_BITS,
+    BinaryCoding,
     CodebookCoding,
     Coding,
+    DoubleCoding,
+    FloatCoding,
     IntegerCoding,
+    PackedWeight,
     TableCoding,
     VectorCoding,
-    stored_bytes,
 )
+from tailorbird.linear.quantize.double_rounding import DoubleRounding, fit_nested_scales
+from tailorbird.linear.quantize.grid import quantize_to_grid
 from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.plan.candidates import BITS, GROUPS
 
@@ -37,12 +45,18 @@ PAPER = "Panferov et al. 2025, arXiv:2506.01863"
 SLOPE = 0.414
 #: values on which formats are compared; rows as long as those of a model of 7 billion parameters
 ROWS, COLUMNS = 32, 4096
+#: those that are rounded to nearest
 FORMATS: tuple[Coding, ...] = (
     *(IntegerCoding(bits, group) for bits in BITS for group in (0, *reversed(GROUPS))),
-    *(CodebookCoding(name, 64) for name in ("nf4", "fp4")),
+    *(CodebookCoding(name, 64) for name in LEVELS),
+    *(DoubleCoding(name, 64) for name in LEVELS if name not in UNITS),
     *(VectorCoding(name, 64) for name in VECTOR_UNITS),
-    *(TableCoding(bits) for bits in (2, 3, 4)),
+    *(TableCoding(bits) for bits in TABLE_BITS),
+    *(BinaryCoding(group) for group in (0, *reversed(GROUPS))),
+    *(FloatCoding(name) for name in ("bfloat16", "float16")),
 )
+#: in which fewer bits are nested
+NESTED = IntegerCoding(STORED_BITS, 64, symmetric=True)
 
 
 @dataclass(frozen=True)
@@ -52,11 +66,14 @@ class FormatRow:
     Attributes
     ----------
     name : str
-        Label of the coding.
+        Label of the coding. ``int4 of 8`` are the upper bits of integers of 8 bits, as double rounding stores
+        them.
     bits_per_weight : float
-        All that is stored, scales and tables too, in rows of `COLUMNS` weights.
+        All that is stored, scales and tables too, in rows of `COLUMNS` weights; of upper bits, all that is
+        read. Entropy codes take what these values need.
     gaussian_error : float
-        Mean squared error on standard normal values, rounded to nearest.
+        Mean squared error on standard normal values, rounded to nearest; nested ones with scales for all
+        widths.
     capacity : float
         Share of the parameters, 0 to 1, that as good a model would have without compression.
     bound : float
@@ -73,9 +90,12 @@ class FormatRow:
     ahead: bool
 
 
-def format_rows(codings: Sequence[Coding] = FORMATS) -> list[FormatRow]:
+def format_rows() -> list[FormatRow]:
     """Formats by what they take, each with what it holds."""
-    measured = sorted((_bits_per_weight(one), gaussian_error(one), one.label) for one in codings)
+    values = _values()
+    measured = sorted(
+        (8 * packed.nbytes / values.numel(), _error(packed, values), name) for name, packed in _stored(values)
+    )
     rows, least = [], math.inf
     for bits, error, name in measured:
         ahead, least = error < least, min(error, least)
@@ -83,10 +103,31 @@ def format_rows(codings: Sequence[Coding] = FORMATS) -> list[FormatRow]:
     return rows
 
 
+def _stored(values: Tensor) -> Iterator[tuple[str, PackedWeight]]:
+    """The values in every format, by its name: rounded to nearest, coded without loss, or nested."""
+    for coding in FORMATS:
+        yield coding.label, Rtn()(values, None, coding)
+    lossless = PackedWeight.from_bfloat16(values.bfloat16())
+    yield lossless.coding.label, lossless
+    scales = fit_nested_scales(values, NESTED, torch.ones(COLUMNS), DoubleRounding().width_weights)
+    nested = PackedWeight.from_codes(quantize_to_grid(values, scales, None, NESTED), scales, None, NESTED)
+    for bits in WIDTHS:
+        yield f"int{bits} of {STORED_BITS} g{NESTED.group_size}", at_bits(nested, bits)
+
+
 def gaussian_error(coding: Coding) -> float:
     """Mean squared error of rounding standard normal values to nearest; the same each time."""
-    values = torch.randn((ROWS, COLUMNS), generator=torch.Generator().manual_seed(0))
-    return float((Rtn()(values, None, coding).dequantize() - values).double().square().mean())
+    values = _values()
+    return _error(Rtn()(values, None, coding), values)
+
+
+def _values() -> Tensor:
+    """Standard normal, float32 `[ROWS, COLUMNS]`."""
+    return torch.randn((ROWS, COLUMNS), generator=torch.Generator().manual_seed(0))
+
+
+def _error(packed: PackedWeight, values: Tensor) -> float:
+    return float((packed.dequantize() - values).double().square().mean())
 
 
 def capacity(error: float) -> float:
@@ -98,7 +139,3 @@ def capacity(error: float) -> float:
         From 0 to 1.
     """
     return math.tanh(SLOPE * -math.log(error, 4)) if error > 0 else 1.0
-
-
-def _bits_per_weight(coding: Coding) -> float:
-    return 8 * stored_bytes(coding, ROWS, COLUMNS) / (ROWS * COLUMNS)

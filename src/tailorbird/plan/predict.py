@@ -36,6 +36,8 @@ EFFICIENCY = 0.5
 OVERHEAD = 32 << 20
 #: Elementwise passes over a weight that the search for one grid takes, and elements per second of one.
 SEARCH_PASSES, PASS_RATE = 80, 5e8
+#: The same over inputs that the search for a static scale takes.
+SCALE_PASSES = 70
 #: Elementwise passes over a weight that one update of a learned rounding takes, and copies of it that are
 #: alive meanwhile: what is learned, its gradients, the optimizer's, and the rounded values.
 UPDATE_PASSES, LEARNED_COPIES = 30, 8
@@ -94,6 +96,8 @@ class Workload:
         ``(updates, windows of each)`` in which each block is learned, and the whole model; zeros for none.
     together, again : int
         Blocks that are learned together, and how many of them once more with those after them.
+    static_inputs : frozenset of str
+        Linears whose inputs get a static scale.
     whole_bytes : int
         What learning the whole model holds for each weight, beside the weight and its gradient.
     packed_products : bool
@@ -116,6 +120,7 @@ class Workload:
     packed_products: bool
     together: int = 1
     again: int = 0
+    static_inputs: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -346,6 +351,11 @@ def predict(work: Workload) -> Prediction:
     )
     correcting = sum(DECOMPOSING_FLOPS * p.in_features**3 for p in linears) if work.corrects else 0.0
     solving = sum(gptq_flops(p.out_features, p.in_features) for p in linears)
+    # Their blocks run twice more when they are finished, and each input is rounded by every scale.
+    scaled = [[p for p in block.linears if p.name in work.static_inputs] for block in work.anatomy.blocks]
+    inputs = sum(sum({p.shares_input: p.in_features for p in places}.values()) for places in scaled)
+    scaling = 2 * sum(map(bool, scaled)) / s.blocks * forward(tokens["cal"])
+    scaling += tokens["cal"] * inputs * SCALE_PASSES / PASS_RATE * rate
     sketching = 0.0
     if "sketch" in work.needs:  # forward and back; both factors of every window; then both sides' feedback
         sketching = 4 * forward(tokens["cal"])
@@ -369,6 +379,7 @@ def predict(work: Workload) -> Prediction:
         + streams * grams
         + 4 * solving
         + correcting
+        + scaling
         + sketching
         + learning,
         "gate": 2 * forward(tokens["held"]) + 2 * tokens["held"] * head_flops,

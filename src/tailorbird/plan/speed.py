@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from tailorbird.errors import BudgetError, SettingsError
-from tailorbird.evaluate.kernel_times import kernel_times
+from tailorbird.evaluate.kernel_times import kernel_times, known_kernel_times
 from tailorbird.evaluate.stand_ins import Kernel
 from tailorbird.formats.packed import Coding, FloatCoding, stored_bytes
 from tailorbird.hardware.cost import (
@@ -25,7 +25,7 @@ from tailorbird.hardware.cost import (
     decode_step_seconds,
 )
 from tailorbird.model.anatomy import BYTES_PER_CACHED_VALUE, Anatomy, BlockAnatomy
-from tailorbird.plan.allocate import Allocation, PlaceOptions
+from tailorbird.plan.allocate import Allocation, PlaceOptions, allocate
 from tailorbird.plan.allocate_timed import allocate_timed
 from tailorbird.plan.budget import Budget
 from tailorbird.plan.scores import PlaceScore
@@ -203,7 +203,9 @@ class SpeedPlanner:
         limit = allowed
         found = 0.0
         for _ in range(TRIES):
-            options, around = self._options(places, refused)
+            offered = self._offered(places, refused)
+            times = kernel_times({*offered, Kernel(self.left)}, self._nothing, self.progress)
+            options, around = self._options(places, refused, times)
             plan = allocate_timed(options, capacity_bytes, limit - around)
             if plan.seconds > limit - around:
                 raise self._too_slow(plan.seconds + around)
@@ -220,20 +222,56 @@ class SpeedPlanner:
                 limit *= allowed / found
         raise self._too_slow(found)
 
-    def _options(
+    def fastest(
+        self,
+        places: Callable[[Callable[[PlaceScore, Coding], float]], list[PlaceOptions]],
+        capacity_bytes: int,
+    ) -> float | None:
+        """Seconds of a decoding step of the fastest plan within the bytes, whatever it loses.
+
+        Inputs are rounded wherever they may be. None where kernels aren't timed yet.
+
+        Parameters
+        ----------
+        places, capacity_bytes
+            As in `allocate`.
+        """
+        offered = self._offered(places, ())
+        times = known_kernel_times({*offered, Kernel(self.left)}, self._nothing)
+        if times is None:
+            return None
+        options, around = self._options(places, (), times)
+        taken = [
+            replace(place, options=tuple(replace(one, loss=one.seconds) for one in place.options))
+            for place in options
+        ]
+        return allocate(taken, capacity_bytes).seconds + around
+
+    @property
+    def _nothing(self) -> ModelShape:
+        """The model with all places left as they are."""
+        return model_shape(self.anatomy, {}, (), self.left)
+
+    def _offered(
         self,
         places: Callable[[Callable[[PlaceScore, Coding], float]], list[PlaceOptions]],
         refused: Collection[str],
-    ) -> tuple[list[PlaceOptions], float]:
-        """Options with their seconds, and what a step takes beside them."""
-        batch = self.budget.concurrency
-        offered = {
+    ) -> set[Kernel]:
+        """What may run somewhere."""
+        return {
             Kernel(option.coding, self._rounds(place.name, option.coding, refused))
             for place in places(lambda *_: 0.0)
             for option in place.options
         }
-        nothing = model_shape(self.anatomy, {}, (), self.left)
-        times = kernel_times({*offered, Kernel(self.left)}, nothing, self.progress)
+
+    def _options(
+        self,
+        places: Callable[[Callable[[PlaceScore, Coding], float]], list[PlaceOptions]],
+        refused: Collection[str],
+        times: KernelTimes,
+    ) -> tuple[list[PlaceOptions], float]:
+        """Options with their seconds, and what a step takes beside them."""
+        batch, nothing = self.budget.concurrency, self._nothing
         streamed = times.streamed_share(self.budget.weight_bytes)
         idle = replace(nothing.head, weights=0)
         around = replace(

@@ -68,12 +68,17 @@ class DoubleRounding(FeedbackMethod):
         super().__post_init__()
         check_setting(self.name, "balance", self.balance, 0 <= self.balance <= 1, "a number from 0 to 1")
 
+    @property
+    def width_weights(self) -> Tensor:
+        """How much the errors of each of `WIDTHS` count: float32 `[widths]`."""
+        return torch.tensor([4 ** (self.balance * (bits - STORED_BITS)) for bits in WIDTHS])
+
     def round(self, rounding: GptqRounding, target: Tensor, coding: CodesCoding) -> PackedWeight:
         """Round what is aimed at, on scales for all widths; other codings, of embeddings, as GPTQ does."""
         if not is_nestable(coding):
             return rounding.round(target, on_grids(self.name, coding))
         coding = check_nestable(coding)
-        weights = torch.tensor([4 ** (self.balance * (bits - STORED_BITS)) for bits in WIDTHS])
+        weights = self.width_weights
         scales = fit_nested_scales(target, coding, rounding.statistics.gram.diagonal(), weights)
         codes = nested_feedback(rounding, target, scales, coding, weights)
         return PackedWeight.from_codes(codes, scales, None, coding)
