@@ -36,8 +36,3 @@ def _forward(own: Any, *arguments: Any, **settings: Any) -> Any:
     if not torch.is_grad_enabled():
         return own(*arguments, **settings)
     return checkpoint(own, *arguments, use_reentrant=False, preserve_rng_state=False, **settings)
-
-
-def spread(count: int, blocks: int) -> list[int]:
-    """`count` of so many blocks' numbers: the first ones, whose memory is held longest."""
-    return list(range(min(count, blocks)))
