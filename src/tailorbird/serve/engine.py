@@ -33,7 +33,7 @@ from tailorbird.serve.adapters.folded import folds_of
 from tailorbird.serve.adapters.held_out import Example, mean_loss
 from tailorbird.serve.adapters.publish import publish
 from tailorbird.serve.adapters.room import AdapterRoom
-from tailorbird.serve.adapters.store import AdapterStore
+from tailorbird.serve.adapters.store import AdapterStore, Handle
 from tailorbird.serve.beam import Search
 from tailorbird.serve.beam_sequences import BeamSequences
 from tailorbird.serve.grammar import Compiler, Matcher
@@ -48,7 +48,7 @@ from tailorbird.serve.request import BeamSearch, Finish, Output, Request
 from tailorbird.serve.runner import runner_for
 from tailorbird.serve.sampling import Sampler
 from tailorbird.serve.scheduler import Piece, Scheduler
-from tailorbird.serve.sequence import Sequence
+from tailorbird.serve.sequence import Sequence, placeholders
 from tailorbird.serve.swap import Swap
 
 logger = logging.getLogger("tailorbird")
@@ -129,7 +129,7 @@ class Engine:
             self.runner.reserve(pages)
             self.scheduler = Scheduler(
                 self.pool, self.runner.page_tokens, options.step_tokens, options.max_sequences,
-                self.runner.shares_prefixes, self.swap, self._reclaim, self._ready,
+                self.runner.shares_prefixes, self.swap, self._reclaim, self._ready, self._begin,
             )  # fmt: skip
             self._longest = longest_text(options, needs, pages)
             room = AdapterRoom(
@@ -153,7 +153,7 @@ class Engine:
             if self.runner.adaptable is not None:
                 self.store = AdapterStore(
                     self.runner.adaptable, room.most_bytes, allowed, state, room, folds_of(checkpoint),
-                    options.adapter_bits,
+                    options.adapter_bits, self._longest,
                 )  # fmt: skip
                 self.boarding = Boarding(self.store)
             for name, path in () if goes_on else options.adapters.items():
@@ -247,18 +247,13 @@ class Engine:
         if request.id in self._sequences:
             raise SettingsError(f"request {request.id!r}", "an id that isn't in use", "choose another id")
         self._check_tokens(request.prompt, self.context - 1)
-        length = len(request.prompt)
-        if length + 1 > self._longest:
-            raise SettingsError(
-                f"a prompt of {length} tokens", f"at most {self._longest - 1}, for which there is memory",
-                "shorten the prompt, or allow more memory",
-            )  # fmt: skip
         ticket = None if request.adapter is None else self._boarding_of_model().take(request.adapter)
         start = None if ticket is None else first_adapted(request.prompt, ticket.reservation.invocation)
         if start is None:
             self._let_go(ticket)
             ticket = None
         try:
+            self._check_length(len(request.prompt), 0 if ticket is None else ticket.reservation.places, 1)
             made = self._sequences_of(request, ticket, start or 0, prepared or self.prepare(request))
         except TailorbirdError:
             self._let_go(ticket)
@@ -280,6 +275,16 @@ class Engine:
                 f"token {wrong} in a prompt", f"0 to {self.vocab_size - 1}", "use this model's tokenizer"
             )
 
+    def _check_length(self, length: int, places: int, more: int = 0) -> None:
+        """SettingsError unless a text fits behind so many places of its adapter, with so many tokens more."""
+        most = self._longest - places - more
+        if length > most:
+            behind = f" behind the {places} places that its adapter begins with" if places else ""
+            raise SettingsError(
+                f"a text of {length} tokens{behind}", f"at most {most}, for which there is memory",
+                "shorten the prompt, or allow more memory",
+            )  # fmt: skip
+
     def _stop_of(self, request: Request) -> frozenset[int]:
         return self.stop if request.stop is None else request.stop
 
@@ -294,14 +299,16 @@ class Engine:
         seed = self._seeds.getrandbits(63) if request.sampling.seed is None else request.sampling.seed
         salt = f"{request.tenant}\0".encode()
         adapter_salt = b"" if ticket is None else ticket.reservation.salt
+        begun = 0 if ticket is None else ticket.reservation.places
         made = []
         for index in range(request.n if request.beams is None else 1):
             matcher = None if prepared is None else prepared.copy()
             sampler = Sampler(request.sampling, request.prompt, stop, self.vocab_size, seed + index, matcher)
             made.append(
                 Sequence(
-                    request, index, self._arrivals, sampler, ticket, salt, list(request.prompt),
-                    adapted_from=start, adapter_salt=adapter_salt,
+                    request, index, self._arrivals, sampler, ticket, salt,
+                    [*placeholders(begun), *request.prompt], adapted_from=start, adapter_salt=adapter_salt,
+                    begun=begun,
                 )
             )  # fmt: skip
         if request.beams is not None:
@@ -355,7 +362,7 @@ class Engine:
             if self.swap is not None:
                 self.swap.costs.stepped(tokens, time.perf_counter() - began)
             only_writes = all(
-                piece.chooses and piece.count == 1 and piece.sequence.beams is None for piece in pieces
+                piece.chooses and piece.count == 1 and piece.sequence.takes_guesses for piece in pieces
             )
             self._steps += 1
             self._step_tokens = tokens
@@ -377,6 +384,10 @@ class Engine:
             self._hopeless.append((sequence.request, error))
             return False
 
+    def _begin(self, sequence: Sequence, number: int, page: int) -> None:
+        """Let a page hold what such a page of the sequence's beginning does."""
+        self.runner.begin(sequence.adapter.adapter, [page], number)
+
     def _end_hopeless(self) -> None:
         """End the requests whose adapters turned out to be no good."""
         for request, error in self._hopeless:
@@ -391,8 +402,8 @@ class Engine:
         return self.options.speculative and self.runner.takes_drafts
 
     def _draft(self, sequences: Many[Sequence], most: int) -> dict[Sequence, Guess]:
-        alone = [sequence for sequence in sequences if sequence.beams is None]
-        return self.guessing.guess(alone, most, self._left)
+        fit = [sequence for sequence in sequences if sequence.takes_guesses]
+        return self.guessing.guess(fit, most, self._left)
 
     def _left(self, sequence: Sequence) -> int:
         """Tokens that a sequence may still write."""
@@ -493,7 +504,7 @@ class Engine:
     def _branch(self, sequence: Sequence) -> None:
         """Let a continuation run on pages of the first one, with a copy of the page that isn't full."""
         parent = self._sequences[sequence.request.id][0]
-        length = len(sequence.request.prompt)
+        length = sequence.begun + len(sequence.request.prompt)
         full, rest = divmod(length, self.runner.page_tokens)
         runs = self.runner.shares_prefixes and len(self.scheduler.running) < self.scheduler.max_sequences
         own = self.pool.take(1 if rest else 0) if runs else None
@@ -574,9 +585,14 @@ class Engine:
                 "held-out text with nothing to foretell", "texts of at least two tokens", "give longer texts"
             )
         published = yield from publish(
-            store, name, path, lambda handle: mean_loss(examples, self.runner, self.pool, handle)
+            store, name, path, lambda handle: self._held_out_loss(examples, handle)
         )
         return asdict(published)
+
+    def _held_out_loss(self, examples: Many[Example], handle: Handle) -> Generator[None, None, float]:
+        """`mean_loss`; SettingsError for a text that is too long behind what the adapter begins with."""
+        self._check_length(max(len(example.tokens) for example in examples), handle.places)
+        return mean_loss(examples, self.runner, self.pool, handle)
 
     def rollback_adapter(self, name: str) -> int:
         """Serve the version of an adapter before the one that is served; its number.
@@ -639,6 +655,8 @@ class Engine:
         self._check_tokens(ids, self.context)
         handle = None if adapter is None else self.adapters_of_model().acquire(adapter)
         try:
+            if handle is not None:
+                self._check_tokens(ids, self.context - handle.places)
             start = 0 if handle is None else first_adapted(ids, handle.invocation)
             mean = self.runner.hidden(ids, None if start is None else handle, start or 0).mean(0)
         finally:
