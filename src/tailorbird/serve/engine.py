@@ -30,7 +30,7 @@ from tailorbird.run.generate import context_length, stop_tokens
 from tailorbird.serve.adapters.activation import first_adapted
 from tailorbird.serve.adapters.boarding import Boarding, Ticket
 from tailorbird.serve.adapters.folded import folds_of
-from tailorbird.serve.adapters.held_out import Example, mean_loss
+from tailorbird.serve.adapters.held_out import Example, mean_loss, pieces
 from tailorbird.serve.adapters.publish import publish
 from tailorbird.serve.adapters.room import AdapterRoom
 from tailorbird.serve.adapters.store import AdapterStore, Handle
@@ -277,7 +277,7 @@ class Engine:
 
     def _check_length(self, length: int, places: int, more: int = 0) -> None:
         """SettingsError unless a text fits behind so many places of its adapter, with so many tokens more."""
-        most = self._longest - places - more
+        most = max(0, self._longest - places - more)
         if length > most:
             behind = f" behind the {places} places that its adapter begins with" if places else ""
             raise SettingsError(
@@ -385,7 +385,7 @@ class Engine:
             return False
 
     def _begin(self, sequence: Sequence, number: int, page: int) -> None:
-        """Let a page hold what such a page of the sequence's beginning does."""
+        """Let a page hold what page `number` of a sequence's beginning does."""
         self.runner.begin(sequence.adapter.adapter, [page], number)
 
     def _end_hopeless(self) -> None:
@@ -574,7 +574,8 @@ class Engine:
         GateRefused
             It is worse; nothing has changed.
         SettingsError, CheckpointError, ResourceError
-            As `load_adapter`, or no text, or one that doesn't fit the context.
+            As `load_adapter`, or no text, or one that doesn't fit the context behind what an adapter begins
+            with; one that is counted from its second token on is cut to fit.
         """
         store = self._open_store()
         examples = [Example(tuple(tokens), first) for tokens, first in held_out]
@@ -584,15 +585,19 @@ class Engine:
             raise SettingsError(
                 "held-out text with nothing to foretell", "texts of at least two tokens", "give longer texts"
             )
-        published = yield from publish(
-            store, name, path, lambda handle: self._held_out_loss(examples, handle)
-        )
-        return asdict(published)
+        places = store.places(name) if name in store.names() else 0
 
-    def _held_out_loss(self, examples: Many[Example], handle: Handle) -> Generator[None, None, float]:
-        """`mean_loss`; SettingsError for a text that is too long behind what the adapter begins with."""
-        self._check_length(max(len(example.tokens) for example in examples), handle.places)
-        return mean_loss(examples, self.runner, self.pool, handle)
+        def loss(handle: Handle) -> Generator[None, None, float]:
+            """The same pieces of text for both versions, whatever they begin with."""
+            nonlocal places
+            places = max(places, handle.places)
+            cut = [piece for example in examples for piece in pieces(example, self._longest - places)]
+            for piece in cut:
+                self._check_length(len(piece.tokens), places)
+            return mean_loss(cut, self.runner, self.pool, handle)
+
+        published = yield from publish(store, name, path, loss)
+        return asdict(published)
 
     def rollback_adapter(self, name: str) -> int:
         """Serve the version of an adapter before the one that is served; its number.

@@ -43,6 +43,14 @@ class Example:
     first: int = 1
 
 
+def pieces(example: Example, most: int) -> list[Example]:
+    """A text in pieces of at most so many tokens if it is longer and all of it is counted; else as it is."""
+    if len(example.tokens) <= most or example.first > 1:
+        return [example]
+    found = [example.tokens[start : start + most] for start in range(0, len(example.tokens), most)]
+    return [Example(piece) for piece in found if len(piece) > 1]
+
+
 def mean_loss(
     examples: Sequence[Example], runner: Runner, pool: PagePool, handle: Handle
 ) -> Generator[None, None, float]:

@@ -343,6 +343,11 @@ class AdapterStore:
         with self._lock:
             return self._served(name).record.number
 
+    def places(self, name: str) -> int:
+        """With how many places the version that is served lets texts begin; raises as `version`."""
+        with self._lock:
+            return self._served(name).record.places
+
     @property
     def bytes(self) -> int:
         """Bytes of all adapters that are laid out."""
