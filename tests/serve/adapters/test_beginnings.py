@@ -301,6 +301,27 @@ def test_beams_and_generate_are_those_of_peft(kind: str, tmp_path: Path) -> None
         assert made.pool.used == 0
 
 
+def test_searches_are_the_same_while_pages_are_short(tmp_path: Path) -> None:
+    path, adapters, _ = company(tmp_path)
+    found = []
+    for pages in (9, 0):
+        made = served(path, adapters, max_sequences=6, step_tokens=24, speculative=False)
+        for name in adapters:
+            made.embed((1, 2), name)
+        held = made.pool.take(made.pool.available - pages) if pages else []
+        assert held is not None
+        run = Watched(made)
+        for number, name in enumerate(NAMES):
+            prompt = tuple(range(number, number + 45))
+            made.add(Request(str(number), prompt, 40, Sampling(), adapter=name, n=2, beams=BeamSearch(3)))
+            made.add(greedy(f"greedy {number}", prompt, 40, adapter=name))
+        run.run()
+        assert made.pool.used == len(held)
+        assert (made.stats()["preemptions"] > 0) == bool(pages)
+        found.append(run.tokens)
+    assert found[0] == found[1]
+
+
 def test_guesses_are_made_for_others_only(tmp_path: Path) -> None:
     path, adapters, reference = company(tmp_path)
     made = served(path, adapters, max_sequences=4)

@@ -122,7 +122,7 @@ def open_adapter(
     """
     source = Source.open(Path(directory), linears, allowed)
     name = source.config.get("peft_type")
-    if name in BEGINNINGS:
+    if isinstance(name, str) and name in BEGINNINGS:
         raise SettingsError(
             f"{source.directory / CONFIG_FILE}: `peft_type` is '{name}', {BEGINNINGS[name]}",
             "an adapter of linears: one of " + ", ".join(KINDS),

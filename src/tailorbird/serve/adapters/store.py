@@ -102,8 +102,7 @@ class Handle:
     salt : bytes
         16 bytes that no other version has, for hashes of prefixes in a cache.
     adapter : LaidOut
-        For segments of a batch.
-        A `Beginning` where there are `places`.
+        For segments of a batch; a `Beginning` where there are `places`.
     invocation : tuple of int or None
         Tokens that invoke it (`activation`).
     places : int
@@ -594,7 +593,7 @@ class AdapterStore:
         return ResourceError(
             f"the adapter in {directory} has {size} bytes",
             f"at most the {self._warm_bytes} bytes that all adapters together may take",
-            "allow more memory, or train one of lower rank",
+            "allow more memory, or train a smaller one",
         )
 
     def _save(self) -> None:
