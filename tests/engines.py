@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from compressed import save_compressed
 from tailorbird.formats.packed import Coding, IntegerCoding
@@ -15,14 +16,33 @@ from tailorbird.run.generate import FusedDecoding, ModuleDecoding
 from tailorbird.serve.engine import Engine
 from tailorbird.serve.interface import EngineOptions
 from tailorbird.serve.request import Output, Request, Sampling
-from tiny import byte_tokenizer, make_model
+from tiny import BASE, DECODER, byte_tokenizer, make_model
 
 FOUR_BITS = IntegerCoding(4, 32, symmetric=True)
+WINDOWED = {**DECODER, "head_dim": 16, "sliding_window": 16}
+#: architectures without compiled blocks
+OTHERS: dict[str, dict[str, Any]] = {
+    "cohere2": WINDOWED,
+    "gpt_bigcode": {**BASE, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "gpt_oss": {**WINDOWED, "num_local_experts": 4},
+    "granite": DECODER,
+    "mixtral": {**DECODER, "num_local_experts": 4},
+    "phi": DECODER,
+}
 
 
 def served(directory: Path, architecture: str = "llama", coding: Coding = FOUR_BITS, **config: Any) -> str:
     """A compressed model with a tokenizer."""
     save_compressed(directory, make_model(architecture, **config), coding)
+    byte_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+def saved(directory: Path, architecture: str, **changes: Any) -> str:
+    """A random model of one of `OTHERS`, with a tokenizer."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(architecture, **{**OTHERS[architecture], **changes})
+    AutoModelForCausalLM.from_config(config).eval().save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return str(directory)
 

@@ -69,11 +69,11 @@ def test_a_checkpoints_card_needs_no_base() -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(BEGINNINGS))
-def test_what_is_no_change_of_weights_is_neither_served_nor_merged(kind: str) -> None:
+def test_what_is_no_change_of_weights_is_served_and_not_merged(kind: str) -> None:
     fields, body = split(card(origin(), {"peft_type": kind}, "org/model-8b"))
     assert fields["tags"] == ["tailorbird", kind.lower(), origin()["method"]["method"]]
-    assert [language for language, _ in blocks(body)] == ["python"]
-    assert "serve" not in body
+    assert [language for language, _ in blocks(body)] == ["python", "sh"]
+    assert blocks(body)[1][1].startswith("tailorbird serve org/model-8b --adapter")
     assert "merge_and_unload" not in body
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from compressed import save_compressed
+from engines import OTHERS, saved
 from peft_adapters import save, wrapped
 from tailorbird.formats.packed import IntegerCoding
 from tailorbird.run.generate import ModuleDecoding
@@ -20,29 +20,10 @@ from tailorbird.serve.engine import Engine
 from tailorbird.serve.guess.pace import Pace
 from tailorbird.serve.interface import EngineOptions
 from tailorbird.serve.request import Output, Request, Sampling
-from tiny import BASE, DECODER, byte_tokenizer, make_model
+from tiny import byte_tokenizer, make_model
 
-WINDOWED = {**DECODER, "head_dim": 16, "sliding_window": 16}
-#: architectures without compiled blocks
-OTHERS: dict[str, dict[str, Any]] = {
-    "cohere2": WINDOWED,
-    "gpt_bigcode": {**BASE, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
-    "gpt_oss": {**WINDOWED, "num_local_experts": 4},
-    "granite": DECODER,
-    "mixtral": {**DECODER, "num_local_experts": 4},
-    "phi": DECODER,
-}
 #: logits that lie closer are equally good
 TIE = 1e-4
-
-
-def saved(directory: Path, architecture: str, **changes: Any) -> str:
-    """A random model with a tokenizer."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(architecture, **{**OTHERS[architecture], **changes})
-    AutoModelForCausalLM.from_config(config).eval().save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return str(directory)
 
 
 def engine(path: str, **options: Any) -> Engine:

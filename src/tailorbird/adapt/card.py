@@ -107,6 +107,7 @@ def _sections(origin: Mapping[str, Any], config: Mapping[str, Any], base_name: s
     else:
         yield from _loaded_by_peft(base_name)
     if config.get("peft_type") in BEGINNINGS:
+        yield from _served(base_name)
         yield "It is no change of weights: it can't be merged into them."
     elif config.get("peft_type") != OWN_TYPE:
         yield from _served_and_merged(config, base_name)
@@ -139,12 +140,17 @@ def _loaded_by_peft(base_name: str) -> Iterator[str]:
     )
 
 
+def _served(base_name: str) -> Iterator[str]:
+    """How a server has it."""
+    yield "As a server that knows it as the model `tuned`:"
+    serve = f"tailorbird serve {shlex.quote(base_name)} --adapter tuned=path/to/adapter"
+    yield _fenced("sh", serve)
+
+
 def _served_and_merged(config: Mapping[str, Any], base_name: str) -> Iterator[str]:
     """How a change of weights is used without PEFT, and becomes part of them."""
     if config.get("peft_type") in SERVED:
-        yield "As a server that knows it as the model `tuned`:"
-        serve = f"tailorbird serve {shlex.quote(base_name)} --adapter tuned=path/to/adapter"
-        yield _fenced("sh", serve)
+        yield from _served(base_name)
     if is_glora(config) or (config.get("peft_type") == "LORA" and not config.get("use_dora")):
         yield from _merged(base_name)
     else:

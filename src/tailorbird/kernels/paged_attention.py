@@ -177,6 +177,29 @@ def attend(
     return result
 
 
+def store(path: str, keys: Tensor, values: Tensor, pages: tuple[Tensor, Tensor]) -> None:
+    """Let pages 0, 1, ... hold keys and values of a sequence's first tokens, as `attend` does.
+
+    Parameters
+    ----------
+    path : str
+    keys, values : Tensor[tokens, kv_heads, head_dim]
+    pages : (Tensor, Tensor)
+        As of `attend`.
+    """
+    heads, channels = keys.shape[1:]
+    tokens = torch.arange(len(keys), device="cpu")
+    page, slot = tokens // PAGE, tokens % PAGE
+    of_keys, of_values = pages
+    new_keys, new_values = keys.to(of_keys), values.to(of_values)
+    if path == NATIVE:
+        of_keys.view(-1, heads, channels, PAGE)[page, :, :, slot] = new_keys
+        of_values.view(-1, heads, PAGE, channels)[page, :, slot] = new_values
+        return
+    for pool, new in ((of_keys, new_keys), (of_values, new_values)):
+        pool.view(-1, PAGE, heads, channels)[page, slot] = new
+
+
 def gathered_attention(
     layer: AttentionLayer,
     query: Tensor,

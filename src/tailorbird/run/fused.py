@@ -30,6 +30,7 @@ from tailorbird.kernels.blocks import (
     NormStructure,
     TurnStructure,
 )
+from tailorbird.kernels.paged_attention import NATIVE
 from tailorbird.run.pages import CPU, Cache, Pages
 from tailorbird.run.parts import Layer, Unsuited, epsilon, norm_kind, parts_of, placed_linears
 
@@ -83,12 +84,16 @@ class FusedModel:
         As `obstacle` says, but that a dense model suits.
     """
 
+    #: embeddings can be given in place of tokens
+    takes_embeddings = True
+
     def __init__(self, model: Any) -> None:
         self.parts = parts_of(model)
         self.device = CPU
         #: all linears of the blocks by the paths of their modules
         self.linears = placed_linears(model, self.parts.layers)
         self.width = model.config.get_text_config().hidden_size
+        self._dtype = model.dtype
         self.cache_dtype = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
         self._kept: list[Any] = []
         self._aparts: dict[tuple[int, ...], Tensor] = {}
@@ -101,6 +106,8 @@ class FusedModel:
         self.seconds: Tensor | None = None
         layers = self.parts.layers
         self.page_shapes = [(layer.kv_heads, layer.head_dim) for layer in layers]
+        #: of every block, how keys and values lie in pages (`paged_attention`)
+        self.page_paths = [NATIVE] * len(layers)
         self.blocks = (BlockStructure * len(layers))(*(self._block(layer) for layer in layers))
         self.norm, self.head = self._norm(self.parts.norm), self._linear(self.parts.head)
         self.final_softcap = self.parts.final_softcap
@@ -211,6 +218,14 @@ class FusedModel:
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """What enters the first block, float32 ``[tokens, hidden_size]``; arguments as in `step`."""
         return self.parts.embed(ids, positions)
+
+    @torch.no_grad()
+    def read_embedded(self, embeddings: Tensor, positions: Tensor, sequences: Tensor, cache: Cache) -> None:
+        """Read tokens of which the embeddings ``[tokens, width]`` are given; other arguments as in `step`."""
+        hidden = embeddings.to(self._dtype)
+        if self.parts.places is not None:
+            hidden = hidden + nn.functional.embedding(positions.long(), self.parts.places)
+        self.run(hidden.float(), positions, sequences, cache)
 
     def last_hidden(
         self,

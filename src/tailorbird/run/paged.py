@@ -71,6 +71,11 @@ class PagedModel:
             (layer, paged_attention.choose(layer, self.cache_dtype, self.device)) for layer in layers.values()
         ]
         self.page_shapes = [(layer.kv_heads, layer.head_dim) for layer, _ in self._layers]
+        #: of every block, how keys and values lie in pages (`paged_attention`)
+        self.page_paths = [path for _, path in self._layers]
+        self.width: int = model.get_input_embeddings().embedding_dim
+        #: embeddings can be given in place of tokens
+        self.takes_embeddings = "inputs_embeds" in inspect.signature(model.base_model.forward).parameters
         self._attended = 0
         self._picks = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._try(ids[0])
@@ -120,6 +125,14 @@ class PagedModel:
         if wanted is not None and not self._picks:
             logits = logits[wanted.to(self.device)]
         return logits.float().cpu()
+
+    @torch.no_grad()
+    def read_embedded(self, embeddings: Tensor, positions: Tensor, sequences: Tensor, cache: Cache) -> None:
+        """Read tokens of which the embeddings ``[tokens, width]`` are given; other arguments as in `step`."""
+        given = self._arguments(positions, positions)
+        del given["input_ids"]
+        with self._attending(positions, sequences, cache, ()):
+            self.model.base_model(inputs_embeds=embeddings[None].to(self.device, self.model.dtype), **given)
 
     @torch.no_grad()
     def last_hidden(

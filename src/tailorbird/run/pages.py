@@ -135,6 +135,15 @@ class SharedPages:
         self.keys, self.values = _pools(shapes, dtype, pages, device)
         self.tables = torch.empty(0, 0, dtype=torch.int32, device="cpu")
 
+    @classmethod
+    def of_one(
+        cls, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, positions: int, device: torch.device = CPU
+    ) -> SharedPages:
+        """Pages for so many positions of one sequence, in order."""
+        made = cls(shapes, dtype, -(-positions // PAGE), device)
+        made.tables = page_table([range(-(-positions // PAGE))])
+        return made
+
     def copy(self, source: int, target: int) -> None:
         """Give page `target` what page `source` holds."""
         for pool in (*self.keys, *self.values):

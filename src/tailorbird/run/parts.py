@@ -46,6 +46,8 @@ class Parts:
     rotary: nn.Module | None
     #: logits are cut softly here
     final_softcap: float | None = None
+    #: ``[positions, hidden_size]``, which `embed` adds to the rows of tokens
+    places: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -398,7 +400,8 @@ def _gpt2(model: Any) -> Parts:
         )  # fmt: skip
 
     embed = embed_by(body.wte, body.wpe.weight)
-    return Parts([read_layer(layer) for layer in body.h], embed, body.ln_f, model.lm_head, None)
+    layers, places = [read_layer(layer) for layer in body.h], body.wpe.weight
+    return Parts(layers, embed, body.ln_f, model.lm_head, None, places=places)
 
 
 def _gpt_neox(model: Any) -> Parts:
@@ -474,9 +477,10 @@ def _opt(model: Any) -> Parts:
         )  # fmt: skip
 
     table = body.embed_positions
-    embed = embed_by(body.embed_tokens, table.weight[table.offset :])
+    places = table.weight[table.offset :]
     layers = [read_layer(layer) for layer in body.layers]
-    return Parts(layers, embed, body.final_layer_norm, model.lm_head, None)
+    embed = embed_by(body.embed_tokens, places)
+    return Parts(layers, embed, body.final_layer_norm, model.lm_head, None, places=places)
 
 
 _READERS: dict[str, Callable[[Any], Parts]] = {

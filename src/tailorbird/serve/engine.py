@@ -30,10 +30,10 @@ from tailorbird.run.generate import context_length, stop_tokens
 from tailorbird.serve.adapters.activation import first_adapted
 from tailorbird.serve.adapters.boarding import Boarding, Ticket
 from tailorbird.serve.adapters.folded import folds_of
-from tailorbird.serve.adapters.held_out import Example, mean_loss
+from tailorbird.serve.adapters.held_out import Example, mean_loss, pieces
 from tailorbird.serve.adapters.publish import publish
 from tailorbird.serve.adapters.room import AdapterRoom
-from tailorbird.serve.adapters.store import AdapterStore
+from tailorbird.serve.adapters.store import AdapterStore, Handle
 from tailorbird.serve.beam import Search
 from tailorbird.serve.beam_sequences import BeamSequences
 from tailorbird.serve.grammar import Compiler, Matcher
@@ -48,7 +48,7 @@ from tailorbird.serve.request import BeamSearch, Finish, Output, Request
 from tailorbird.serve.runner import runner_for
 from tailorbird.serve.sampling import Sampler
 from tailorbird.serve.scheduler import Piece, Scheduler
-from tailorbird.serve.sequence import Sequence
+from tailorbird.serve.sequence import Sequence, placeholders
 from tailorbird.serve.swap import Swap
 
 logger = logging.getLogger("tailorbird")
@@ -129,7 +129,7 @@ class Engine:
             self.runner.reserve(pages)
             self.scheduler = Scheduler(
                 self.pool, self.runner.page_tokens, options.step_tokens, options.max_sequences,
-                self.runner.shares_prefixes, self.swap, self._reclaim, self._ready,
+                self.runner.shares_prefixes, self.swap, self._reclaim, self._ready, self._begin,
             )  # fmt: skip
             self._longest = longest_text(options, needs, pages)
             room = AdapterRoom(
@@ -153,7 +153,7 @@ class Engine:
             if self.runner.adaptable is not None:
                 self.store = AdapterStore(
                     self.runner.adaptable, room.most_bytes, allowed, state, room, folds_of(checkpoint),
-                    options.adapter_bits,
+                    options.adapter_bits, self._longest,
                 )  # fmt: skip
                 self.boarding = Boarding(self.store)
             for name, path in () if goes_on else options.adapters.items():
@@ -247,18 +247,13 @@ class Engine:
         if request.id in self._sequences:
             raise SettingsError(f"request {request.id!r}", "an id that isn't in use", "choose another id")
         self._check_tokens(request.prompt, self.context - 1)
-        length = len(request.prompt)
-        if length + 1 > self._longest:
-            raise SettingsError(
-                f"a prompt of {length} tokens", f"at most {self._longest - 1}, for which there is memory",
-                "shorten the prompt, or allow more memory",
-            )  # fmt: skip
         ticket = None if request.adapter is None else self._boarding_of_model().take(request.adapter)
         start = None if ticket is None else first_adapted(request.prompt, ticket.reservation.invocation)
         if start is None:
             self._let_go(ticket)
             ticket = None
         try:
+            self._check_length(len(request.prompt), 0 if ticket is None else ticket.reservation.places, 1)
             made = self._sequences_of(request, ticket, start or 0, prepared or self.prepare(request))
         except TailorbirdError:
             self._let_go(ticket)
@@ -280,6 +275,16 @@ class Engine:
                 f"token {wrong} in a prompt", f"0 to {self.vocab_size - 1}", "use this model's tokenizer"
             )
 
+    def _check_length(self, length: int, places: int, more: int = 0) -> None:
+        """SettingsError unless a text fits behind so many places of its adapter, with so many tokens more."""
+        most = max(0, self._longest - places - more)
+        if length > most:
+            behind = f" behind the {places} places that its adapter begins with" if places else ""
+            raise SettingsError(
+                f"a text of {length} tokens{behind}", f"at most {most}, for which there is memory",
+                "shorten the prompt, or allow more memory",
+            )  # fmt: skip
+
     def _stop_of(self, request: Request) -> frozenset[int]:
         return self.stop if request.stop is None else request.stop
 
@@ -294,14 +299,16 @@ class Engine:
         seed = self._seeds.getrandbits(63) if request.sampling.seed is None else request.sampling.seed
         salt = f"{request.tenant}\0".encode()
         adapter_salt = b"" if ticket is None else ticket.reservation.salt
+        begun = 0 if ticket is None else ticket.reservation.places
         made = []
         for index in range(request.n if request.beams is None else 1):
             matcher = None if prepared is None else prepared.copy()
             sampler = Sampler(request.sampling, request.prompt, stop, self.vocab_size, seed + index, matcher)
             made.append(
                 Sequence(
-                    request, index, self._arrivals, sampler, ticket, salt, list(request.prompt),
-                    adapted_from=start, adapter_salt=adapter_salt,
+                    request, index, self._arrivals, sampler, ticket, salt,
+                    [*placeholders(begun), *request.prompt], adapted_from=start, adapter_salt=adapter_salt,
+                    begun=begun,
                 )
             )  # fmt: skip
         if request.beams is not None:
@@ -355,7 +362,7 @@ class Engine:
             if self.swap is not None:
                 self.swap.costs.stepped(tokens, time.perf_counter() - began)
             only_writes = all(
-                piece.chooses and piece.count == 1 and piece.sequence.beams is None for piece in pieces
+                piece.chooses and piece.count == 1 and piece.sequence.takes_guesses for piece in pieces
             )
             self._steps += 1
             self._step_tokens = tokens
@@ -377,6 +384,10 @@ class Engine:
             self._hopeless.append((sequence.request, error))
             return False
 
+    def _begin(self, sequence: Sequence, number: int, page: int) -> None:
+        """Let a page hold what page `number` of a sequence's beginning does."""
+        self.runner.begin(sequence.adapter.adapter, [page], number)
+
     def _end_hopeless(self) -> None:
         """End the requests whose adapters turned out to be no good."""
         for request, error in self._hopeless:
@@ -391,8 +402,8 @@ class Engine:
         return self.options.speculative and self.runner.takes_drafts
 
     def _draft(self, sequences: Many[Sequence], most: int) -> dict[Sequence, Guess]:
-        alone = [sequence for sequence in sequences if sequence.beams is None]
-        return self.guessing.guess(alone, most, self._left)
+        fit = [sequence for sequence in sequences if sequence.takes_guesses]
+        return self.guessing.guess(fit, most, self._left)
 
     def _left(self, sequence: Sequence) -> int:
         """Tokens that a sequence may still write."""
@@ -493,7 +504,7 @@ class Engine:
     def _branch(self, sequence: Sequence) -> None:
         """Let a continuation run on pages of the first one, with a copy of the page that isn't full."""
         parent = self._sequences[sequence.request.id][0]
-        length = len(sequence.request.prompt)
+        length = sequence.begun + len(sequence.request.prompt)
         full, rest = divmod(length, self.runner.page_tokens)
         runs = self.runner.shares_prefixes and len(self.scheduler.running) < self.scheduler.max_sequences
         own = self.pool.take(1 if rest else 0) if runs else None
@@ -563,7 +574,8 @@ class Engine:
         GateRefused
             It is worse; nothing has changed.
         SettingsError, CheckpointError, ResourceError
-            As `load_adapter`, or no text, or one that doesn't fit the context.
+            As `load_adapter`, or no text, or one that doesn't fit the context behind what an adapter begins
+            with; one that is counted from its second token on is cut to fit.
         """
         store = self._open_store()
         examples = [Example(tuple(tokens), first) for tokens, first in held_out]
@@ -573,9 +585,18 @@ class Engine:
             raise SettingsError(
                 "held-out text with nothing to foretell", "texts of at least two tokens", "give longer texts"
             )
-        published = yield from publish(
-            store, name, path, lambda handle: mean_loss(examples, self.runner, self.pool, handle)
-        )
+        places = store.places(name) if name in store.names() else 0
+
+        def loss(handle: Handle) -> Generator[None, None, float]:
+            """The same pieces of text for both versions, whatever they begin with."""
+            nonlocal places
+            places = max(places, handle.places)
+            cut = [piece for example in examples for piece in pieces(example, self._longest - places)]
+            for piece in cut:
+                self._check_length(len(piece.tokens), places)
+            return mean_loss(cut, self.runner, self.pool, handle)
+
+        published = yield from publish(store, name, path, loss)
         return asdict(published)
 
     def rollback_adapter(self, name: str) -> int:
@@ -639,6 +660,8 @@ class Engine:
         self._check_tokens(ids, self.context)
         handle = None if adapter is None else self.adapters_of_model().acquire(adapter)
         try:
+            if handle is not None:
+                self._check_tokens(ids, self.context - handle.places)
             start = 0 if handle is None else first_adapted(ids, handle.invocation)
             mean = self.runner.hidden(ids, None if start is None else handle, start or 0).mean(0)
         finally:

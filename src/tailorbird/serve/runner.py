@@ -18,8 +18,9 @@ from tailorbird.kernels.adapters import Segment
 from tailorbird.kernels.blocks import PAGE, STEPS
 from tailorbird.run.fused import FusedModel, Trees
 from tailorbird.run.paged import PagedModel
-from tailorbird.run.pages import Cache, Pages, SharedPages, page_bytes, page_table
+from tailorbird.run.pages import Cache, SharedPages, page_bytes, page_table
 from tailorbird.run.parts import Unsuited
+from tailorbird.serve.adapters.beginnings import Beginning
 from tailorbird.serve.adapters.store import Model
 from tailorbird.serve.scheduler import Piece
 
@@ -78,13 +79,16 @@ class Runner(Protocol):
     def restore(self, page: int, data: Tensor) -> None:
         """Let a page hold what `save` gave."""
 
+    def begin(self, beginning: Beginning, pages: Sequence[int], first: int = 0) -> None:
+        """Let pages hold those of a beginning, from its page `first` on."""
+
     def forget(self, sequence: Any) -> None:
         """A sequence ended."""
 
     def hidden(self, ids: Sequence[int], adapter: Any, adapted_from: int = 0) -> Tensor:
         """What leaves the last norm for each token of a text, ``[tokens, width]`` float32.
 
-        An adapter acts from token `adapted_from` on.
+        An adapter acts from token `adapted_from` on, or stands before the first one.
         """
 
     def progress(self) -> float:
@@ -93,13 +97,6 @@ class Runner(Protocol):
 
 class PagedTokensModel(Model, Protocol):
     """A model that reads packed tokens over pages: `FusedModel` or `PagedModel`."""
-
-    device: torch.device
-    cache_dtype: torch.dtype
-    page_shapes: list[tuple[int, int]]
-
-    def pages(self, sequences: int) -> Pages:
-        """See `FusedModel`."""
 
     def progress(self) -> float:
         """See `FusedModel`."""
@@ -203,17 +200,29 @@ class PageRunner:
         """See `Runner`."""
         self.cache.restore(page, data)
 
+    def begin(self, beginning: Beginning, pages: Sequence[int], first: int = 0) -> None:
+        """See `Runner`."""
+        for page, data in zip(pages, beginning.pages[first:], strict=False):
+            self.cache.restore(page, data)
+
     def forget(self, sequence: Any) -> None:
         """See `Runner`; pages are all there is."""
 
     def hidden(self, ids: Sequence[int], adapter: Any, adapted_from: int = 0) -> Tensor:
         """See `Runner`."""
-        pages = self.model.pages(1)
-        pages.reach(len(ids))
-        positions = torch.arange(len(ids), dtype=torch.int32)
+        laid_out = None if adapter is None else adapter.adapter
+        beginning = laid_out if isinstance(laid_out, Beginning) else None
+        begun = 0 if beginning is None else beginning.places
+        model, end = self.model, begun + len(ids)
+        pages = SharedPages.of_one(model.page_shapes, model.cache_dtype, end, model.device)
+        for page, data in enumerate([] if beginning is None else beginning.pages):
+            pages.restore(page, data)
+        positions = torch.arange(begun, end, dtype=torch.int32)
         sequences = torch.zeros(len(ids), dtype=torch.int32)
-        segments = [] if adapter is None else [Segment(adapted_from, len(ids), adapter.adapter)]
-        return self.model.last_hidden(torch.tensor(list(ids)), positions, sequences, pages, segments)
+        segments = []
+        if laid_out is not None and beginning is None:
+            segments.append(Segment(adapted_from, len(ids), laid_out))
+        return model.last_hidden(torch.tensor(list(ids)), positions, sequences, pages, segments)
 
     def progress(self) -> float:
         """See `Runner`."""
@@ -276,7 +285,7 @@ def _packed(pieces: Sequence[Piece]) -> _Row:
             counts.append(1 + len(piece.drafts))
             wanted += range(len(ids) - counts[-1], len(ids))
         adapted = begin + max(0, sequence.adapted_from - piece.start)
-        if sequence.adapter is not None and adapted < len(ids):
+        if sequence.adapter is not None and not sequence.begun and adapted < len(ids):
             segments.append(Segment(adapted, len(ids), sequence.adapter.adapter))
     return _Row(
         torch.tensor(ids),
@@ -366,6 +375,9 @@ class ModuleRunner:
 
     def restore(self, page: int, data: Tensor) -> None:
         """See `Runner`; pages are numbers only."""
+
+    def begin(self, beginning: Beginning, pages: Sequence[int], first: int = 0) -> None:
+        """See `Runner`; there are no adapters."""
 
     def forget(self, sequence: Any) -> None:
         """See `Runner`."""

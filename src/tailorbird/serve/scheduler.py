@@ -75,6 +75,8 @@ class Scheduler:
     ready : callable, optional
         Whether a waiting sequence has all but pages to run; asked in the order of turns. Those behind one
         that hasn't may run before it.
+    begin : callable, optional
+        Gives a page of a sequence, by its number there, the keys and values of places that it begins with.
     """
 
     def __init__(
@@ -87,11 +89,12 @@ class Scheduler:
         swap: Swap | None = None,
         reclaim: Callable[[], bool] = lambda: False,
         ready: Callable[[Sequence], bool] = lambda sequence: True,
+        begin: Callable[[Sequence, int, int], None] = lambda sequence, number, page: None,
     ) -> None:
         self.pool, self.page_tokens = pool, page_tokens
         self.step_tokens, self.max_sequences = step_tokens, min(max_sequences, step_tokens)
         self.shares_prefixes, self.swap = shares_prefixes, swap
-        self._reclaim, self._ready = reclaim, ready
+        self._reclaim, self._ready, self._begin = reclaim, ready, begin
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -212,8 +215,7 @@ class Scheduler:
             if not self._reclaim():
                 self.pool.release(found)
                 return False
-        if self.swap is not None:
-            self._bring_back(found, keys, self.swap)
+        self._bring_back(sequence, found, keys)
         sequence.pages, sequence.computed = found, len(found) * self.page_tokens
         taken = self.pool.take(self._pages_of(len(sequence.tokens)) - len(found))
         if taken is None:  # an adapter was given them meanwhile
@@ -221,24 +223,37 @@ class Scheduler:
             sequence.computed = 0
             return False
         sequence.pages += taken
+        had = sequence.computed // self.page_tokens
+        for number in range(had, self._pages_of(sequence.begun)):  # mostly the one that isn't full
+            self._begin(sequence, number, sequence.pages[number])
+        sequence.computed = max(sequence.computed, sequence.begun)
         if sequence.cached is None:
-            sequence.cached = sequence.computed
+            sequence.cached = sequence.computed - sequence.begun
         self.waiting.remove(sequence)
         self.running.append(sequence)
         return True
 
-    def _bring_back(self, found: list[int], keys: list[bytes], swap: Swap) -> None:
-        """Add to `found` the pages with the next keys, from swap or pool, up to the first in neither."""
-        while len(found) < len(keys) and swap.wants(keys[len(found)]):
+    def _bring_back(self, sequence: Sequence, found: list[int], keys: list[bytes]) -> None:
+        """Add to `found` the pages with the next keys, up to the first that is nowhere.
+
+        They are what a sequence begins with, or in the pool, or in swap.
+        """
+        while len(found) < len(keys):
+            number = len(found)
+            begins = (number + 1) * self.page_tokens <= sequence.begun
+            if not begins and (self.swap is None or not self.swap.wants(keys[number])):
+                return
             taken = self.pool.take(1)
             if taken is None:  # an adapter was given them meanwhile
                 return
-            if not swap.bring(keys[len(found)], taken[0]):
+            if begins:
+                self._begin(sequence, number, taken[0])
+            elif self.swap is None or not self.swap.bring(keys[number], taken[0]):
                 self.pool.release(taken)
                 return
-            self.pool.publish(taken[0], keys[len(found)])
+            self.pool.publish(taken[0], keys[number])
             found += taken
-            found += self.pool.find(keys[len(found) :])
+            found += self.pool.find(keys[number + 1 :])
 
     def _pages_of(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)

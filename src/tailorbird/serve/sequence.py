@@ -9,6 +9,11 @@ from tailorbird.serve.page_pool import prefix_key
 from tailorbird.serve.request import Request
 
 
+def placeholders(count: int) -> list[int]:
+    """What stands for places without tokens: numbers that are no token's, each another one."""
+    return [-1 - place for place in range(count)]
+
+
 @dataclass(eq=False)
 class Sequence:
     """A continuation of a request.
@@ -42,6 +47,9 @@ class Sequence:
     ended : bool
     beams : object or None
         The search that it is a beam of (`beam_sequences.BeamSequences`).
+    begun : int
+        Places before the prompt whose keys and values its adapter gives (`adapters.beginnings`). They have
+        `placeholders` among `tokens`, and are computed whenever it runs.
     """
 
     request: Request
@@ -59,6 +67,7 @@ class Sequence:
     beams: Any = None
     adapted_from: int = 0
     adapter_salt: bytes = b""
+    begun: int = 0
 
     @property
     def pending(self) -> int:
@@ -68,7 +77,12 @@ class Sequence:
     @property
     def written(self) -> int:
         """Tokens of the output."""
-        return len(self.tokens) - len(self.request.prompt)
+        return len(self.tokens) - self.begun - len(self.request.prompt)
+
+    @property
+    def takes_guesses(self) -> bool:
+        """Whether what it writes may be guessed: guessers know no beams, and not what adapters begin with."""
+        return self.beams is None and not self.begun
 
     def keys_of_full_pages(self, page_tokens: int, until: int) -> list[bytes]:
         """Keys of the full pages among the first `until` tokens."""

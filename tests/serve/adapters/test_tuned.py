@@ -72,7 +72,7 @@ def test_others_are_refused_by_name(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(OF_BEGINNINGS))
-def test_what_is_no_change_of_linears_is_refused_as_that(name: str, tmp_path: Path) -> None:
+def test_what_is_no_change_of_linears_is_refused_where_only_that_helps(name: str, tmp_path: Path) -> None:
     fused, directory, _ = tuned(name, tmp_path, "llama")
     with pytest.raises(SettingsError, match=r"before every text .* an adapter of linears"):
         open_adapter(directory, fused.linears)

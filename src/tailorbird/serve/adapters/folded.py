@@ -96,6 +96,24 @@ class Folds:
             )
         return True
 
+    def refuse_source(self, source: Source, how: str) -> None:
+        """SettingsError for what a text begins with, unless it was tuned on this checkpoint.
+
+        Parameters
+        ----------
+        source : Source
+        how : str
+            What was done to the channels that it has.
+        """
+        named = source.config.get("base_model_name_or_path")
+        if not same_model(named, self.served):
+            raise SettingsError(
+                f"{source.directory / CONFIG_FILE}: `base_model_name_or_path` is {str(named)[:200]!r}, and "
+                f"channels of the checkpoint in {self.served} are {how} against those of its source",
+                "an adapter that was tuned on this checkpoint",
+                f"tune it on this checkpoint; if it was, write that into {CONFIG_FILE}",
+            )
+
     def applied(self, path: str, linear: LinearAdapter) -> LinearAdapter:
         """What an adapter of the source makes of the linear at `path` of the folded checkpoint."""
         down, up = linear.down, linear.up

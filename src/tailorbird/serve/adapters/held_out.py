@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from tailorbird.serve.adapters.activation import first_adapted
+from tailorbird.serve.adapters.beginnings import Beginning
 from tailorbird.serve.adapters.store import Handle
 from tailorbird.serve.page_pool import PagePool
 from tailorbird.serve.request import Request
 from tailorbird.serve.runner import Runner
 from tailorbird.serve.scheduler import Piece
 from tailorbird.serve.sequence import Sequence as Text
+from tailorbird.serve.sequence import placeholders
 
 #: Most tokens that are read at once, so that those who wait for the next step don't wait for long.
 WINDOW = 64
@@ -41,6 +43,14 @@ class Example:
     first: int = 1
 
 
+def pieces(example: Example, most: int) -> list[Example]:
+    """A text in pieces of at most so many tokens if it is longer and all of it is counted; else as it is."""
+    if len(example.tokens) <= most or example.first > 1:
+        return [example]
+    found = [example.tokens[start : start + most] for start in range(0, len(example.tokens), most)]
+    return [Example(piece) for piece in found if len(piece) > 1]
+
+
 def mean_loss(
     examples: Sequence[Example], runner: Runner, pool: PagePool, handle: Handle
 ) -> Generator[None, None, float]:
@@ -49,7 +59,7 @@ def mean_loss(
     Parameters
     ----------
     examples : sequence of Example
-        At least one, each no longer than the pool.
+        At least one, each no longer than the pool, with the places of the adapter.
     runner : Runner
         One that reads guesses.
     pool : PagePool
@@ -63,10 +73,12 @@ def mean_loss(
     """
     total, count = 0.0, 0
     for example in examples:
-        needed = -(-len(example.tokens) // runner.page_tokens)
+        needed = -(-(handle.places + len(example.tokens)) // runner.page_tokens)
         while (pages := pool.take(needed)) is None:
             yield
         text = _text(example, handle, pages)
+        if isinstance(handle.adapter, Beginning):
+            runner.begin(handle.adapter, pages)
         try:
             for start, stop in windows(len(example.tokens), example.first):
                 rows = _read(runner, text, example.tokens, start, stop, counted=start + 1 >= example.first)
@@ -117,6 +129,7 @@ def _text(example: Example, handle: Handle, pages: list[int]) -> Text:
         tokens=[],
         pages=pages,
         adapted_from=start or 0,
+        begun=handle.places,
     )
 
 
@@ -124,9 +137,11 @@ def _read(
     runner: Runner, text: Text, tokens: Sequence[int], start: int, stop: int, counted: bool
 ) -> Tensor | None:
     """Read tokens `start` to ``stop - 1``; logits after each of them, where they are counted."""
+    before = placeholders(text.begun)
+    first = text.begun + start
     if not counted:
-        text.tokens = list(tokens)
-        runner.step([Piece(text, start, stop - start)])
+        text.tokens = [*before, *tokens]
+        runner.step([Piece(text, first, stop - start)])
         return None
-    text.tokens = list(tokens[: start + 1])
-    return runner.step([Piece(text, start, 1, tuple(tokens[start + 1 : stop]))])[0]
+    text.tokens = [*before, *tokens[: start + 1]]
+    return runner.step([Piece(text, first, 1, tuple(tokens[start + 1 : stop]))])[0]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from tailorbird.errors import SettingsError
-from tailorbird.formats.peft import BEGINNINGS, CONFIG_FILE
+from tailorbird.formats.peft import BEGINNINGS, CONFIG_FILE, PREFIX_TUNING, PROMPT_TUNING
 from tailorbird.kernels.adapters import LinearAdapter
 from tailorbird.run.parts import PlacedLinear
 from tailorbird.serve.adapters.basis import PEFT_TYPE, SharedBasis
+from tailorbird.serve.adapters.beginnings import Learned, PrefixTuning, PromptTuning, TextModel
 from tailorbird.serve.adapters.folded import Folds
 from tailorbird.serve.adapters.ia3 import IA3
 from tailorbird.serve.adapters.lora import Lora
@@ -41,14 +42,66 @@ _CLASSES: dict[str, tuple[frozenset[str], Callable[[Source], Kind]]] = {
     "IA3": (IA3.settings, IA3),
     PEFT_TYPE: (SharedBasis.settings, SharedBasis),
 }
-#: Names of the kinds that can be served: PEFT's, and that of adapters in a shared basis.
+_BEGINNINGS: dict[str, tuple[frozenset[str], Callable[[Source, TextModel, int], Learned]]] = {
+    PROMPT_TUNING: (PromptTuning.settings, PromptTuning),
+    PREFIX_TUNING: (PrefixTuning.settings, PrefixTuning),
+}
+#: Names of the kinds that change linears: PEFT's, and that of adapters in a shared basis.
 KINDS = tuple(_CLASSES)
+
+
+class Model(TextModel, Protocol):
+    """What is asked of a model that adapters are opened for; `FusedModel` and `PagedModel` have it."""
+
+    @property
+    def linears(self) -> Mapping[str, PlacedLinear]:
+        """All linears of the blocks by the paths of their modules."""
+
+
+def open_served(
+    directory: str | Path,
+    model: Model,
+    longest: int,
+    allowed: Path | None = None,
+    folds: Folds | None = None,
+) -> Kind | Learned:
+    """Open an adapter that PEFT saved, of any kind that can be served; nothing but headers is read.
+
+    Parameters
+    ----------
+    directory, allowed
+        As of `open_adapter`.
+    model : FusedModel or PagedModel
+    longest : int
+        Most tokens of a text, with the places that it begins with.
+    folds : Folds, optional
+        Of the checkpoint.
+
+    Raises
+    ------
+    SettingsError, CheckpointError
+        As of `open_adapter`; or the adapter belongs to what a checkpoint was before it was folded, and can't
+        be scaled to fit.
+    """
+    source = Source.open(Path(directory), model.linears, allowed)
+    name = source.config.get("peft_type")
+    if not isinstance(name, str) or name not in _BEGINNINGS:
+        opened = _of_linears(source, (*KINDS, *_BEGINNINGS))
+        if folds is not None:
+            folds.needed(source, opened.adapted)
+        return opened
+    settings, make = _BEGINNINGS[name]
+    source.refuse_others(settings)
+    learned = make(source, model, longest)
+    if folds is not None:
+        learned.refuse_folds(folds)
+    return learned
 
 
 def open_adapter(
     directory: str | Path, linears: Mapping[str, PlacedLinear], allowed: Path | None = None
 ) -> Kind:
-    """Open an adapter that PEFT saved, and check it against the model without reading a tensor.
+    """Open an adapter of linears that PEFT saved, and check it against the model without reading a tensor.
 
     Parameters
     ----------
@@ -69,16 +122,22 @@ def open_adapter(
     """
     source = Source.open(Path(directory), linears, allowed)
     name = source.config.get("peft_type")
+    if isinstance(name, str) and name in BEGINNINGS:
+        raise SettingsError(
+            f"{source.directory / CONFIG_FILE}: `peft_type` is '{name}', {BEGINNINGS[name]}",
+            "an adapter of linears: one of " + ", ".join(KINDS),
+            "serve this one as it is",
+        )
+    return _of_linears(source, KINDS)
+
+
+def _of_linears(source: Source, kinds: Sequence[str]) -> Kind:
+    """What a directory holds, if it changes linears; errors tell of `kinds`."""
+    name = source.config.get("peft_type")
     if not isinstance(name, str) or name not in _CLASSES:
-        if name in BEGINNINGS:
-            raise SettingsError(
-                f"{source.directory / CONFIG_FILE}: `peft_type` is '{name}', {BEGINNINGS[name]}",
-                "an adapter of linears: one of " + ", ".join(KINDS),
-                "run this one with PEFT, or tune with another method, such as lora",
-            )
         raise SettingsError(
             f"{source.directory / CONFIG_FILE}: `peft_type` is {str(name)[:100]!r}",
-            "one of " + ", ".join(KINDS),
+            "one of " + ", ".join(kinds),
             "serve an adapter of one of these kinds, or merge this one into a checkpoint",
         )
     settings, make = _CLASSES[name]

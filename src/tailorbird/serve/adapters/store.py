@@ -20,9 +20,10 @@ from typing import Protocol
 
 from tailorbird.errors import ResourceError, SettingsError, UnknownAdapter
 from tailorbird.kernels.adapters import LaidOut, LinearAdapter
-from tailorbird.run.parts import PlacedLinear
+from tailorbird.serve.adapters import kinds
+from tailorbird.serve.adapters.beginnings import Learned
 from tailorbird.serve.adapters.folded import Folds
-from tailorbird.serve.adapters.kinds import open_adapter, read_linears
+from tailorbird.serve.adapters.kinds import Kind, open_served, read_linears
 from tailorbird.serve.adapters.room import AdapterRoom
 from tailorbird.serve.adapters.rounded import rounded_bytes, rounded_linears
 from tailorbird.serve.adapters.source import changed
@@ -32,12 +33,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,199}")
 _SALT_BYTES = 16
 
 
-class Model(Protocol):
+class Model(kinds.Model, Protocol):
     """What a store asks of a model; `FusedModel` and `PagedModel` have it."""
-
-    @property
-    def linears(self) -> Mapping[str, PlacedLinear]:
-        """All linears of the blocks by the paths of their modules."""
 
     def adapter(self, linears: Mapping[tuple[int, str], LinearAdapter]) -> LaidOut:
         """An adapter laid out for the model, from what it makes of linears by (block, role)."""
@@ -81,7 +78,7 @@ class Reservation:
 
     Attributes
     ----------
-    name, version, salt, invocation
+    name, version, salt, invocation, places
         As of `Handle`.
     """
 
@@ -89,6 +86,7 @@ class Reservation:
     version: int
     salt: bytes
     invocation: tuple[int, ...] | None
+    places: int
     _version: _Version = field(repr=False)
 
 
@@ -104,15 +102,18 @@ class Handle:
     salt : bytes
         16 bytes that no other version has, for hashes of prefixes in a cache.
     adapter : LaidOut
-        For segments of a batch.
+        For segments of a batch; a `Beginning` where there are `places`.
     invocation : tuple of int or None
         Tokens that invoke it (`activation`).
+    places : int
+        With which it lets texts begin (`beginnings`).
     """
 
     name: str
     version: int
     salt: bytes
     invocation: tuple[int, ...] | None
+    places: int
     adapter: LaidOut
     _version: _Version = field(repr=False)
 
@@ -137,6 +138,8 @@ class AdapterStore:
         Of the model's checkpoint.
     bits : int, optional
         8: matrices are rounded to bytes (`rounded`); else they are as they are stored.
+    longest : int
+        Most tokens of a text, with the places that it begins with.
 
     Raises
     ------
@@ -153,9 +156,10 @@ class AdapterStore:
         room: AdapterRoom | None = None,
         folds: Folds | None = None,
         bits: int | None = None,
+        longest: int = 1 << 30,
     ) -> None:
         self._model, self._warm_bytes, self._allowed, self._state = model, warm_bytes, allowed, state
-        self._room, self._folds, self._bits = room, folds, bits
+        self._room, self._folds, self._bits, self._longest = room, folds, bits, longest
         self._lock = threading.Lock()
         self._saving = threading.Lock()  # held while the state file is written, so that the last change wins
         self._names: dict[str, list[_Version]] = {}  # the one that is served, then the one before
@@ -274,8 +278,9 @@ class AdapterStore:
             version = self._served(name)
             version.reserved += 1
             reservation = Reservation(
-                name, version.record.number, version.salt, version.record.invocation, version
-            )
+                name, version.record.number, version.salt, version.record.invocation, version.record.places,
+                version,
+            )  # fmt: skip
             self._reservations.add(reservation)
             return reservation
 
@@ -336,6 +341,11 @@ class AdapterStore:
         """Number of the version that is served; UnknownAdapter if the name is unknown."""
         with self._lock:
             return self._served(name).record.number
+
+    def places(self, name: str) -> int:
+        """With how many places the version that is served lets texts begin; raises as `version`."""
+        with self._lock:
+            return self._served(name).record.places
 
     @property
     def bytes(self) -> int:
@@ -399,17 +409,25 @@ class AdapterStore:
                 "up to 200 letters, digits and ._:/@+- of which the first is a letter or digit",
                 "choose another name",
             )
-        opened = open_adapter(path, self._model.linears, None if trusted else self._allowed)
+        opened = self._opened(path, trusted)
         source = opened.source
-        if self._folds is not None:
-            self._folds.needed(source, opened.adapted)
-        size = source.weights.total_bytes if self._bits is None else rounded_bytes(source.weights)
+        places = 0
+        if isinstance(opened, Learned):
+            size, places = opened.nbytes, opened.places
+        else:
+            size = source.weights.total_bytes if self._bits is None else rounded_bytes(source.weights)
         if size > self._warm_bytes:
             raise self._too_large(source.directory, size)
         with self._lock:
             self._last += 1
-            record = Record(self._last, str(source.directory), source.fingerprint, trusted, source.invocation)
+            record = Record(
+                self._last, str(source.directory), source.fingerprint, trusted, source.invocation, places
+            )
             return _Version(name, record, size)
+
+    def _opened(self, path: str | Path, trusted: bool) -> Kind | Learned:
+        allowed = None if trusted else self._allowed
+        return open_served(path, self._model, self._longest, allowed, self._folds)
 
     def _served(self, name: str) -> _Version:
         """With the lock held."""
@@ -485,7 +503,9 @@ class AdapterStore:
                 self._unpin(version)
             raise
         record = version.record
-        handle = Handle(version.name, record.number, version.salt, record.invocation, adapter, version)
+        handle = Handle(
+            version.name, record.number, version.salt, record.invocation, record.places, adapter, version
+        )
         with self._lock:
             self._handles.add(handle)
         return handle
@@ -527,9 +547,11 @@ class AdapterStore:
 
     def _read(self, version: _Version) -> LaidOut:
         record = version.record
-        opened = open_adapter(record.path, self._model.linears, None if record.trusted else self._allowed)
+        opened = self._opened(record.path, record.trusted)
         if opened.source.fingerprint != record.fingerprint:
             raise changed(opened.source.directory)
+        if isinstance(opened, Learned):
+            return opened.laid_out()
         linears = read_linears(opened, self._folds)
         return self._model.adapter(linears if self._bits is None else rounded_linears(linears))
 
@@ -571,7 +593,7 @@ class AdapterStore:
         return ResourceError(
             f"the adapter in {directory} has {size} bytes",
             f"at most the {self._warm_bytes} bytes that all adapters together may take",
-            "allow more memory, or train one of lower rank",
+            "allow more memory, or train a smaller one",
         )
 
     def _save(self) -> None:

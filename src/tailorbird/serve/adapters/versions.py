@@ -30,6 +30,8 @@ class Record:
         It may lie anywhere: whoever runs the store named it.
     invocation : tuple of int or None
         Tokens that invoke it (`activation`).
+    places : int
+        With which it lets texts begin (`beginnings`).
     """
 
     number: int
@@ -37,6 +39,7 @@ class Record:
     fingerprint: str
     trusted: bool = False
     invocation: tuple[int, ...] | None = None
+    places: int = 0
 
     def same_files(self, other: Record) -> bool:
         """Whether both are of the same files."""
@@ -91,11 +94,11 @@ def _records(file: Path, name: str, value: Any) -> list[Record]:
 
 
 def _record(file: Path, name: str, entry: Any) -> Record:
-    types = {"number": int, "path": str, "fingerprint": str, "trusted": bool}
+    types = {"number": int, "path": str, "fingerprint": str, "trusted": bool, "places": int}
     if not isinstance(entry, dict) or "invocation" not in entry:
         raise _damaged(file, f"`{name}`")
-    others, tokens = dict(entry), entry["invocation"]
-    del others["invocation"]
+    others: dict[str, Any] = {"places": 0} | entry  # older files know of no places
+    tokens = others.pop("invocation")
     if {key: type(part) for key, part in others.items()} != types:
         raise _damaged(file, f"`{name}`")
     if tokens is not None:
