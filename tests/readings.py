@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tailorbird.run.fused import FusedModel
+from tailorbird.run.fused import FusedModel, obstacle
 
 LENGTH = 70
 
@@ -37,3 +37,9 @@ def in_pieces(model: Any, ids: Tensor, cuts: list[int], fused: FusedModel | None
         )
         found.append(part.view(sequences, count, -1))
     return torch.cat(found, dim=1)
+
+
+def assert_alike(model: Any, ids: Tensor, cuts: list[int]) -> None:
+    """Compiled blocks suit the model, and give what its modules give up to rounding."""
+    assert obstacle(model) is None
+    torch.testing.assert_close(in_pieces(model, ids, cuts), by_modules(model, ids), atol=2e-5, rtol=1e-4)

@@ -84,16 +84,30 @@ def test_what_two_subjects_share_falls_out_of_their_difference() -> None:
     assert math.isnan(benchmark.paired_difference([1.0], [0.0])[1])
 
 
-def test_fit_gets_the_bytes_of_the_peers_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_gets_the_bytes_of_the_peers_cell(
+    opened: benchmark.Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
-    assert benchmark.budget_for("gptq", "tiny", 3) == {}
-    assert benchmark.budget_for("fit-best@hqq", "tiny", 3) is None
-    cell = tmp_path / benchmark.CELLS / "tiny" / "3-bits" / "hqq.json"
+    assert benchmark.budget_for("gptq", opened, 3) == {}
+    assert benchmark.budget_for("fit-best@hqq", opened, 3) is None
+    cell = tmp_path / benchmark.CELLS / opened.subject.name / "3-bits" / "hqq.json"
     cell.parent.mkdir(parents=True)
     cell.write_text('{"failed": "no such linears"}')
-    assert benchmark.budget_for("fit-best@hqq", "tiny", 3) is None
+    assert benchmark.budget_for("fit-best@hqq", opened, 3) is None
     cell.write_text('{"total_bytes": 1234}')
-    assert benchmark.budget_for("fit-best@hqq", "tiny", 3) == {"effort": "best", "memory": "1234"}
+    narrowed = benchmark.narrowed_bytes(opened)
+    given = {"effort": "best", "memory": str(1234 - narrowed)}
+    assert benchmark.budget_for("fit-best@hqq", opened, 3) == given
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_ends_of_a_float32_model_are_worth_half_of_their_bytes(tied: bool, tmp_path: Path) -> None:
+    model = save_model(tmp_path, "llama", num_hidden_layers=1, tie_word_embeddings=tied)
+    opened = benchmark.open_subject(Subject("tiny", str(model), str(text_file(tmp_path)), None), tmp_path)
+    weights = opened.work.checkpoint.weights
+    embedding = weights.info("model.embed_tokens.weight")
+    assert embedding.dtype == torch.float32
+    assert benchmark.narrowed_bytes(opened) == embedding.nbytes // (2 if tied else 1)
 
 
 def test_what_a_peer_moves_between_norms_and_linears_is_carried_over(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compressing import compress
-from readings import by_modules, in_pieces, tokens
+from readings import assert_alike, by_modules, in_pieces, tokens
 from results import text_file
 from tailorbird.formats.modules import CompressedLinear
 from tailorbird.kernels import native
@@ -46,10 +46,7 @@ def linears(model: Any) -> list[CompressedLinear]:
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3", "gpt_neox", "falcon", "olmo2", "opt"])
 def test_logits_are_those_of_the_modules(architecture: str, text: Path, tmp_path: Path) -> None:
     model = sparse(tmp_path, text, SPQR, architecture)
-    assert obstacle(model) is None
-    ids = tokens(3)
-    logits = in_pieces(model, ids, [33, 34, 64])
-    torch.testing.assert_close(logits, by_modules(model, ids), atol=2e-5, rtol=1e-4)
+    assert_alike(model, tokens(3), [33, 34, 64])
 
 
 @pytest.mark.parametrize(
@@ -62,9 +59,7 @@ def test_logits_are_those_of_the_modules(architecture: str, text: Path, tmp_path
 )
 def test_every_method_that_has_one_agrees(recipe: str, text: Path, tmp_path: Path) -> None:
     model = sparse(tmp_path, text, recipe)
-    assert obstacle(model) is None
-    ids = tokens(2)
-    torch.testing.assert_close(in_pieces(model, ids, [40]), by_modules(model, ids), atol=2e-5, rtol=1e-4)
+    assert_alike(model, tokens(2), [40])
 
 
 @pytest.mark.parametrize("recipe", [SPQR, LLM_INT8])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compressing import compress
-from readings import by_modules, in_pieces, tokens
+from readings import assert_alike, by_modules, in_pieces, tokens
 from results import text_file
 from tailorbird.formats.modules import CompressedLinear
 from tailorbird.kernels import native
@@ -47,10 +47,7 @@ def test_logits_are_those_of_the_modules(architecture: str, text: Path, tmp_path
     model = turned(tmp_path, text, architecture)
     linears = [module for module in model.modules() if isinstance(module, CompressedLinear)]
     assert any(module.signs is not None for module in linears)
-    assert obstacle(model) is None
-    ids = tokens(3)
-    logits = in_pieces(model, ids, [33, 34, 64])
-    torch.testing.assert_close(logits, by_modules(model, ids), atol=2e-5, rtol=1e-4)
+    assert_alike(model, tokens(3), [33, 34, 64])
 
 
 @pytest.mark.parametrize(
@@ -65,9 +62,7 @@ def test_logits_are_those_of_the_modules(architecture: str, text: Path, tmp_path
 )
 def test_every_coding_and_what_stands_beside_agree(recipe: str, text: Path, tmp_path: Path) -> None:
     model = turned(tmp_path, text, recipe=recipe, intermediate_size=176)
-    assert obstacle(model) is None
-    ids = tokens(2)
-    torch.testing.assert_close(in_pieces(model, ids, [40]), by_modules(model, ids), atol=2e-5, rtol=1e-4)
+    assert_alike(model, tokens(2), [40])
 
 
 def test_rounded_inputs_agree_up_to_their_rounding(text: Path, tmp_path: Path) -> None:
@@ -101,9 +96,7 @@ def test_one_that_is_not_turned_reads_the_inputs_as_they_come(text: Path, tmp_pa
         for part in ("codes", "scales"):
             getattr(plain, part).copy_(getattr(linear, part))
         layer.self_attn.k_proj = plain.eval()
-    assert obstacle(model) is None
-    ids = tokens(2)
-    torch.testing.assert_close(in_pieces(model, ids, [40]), by_modules(model, ids), atol=2e-5, rtol=1e-4)
+    assert_alike(model, tokens(2), [40])
 
 
 def test_adapters_read_the_inputs_as_they_come(text: Path, tmp_path: Path) -> None:
