@@ -25,20 +25,26 @@ import k_quants
 BATCH = 8
 #: A scale, or a zero point that isn't rounded, where a program keeps it in the model's dtype.
 FLOAT_BITS = 16
-#: Subjects that are a recipe with settings.
-VARIANTS = {
-    "rtn+omniquant-transform": ("rtn+omniquant", ",omniquant.transform=true"),
-    "gptq-plain": ("gptq", ",asymmetric=false"),
-    "billm-static": ("billm", ",static_groups=true"),
+#: Subjects that aren't called as their recipe is: that, with the width and the weights of a group put in.
+RECIPES = {
+    "rsq": "gptq:bits={bits},group={group},least_token=0.01",
+    "gptq-plain": "gptq:bits={bits},group={group},asymmetric=false",
+    "ganq": "ganq:table={bits}",
+    "bcq": "bcq:table={bits}",
+    "leanquant-tables": "leanquant:table={bits}",
+    "higgs": "higgs:codebook=gauss{bits},group={group}",
+    "higgs-pairs": "higgs:codebook=gauss{bits}x2,group={group}",
+    "double-rounding": "double-rounding:bits=8,group={group}",
+    "billm": "billm:binary=true,group={double_group}",
+    "billm-static": "billm:binary=true,group={double_group},static_groups=true",
+    "rtn+omniquant-transform": "rtn+omniquant:bits={bits},group={group},omniquant.transform=true",
 }
 
 
 def recipe_of(name: str, bits: int, group: int) -> str:
     """A method of the project with codes of so many bits."""
-    name, settings = VARIANTS.get(name, (name, ""))
-    if name == "billm":
-        return f"{name}:binary=true,group={2 * group}{settings}"
-    return f"{name}:table={bits}" if name == "ganq" else f"{name}:bits={bits},group={group}{settings}"
+    recipe = RECIPES.get(name, name + ":bits={bits},group={group}")
+    return recipe.format(bits=bits, group=group, double_group=2 * group)
 
 
 def run_tailorbird(settings: dict[str, Any]) -> dict[str, Any]:

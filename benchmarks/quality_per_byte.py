@@ -1,7 +1,8 @@
 """What a result loses for its bytes: our recipes and peers at 2, 3 and 4 bits, on one text by one evaluator.
 
-Groups of 64, or tables of rows for `ganq`, or groups of 128 for `billm`, whose two magnitudes take as much as
-scale and zero point of 64; embedding and head stay. Every cell is one subject at one width
+Groups of 64, or tables of rows for `ganq`, `bcq` and `leanquant-tables`, or groups of 128 for `billm`, whose
+two magnitudes take as much as scale and zero point of 64; `eora` and `lq-lora` take rank 8 beside that;
+embedding and head stay. Every cell is one subject at one width
 on one model, in a process of its own: recipes of the project through `compress`, peers in their own
 environments with the same calibration windows. What a peer's linears stand for is put into a dense
 checkpoint, and all are walked over the held-out text beside the source. A cell is a file of its own below
@@ -78,13 +79,19 @@ PATHS = ("model", "calibration", "evaluation", "ids")
 GROUP = 64
 SEQUENCES = 128
 OWN = (
-    "rtn", "gptq", "awq+gptq", "hadamard+gptq", "quantease", "leanquant", "decoupleq", "yaqa", "spqr", "ganq",
-    "billm", "billm-static",
-    "gptq+signround", "decoupleq+signround", "gptq+signround+distil", "spqr+signround+distil",
-    "rtn+omniquant", "rtn+omniquant-transform", "rtn+cbq", "gptq+cbq", "cfp+rtn+cbq",
+    "rtn", "gptq", "rsq", "awq+gptq", "cfp+gptq", "outliertune+gptq", "hadamard+gptq", "quantease",
+    "leanquant", "leanquant-tables", "decoupleq", "yaqa", "spqr", "llm-int8", "ganq", "bcq",
+    "higgs", "higgs-pairs", "double-rounding", "billm", "billm-static",
+    "gptq+eora", "gptq+lq-lora",
+    "gptq+signround", "decoupleq+signround", "gptq+flexround", "gptq+efficientqat", "rtn+omniquant",
+    "rtn+omniquant-transform", "rtn+cbq", "gptq+cbq", "cfp+rtn+cbq",
+    "gptq+distil", "gptq+step-sizes", "gptq+pv-tuning", "gptq+signround+distil", "spqr+signround+distil",
 )  # fmt: skip
-#: Subjects that have one width only.
-WIDTHS = {"billm": 2, "billm-static": 2}
+#: Subjects that have some widths only.
+WIDTHS = {
+    "billm": (2,), "billm-static": (2,), "double-rounding": (8,), "ganq": (2, 3, 4), "bcq": (2, 3, 4),
+    "leanquant-tables": (2, 3, 4), "higgs": (2, 3, 4), "higgs-pairs": (2, 3, 4),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -300,7 +307,7 @@ def run_cell(
 
 
 def run_cells(arguments: argparse.Namespace, busy: float) -> None:
-    """Those that aren't there, or all that are asked for by name."""
+    """Those that aren't there, or all that are asked for again."""
     pythons = dict.fromkeys((*OWN, *FITS), sys.executable)
     if arguments.peers is not None:
         for name, peer in PEERS.items():
@@ -317,10 +324,10 @@ def run_cells(arguments: argparse.Namespace, busy: float) -> None:
             opened = open_subject(subject, Path(folder))
             for bits in arguments.bits:
                 for name in arguments.subject or list(pythons):
-                    if WIDTHS.get(name, bits) != bits:
+                    if bits not in WIDTHS.get(name, (bits,)):
                         continue
                     label = f"{CELLS}/{subject.name}/{bits}-bits/{name}"
-                    if (RESULTS / f"{label}.json").exists() and not arguments.subject:
+                    if (RESULTS / f"{label}.json").exists() and not arguments.again:
                         continue
                     if name in PEERS and bits not in PEERS[name].bits:
                         continue
@@ -403,8 +410,9 @@ def main() -> None:
         nargs="+",
         choices=[*OWN, *PEERS, *FITS],
         metavar="NAME",
-        help="run these, again if need be",
+        help="run only these",
     )
+    parser.add_argument("--again", action="store_true", help="run cells anew that are there")
     parser.add_argument(
         "--steps", type=int, help="updates of AutoRound, for a try; its own number if left out"
     )
