@@ -1,9 +1,10 @@
 """Speed on the CPU: the compiled products of single linears, and whole models over compiled blocks.
 
-Linears: every width and NF4 at several numbers of tokens, beside PyTorch's dynamic int8 product and its bf16
-product at the same shape, in turns. The weights in use rotate over more memory than the caches hold.
-Bytes are those of the packed weight with its scales and zero points; their rate is compared with the
-machine's read bandwidth, measured in the same run.
+Linears: every width and NF4 in groups of 64, and 4 and 8 bits in groups of 128, at several numbers of tokens,
+beside PyTorch's dynamic int8 product and its bf16 product at the same shape, in turns. The weights in use
+rotate over more memory than the caches hold. Bytes are those of the packed weight with its scales and zero
+points; their rate is compared with the machine's read bandwidth, which is measured in every turn, since a
+shared machine changes it within minutes.
 
 Models: random-weight Llamas, decoded at batch 1 and 8 and fed a prompt of 512 tokens, beside the bf16
 source through transformers, in turns. Logits are formed for the last position only.
@@ -44,13 +45,15 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 TOKENS = (1, 8, 32, 256, 1024)
 SHAPE = 4096, 4096
 GROUP = 64
+#: Width -> weights of a group where that is another one beside `GROUP`.
+LONGER = {4: 128, 8: 128}
 ROTATED_BYTES = 128 << 20
 PROMPT, NEW, BATCH, BATCH_NEW = 512, 64, 8, 32
 
 
-def read_bandwidth() -> float:
-    """Bytes per second of summing 1 GiB with all threads; the best of seven."""
-    values = torch.ones(1 << 28)
+def read_bandwidth(values: torch.Tensor | None = None) -> float:
+    """Bytes per second of summing `values`, or 1 GiB, with all threads; the best of seven."""
+    values = torch.ones(1 << 28) if values is None else values
     best = min(_seconds(values.sum) for _ in range(7))
     return values.nbytes / best
 
@@ -78,7 +81,7 @@ def packed_linear(coding: GroupedCoding) -> tuple[Rotating, int]:
     """Our product at `SHAPE`, and the bytes of its weight."""
     rows, columns = SHAPE
     generator = torch.Generator().manual_seed(coding.bits)
-    groups = columns // GROUP
+    groups = columns // coding.group_size
     codes = torch.randint(0, 1 << coding.bits, SHAPE, generator=generator)
     zeros = None
     if not coding.symmetric:
@@ -121,26 +124,33 @@ def torch_linears() -> dict[str, tuple[Rotating, int]]:
 
 
 @torch.no_grad()
-def measure_linears(rounds: int, bandwidth: float, console: Console) -> list[dict[str, Any]]:
+def measure_linears(rounds: int, console: Console) -> list[dict[str, Any]]:
     """Every product at every number of tokens, in turns."""
     subjects = {f"{bits} bits": packed_linear(IntegerCoding(bits, GROUP)) for bits in WIDTHS}
+    subjects |= {
+        f"{bits} bits g{group}": packed_linear(IntegerCoding(bits, group)) for bits, group in LONGER.items()
+    }
+    memory = torch.ones(ROTATED_BYTES)
     subjects |= {"nf4": packed_linear(CodebookCoding("nf4", GROUP))} | torch_linears()
     rows = []
     for tokens in TOKENS:
         x = torch.randn(tokens, SHAPE[1])
         times: dict[str, list[float]] = {name: [] for name in subjects}
+        shares: dict[str, list[float]] = {name: [] for name in subjects}
         repeats = 16 if tokens <= 8 else 4 if tokens <= 32 else 1
         for number in range(rounds + 1):
-            for name, (subject, _) in subjects.items():
+            bandwidth = read_bandwidth(memory)
+            for name, (subject, size) in subjects.items():
                 seconds = statistics.median(subject.run(x) for _ in range(repeats))
                 if number:  # the first round warms up
                     times[name].append(seconds)
+                    shares[name].append(size / seconds / bandwidth)
         for name, (_, size) in subjects.items():
             seconds = statistics.median(times[name])
             rows.append(
                 {
                     "linear": name, "tokens": tokens, "seconds": seconds, "bytes": size,
-                    "bandwidth_share": size / seconds / bandwidth,
+                    "bandwidth_share": statistics.median(shares[name]),
                     "operations_per_s": 2 * tokens * SHAPE[0] * SHAPE[1] / seconds,
                 }
             )  # fmt: skip
@@ -247,7 +257,7 @@ def main() -> None:
     console.print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s, {torch.get_num_threads()} threads")
     found: dict[str, Any] = {
         "read_bandwidth": bandwidth,
-        "linears": measure_linears(arguments.rounds, bandwidth, console),
+        "linears": measure_linears(arguments.rounds, console),
     }
     if not arguments.linears:
         found["models"] = measure_models(

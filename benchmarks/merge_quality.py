@@ -38,7 +38,8 @@ from tailorbird.adapt.merge.pipeline import stored_weight
 from tailorbird.calibrate.job import Job
 from tailorbird.calibrate.stream import StreamingModel
 from tailorbird.calibrate.text import held_out_windows, read_documents, token_windows
-from tailorbird.compress.pipeline import Compression, Pipeline
+from tailorbird.compress.compression import Compression
+from tailorbird.compress.pipeline import Pipeline
 from tailorbird.errors import GateRefused
 from tailorbird.evaluate.checkpoint import HELD_OUT_TOKENS
 from tailorbird.formats.packed import IntegerCoding

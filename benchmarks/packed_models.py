@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tailorbird.calibrate.job import Job
 from tailorbird.calibrate.stream import StreamingModel
-from tailorbird.compress.pipeline import Compression, Pipeline
+from tailorbird.compress.compression import Compression
+from tailorbird.compress.pipeline import Pipeline
 from tailorbird.formats.packed import IntegerCoding
 from tailorbird.kernels.reference import INT8
 from tailorbird.linear.quantize.rtn import Rtn

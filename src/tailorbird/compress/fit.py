@@ -16,10 +16,11 @@ import torch
 
 from tailorbird.calibrate.job import Job
 from tailorbird.calibrate.stream import StreamingModel
+from tailorbird.compress.compression import Compression
 from tailorbird.compress.effort import methods_run
 from tailorbird.compress.gate import Check, Verdict, examine
 from tailorbird.compress.manifest import plan_of, report_data
-from tailorbird.compress.pipeline import Compression, Pipeline
+from tailorbird.compress.pipeline import Pipeline
 from tailorbird.compress.planning import (
     chosen,
     describe,

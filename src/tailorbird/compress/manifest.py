@@ -10,7 +10,7 @@ import tailorbird
 from tailorbird.calibrate.text import (
     Windows,
 )
-from tailorbird.compress.pipeline import Compression
+from tailorbird.compress.compression import Compression
 from tailorbird.compress.result import FitResult
 from tailorbird.compress.work import Work, machine, record_of
 from tailorbird.evaluate.quality import Quality

@@ -14,7 +14,8 @@ import torch
 
 from tailorbird.calibrate.job import Job
 from tailorbird.calibrate.stream import StreamingModel
-from tailorbird.compress.pipeline import Compression, Pipeline
+from tailorbird.compress.compression import Compression
+from tailorbird.compress.pipeline import Pipeline
 from tailorbird.evaluate.streamed import measure_quality
 from tailorbird.model.anatomy import Anatomy, read_anatomy
 from tailorbird.model.checkpoint import Checkpoint, open_checkpoint
