@@ -3,13 +3,14 @@
 Random-weight Llamas of 110 M and 0.5 B parameters, and a GPT-2 of its smallest size. Every engine runs in
 a process and an environment of its own and keeps its model loaded; in each round every one reads a prompt of
 512 tokens, one of 4,096, writes 64 tokens after a prompt of 64, and 32 tokens of 8 sequences. Two threads;
-medians over the rounds.
+medians over the rounds. With `--beside 2`, two processes that never rest want the same cores meanwhile.
 
 The environments lie in one folder, each with the name of its engine:
 
     python -m venv FOLDER/llama.cpp && FOLDER/llama.cpp/bin/pip install numpy gguf llama-cpp-python
     python -m venv FOLDER/openvino && FOLDER/openvino/bin/pip install torch optimum-intel openvino nncf
     python benchmarks/cpu_peers.py FOLDER [--models 110M 0.5B] [--rounds 5]
+    python benchmarks/cpu_peers.py FOLDER --models 110M --beside 2 --name cpu_peers_beside
 """
 
 from __future__ import annotations
@@ -153,10 +154,13 @@ def run(command: list[str]) -> None:
         raise SystemExit(f"{command[0]} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
-def measure(entries: list[Entry], python: dict[str, str], rounds: int) -> dict[str, dict[str, list[float]]]:
+def measure(
+    entries: list[Entry], python: dict[str, str], rounds: int, beside: int
+) -> dict[str, dict[str, list[float]]]:
     """Tokens per second of every engine and order, round by round in turns."""
     processes = [Process(entry, python[entry.engine], "peer_child.py") for entry in entries]
     rates: dict[str, dict[str, list[float]]] = {e.name: {order: [] for order in ORDERS} for e in entries}
+    restless = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(beside)]
     try:
         for number in range(rounds + 1):
             for order, (text, tokens) in ORDERS.items():
@@ -165,6 +169,9 @@ def measure(entries: list[Entry], python: dict[str, str], rounds: int) -> dict[s
                     if number:  # the first round warms up
                         rates[process.entry.name][order].append(tokens / seconds)
     finally:
+        for other in restless:
+            other.kill()
+            other.wait()
         for process in processes:
             process.end()
     return rates
@@ -202,6 +209,7 @@ def main() -> None:
     parser.add_argument("peers", type=Path, help="folder of the engines' environments")
     parser.add_argument("--models", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--beside", type=int, default=0, help="processes that never rest meanwhile")
     parser.add_argument("--name", default="cpu_peers", help="name of the result file")
     add_quiet_option(parser)
     arguments = parser.parse_args()
@@ -217,8 +225,12 @@ def main() -> None:
     for size in arguments.models:
         with tempfile.TemporaryDirectory(prefix="cpu-peers-") as folder:
             entries = prepare(size, Path(folder), python, console)
-            found["rows"] += compare(size, entries, measure(entries, python, arguments.rounds))
-        write_result(arguments.name, {"others_cores": busy, **found})  # what is measured is kept
+            found["rows"] += compare(
+                size, entries, measure(entries, python, arguments.rounds, arguments.beside)
+            )
+        write_result(
+            arguments.name, {"others_cores": busy, "beside": arguments.beside, **found}
+        )  # what is measured is kept
     table = Table("model", "engine", *ORDERS, title="tokens per second (ratio to the best peer of the class)")
     for row in found["rows"]:
         against = row.get("against_best_peer", {})

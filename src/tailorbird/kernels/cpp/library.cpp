@@ -17,6 +17,7 @@
 #include "entropy.h"
 #include "forking.h"
 #include "sampling.h"
+#include "team.h"
 #include "training.h"
 #include "walsh.h"
 
@@ -44,6 +45,8 @@ constexpr int TOGETHER = 8;
 // Rows so long go through fewer tokens two tiles at a time; of shorter ones two streams are slower than one.
 constexpr std::int64_t PAIRED_COLUMNS = 2048;
 constexpr std::int64_t PANEL_BYTES = 256 << 10;
+// Tiles that are taken together, at least: many tokens go through two at a time.
+constexpr std::int64_t PIECE_TILES = 2;
 
 struct BFloat16 {
   std::uint16_t bits;
@@ -141,6 +144,8 @@ struct ByteSpace {
 struct BlockSpace {
   Values<float> wide, turned, kept, projected, inner, added, low, parts;
   ByteSpace rounded[3];
+  std::vector<std::int64_t> runs;
+  Steps steps;
 };
 
 // Room for linears that read the same activations: `count` of them.
@@ -154,10 +159,6 @@ void room_for(const Linear* linears, int count, std::int64_t tokens, BlockSpace&
     if (linears[i].int8 && linears[i].dense == nullptr) space.rounded[i].reach(w, tokens);
   }
   rows = std::max(rows, together);
-}
-
-void wait() {
-#pragma omp barrier
 }
 
 // What each step takes, told by one thread.
@@ -349,11 +350,17 @@ TrainingVersion training_version_of(int version) {
 #undef PASSES
 }
 
-// Call `work` with each thread's share of `count` pieces.
+// Call `work` with parts of `count` pieces, each a multiple of `least` but the last of a thread's share.
 template <typename Work>
-void share_out(std::int64_t count, int threads, const Work& work) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int part = 0; part < threads; ++part) work(count * part / threads, count * (part + 1) / threads);
+void share_out(std::int64_t count, int threads, const Work& work, std::int64_t least = 1) {
+  thread_local Steps own;
+  own.reset(1, threads);
+  Steps& steps = own;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Team team(steps, omp_get_thread_num(), omp_get_num_threads());
+    team.start(count, team.piece_of(count, least), work);  // the end of the region waits
+  }
 }
 
 template <typename T>
@@ -372,21 +379,18 @@ void multiply(const Weight& w, const T* x, const Outputs& y, std::int64_t tokens
       run.widen(w, x + t * w.in_features, wide + t * w.columns);
     }
   };
-  if (tokens < 4 * threads || threads == 1) {
-    for (std::int64_t t = 0; t < tokens; ++t) prepare(t);
-  } else {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (std::int64_t t = 0; t < tokens; ++t) prepare(t);
-  }
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int part = 0; part < threads; ++part) {
-    const std::int64_t first = tiles * part / threads, last = tiles * (part + 1) / threads;
+  const auto prepare_some = [&](auto first, auto last) {
+    for (std::int64_t t = first; t < last; ++t) prepare(t);
+  };
+  share_out(tokens, tokens < 4 * threads ? 1 : threads, prepare_some, TOGETHER);
+  const auto multiply_some = [&](auto first, auto last) {
     if (int8) {
       run.int8_products(w, q, y, first, last);
     } else {
       run.float_products(w, wide, w.columns, y, tokens, first, last);
     }
-  }
+  };
+  share_out(tiles, threads, multiply_some, PIECE_TILES);
 }
 
 }  // namespace tailorbird
@@ -426,11 +430,10 @@ int tailorbird_best_version() {
 void tailorbird_lay_out(const void* stored, std::int64_t rows, std::int64_t in_features, int bits, void* codes,
                         int threads) {
   const std::int64_t tiles = (rows + tailorbird::LANES - 1) / tailorbird::LANES;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int part = 0; part < threads; ++part) {
+  tailorbird::share_out(tiles, threads, [&](auto first, auto last) {
     tailorbird::lay_out(static_cast<const std::uint8_t*>(stored), rows, in_features, bits,
-                        static_cast<std::uint32_t*>(codes), tiles * part / threads, tiles * (part + 1) / threads);
-  }
+                        static_cast<std::uint32_t*>(codes), first, last);
+  });
 }
 
 // A rectangle of a stored weight as numbers, into to[rows][columns]; it begins at a column that 16 divides. Groups hold a
@@ -440,12 +443,10 @@ void tailorbird_dequantize(const void* weight, std::int64_t row, std::int64_t ro
   using namespace tailorbird;
   const Stored& w = *static_cast<const Stored*>(weight);
   const auto run = dequantize_of(version);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int part = 0; part < threads; ++part) {
-    const std::int64_t first = rows * part / threads, last = rows * (part + 1) / threads;
+  share_out(rows, threads, [&](auto first, auto last) {
     run(w, row + first, row + last, column, column + columns,
         static_cast<char*>(to) + first * columns * (bfloat16 ? 2 : 4), bfloat16);
-  }
+  });
 }
 
 // The rows of `count` ids as float32, into to[count][width]; the same bits in every version. Returns the number of the first
@@ -458,11 +459,7 @@ std::int64_t tailorbird_look_up(const void* embedding, const std::int64_t* ids, 
     if (ids[token] < 0 || ids[token] >= e.rows) return token;
   }
   const auto run = look_up_of(version);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int part = 0; part < threads; ++part) {
-    const std::int64_t first = count * part / threads, last = count * (part + 1) / threads;
-    run(e, ids + first, last - first, to + first * e.width);
-  }
+  share_out(count, threads, [&](auto first, auto last) { run(e, ids + first, last - first, to + first * e.width); });
   return -1;
 }
 
@@ -507,20 +504,26 @@ void tailorbird_adapt(const void* adapter, const float* x, std::int64_t in_featu
                       std::int64_t tokens, int threads, int version) {
   using namespace tailorbird;
   thread_local Values<float> space;
+  thread_local Steps own_steps;
   const LinearAdapter& a = *static_cast<const LinearAdapter*>(adapter);
   const auto run = block_version_of(version).adapt;
   float* low = room(space, tokens * a.rank);
+  own_steps.reset(2, threads);
+  Steps& steps = own_steps;
 #pragma omp parallel num_threads(threads) if (threads > 1)
-  run(a, x, in_features, low, y, rows, tokens, omp_get_thread_num(), omp_get_num_threads());
+  {
+    Team team(steps, omp_get_thread_num(), omp_get_num_threads());
+    run(a, x, in_features, low, y, rows, tokens, team);
+  }
 }
 
 // y[tokens][rows] += the sparse matrix times x[tokens][in_features]; all activations are float32.
 void tailorbird_add_sparse(const void* sparse, const float* x, float* y, std::int64_t tokens, int threads,
                            int version) {
   using namespace tailorbird;
+  const SparseRows& s = *static_cast<const SparseRows*>(sparse);
   const auto run = block_version_of(version).add_sparse;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  run(*static_cast<const SparseRows*>(sparse), x, y, tokens, omp_get_thread_num(), omp_get_num_threads());
+  share_out(s.rows, threads, [&](auto first, auto last) { run(s, x, y, tokens, first, last); });
 }
 
 // y[tokens][rows] = x[tokens][in_features] times a weight of tables; all activations are float32.
