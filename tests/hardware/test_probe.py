@@ -149,3 +149,14 @@ def test_simd_of_both_families(
 ) -> None:
     monkeypatch.setattr(probe_module, "_cpuinfo", lambda: cpuinfo)
     assert simd_features() == expected
+
+
+def test_generations_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"model name": "AMD EPYC", "cpu family": "25", "model": "17"}
+    monkeypatch.setattr(probe_module, "_cpuinfo", lambda: fields)
+    before = probe_module.machine_identity()
+    fields["cpu family"] = "26"
+    assert probe_module.processor_name() == "AMD EPYC (family 26, model 17)"
+    assert probe_module.machine_identity() != before
+    del fields["cpu family"], fields["model"]
+    assert probe_module.processor_name() == "AMD EPYC"

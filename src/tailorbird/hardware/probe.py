@@ -164,9 +164,15 @@ def usable_cores() -> int:
 
 
 def processor_name() -> str:
-    """The processor as it calls itself, such as ``AMD EPYC 9B45``."""
+    """The processor as it calls itself, with its generation, such as ``AMD EPYC (family 25, model 17)``.
+
+    Hosts of virtual machines often leave the rest of the name out, and generations differ twofold in speed.
+    """
     fields = _cpuinfo()
-    return fields.get("model name") or fields.get("cpu") or platform.processor() or platform.machine()
+    name = fields.get("model name") or fields.get("cpu") or platform.processor() or platform.machine()
+    if "cpu family" in fields and "model" in fields:
+        return f"{name} (family {fields['cpu family']}, model {fields['model']})"
+    return name
 
 
 def simd_features() -> list[str]:
