@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import threading
 import time
@@ -158,6 +159,12 @@ def paced(options: EngineOptions, log: Callable[[str], None]) -> FakeEngine:
     engine = FakeEngine(options, log)
     engine.pause = 0.005
     return engine
+
+
+def warning(options: EngineOptions, log: Callable[[str], None]) -> FakeEngine:
+    """An engine that isn't well."""
+    logging.getLogger("tailorbird").warning("pages come back %s", "damaged")
+    return FakeEngine(options, log)
 
 
 def unloadable(options: EngineOptions, log: Callable[[str], None]) -> FakeEngine:

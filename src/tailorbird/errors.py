@@ -65,6 +65,10 @@ class UnknownAdapter(SettingsError):
     """No adapter has this name, or has it any longer."""
 
 
+class ContextExceeded(SettingsError):
+    """A text is longer than what a server's model can read, or has memory for."""
+
+
 class BudgetError(UserError):
     """The budget can't be met, or already is."""
 

@@ -68,3 +68,14 @@ def test_adapters_have_eight_bits_or_what_they_were_stored_with(tmp_path: Path) 
             api.serve("demo", adapter_bits=bits, port=0)
         with pytest.raises(SettingsError, match=f"adapters of {bits} bits .* 8, or none"):
             api.batch("demo", tmp_path / "in", tmp_path / "out", adapter_bits=bits)
+
+
+def test_no_adapter_has_the_models_name(tmp_path: Path) -> None:
+    from tailorbird import api
+    from tailorbird.errors import SettingsError
+
+    adapters = {"demo": str(tmp_path)}
+    with pytest.raises(SettingsError, match="an adapter called demo"):
+        api.serve("demo", adapters=adapters, port=0)
+    with pytest.raises(SettingsError, match="an adapter called demo"):
+        api.batch("demo", tmp_path / "in", tmp_path / "out", adapters=adapters)

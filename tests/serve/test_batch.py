@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -44,11 +45,13 @@ def answer(source: Path, target: Path, engine: str = "fake_engine:FakeEngine") -
 def test_every_request_is_answered_and_mistakes_fail_alone(tmp_path: Path) -> None:
     lines = [line(str(number), prompt=[number + 1, 9]) for number in range(20)]
     lines += [line("wrong", temperature=-1), line("failing", prompt=[FAILING]), line("other", model="none")]
+    lines += [line("no number", temperature=float("nan")), line("half", prompt="\ud800")]
     result = answer(write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl")
     found = answers(tmp_path / "out.jsonl")
     assert set(found) == {one["custom_id"] for one in lines}
-    assert (result.requests, result.failed, result.resumed) == (23, 3, 0)
-    assert found["wrong"]["status_code"] == 400
+    assert (result.requests, result.failed, result.resumed) == (25, 5, 0)
+    for id in ("wrong", "no number", "half"):
+        assert found[id]["status_code"] == 400
     assert found["other"]["status_code"] == 404
     assert found["failing"]["status_code"] >= 400
     for number in range(20):
@@ -68,14 +71,31 @@ def test_what_was_answered_is_not_asked_again(tmp_path: Path) -> None:
     partial.unlink()
     assert whole.requests == 6
 
-    import hashlib
-
     resume(partial, {"source": hashlib.sha256(source.read_bytes()).hexdigest(), "model": "demo"})
     with partial.open("a") as file:
         file.write(kept[0] + "\n" + kept[1] + "\n" + kept[2][:40])  # cut off in the middle of a line
     result = answer(source, tmp_path / "out.jsonl")
     assert (result.resumed, result.requests) == (2, 6)
     assert set(answers(tmp_path / "out.jsonl")) == {str(number) for number in range(6)}
+
+
+def test_only_newlines_end_a_line(tmp_path: Path) -> None:
+    ends = "\u2028 \u2029 \x85 \x0b \x0c \x1c"
+    lines = [line(f"{number}{ends}", prompt=f"{number}{ends}", max_tokens=60) for number in range(3)]
+    source = tmp_path / "in.jsonl"
+    source.write_text("\r\n".join(json.dumps(one, ensure_ascii=False) for one in lines), encoding="utf-8")
+    answer(source, tmp_path / "whole.jsonl")
+    whole = (tmp_path / "whole.jsonl").read_text(encoding="utf-8").split("\n")
+    texts = {
+        one["custom_id"]: one["response"]["body"]["choices"][0]["text"] for one in map(json.loads, whole[:-1])
+    }
+    assert texts == {one["custom_id"]: one["body"]["prompt"] for one in lines}
+
+    partial = tmp_path / "out.jsonl.partial"
+    resume(partial, {"source": hashlib.sha256(source.read_bytes()).hexdigest(), "model": "demo"})
+    with partial.open("a", encoding="utf-8") as file:
+        file.write(f"{whole[0]}\n{whole[1]}\n")
+    assert answer(source, tmp_path / "out.jsonl").resumed == 2
 
 
 def test_what_guesses_tokens_is_told_to_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +140,8 @@ def test_a_killed_batch_goes_on(tmp_path: Path) -> None:
         (json.dumps(line("a", stream=True)), "stream"),
         (json.dumps(line("a")) + "\n" + json.dumps(line("a")), "line 2"),
         ("\n\n", "without a request"),
+        (json.dumps(line("half \ud800")), "line 1.*surrogate"),
+        ('{"custom_id": "a", "body": ' + "[" * 100_000, "line 1.*recursion"),
     ],
 )
 def test_lines_that_are_no_requests_are_named(text: str, said: str, tmp_path: Path) -> None:

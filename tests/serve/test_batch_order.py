@@ -39,3 +39,9 @@ def test_every_stretch_reads_and_writes_in_about_the_proportion_of_all() -> None
         part = [requests[number] for number in order[at : at + 8]]
         here = sum(len(r.text) for r in part) / sum(r.writes for r in part)
         assert total / 2.5 < here < total * 2.5
+
+
+def test_texts_may_have_very_much_in_common() -> None:
+    long = "x" * (2000 * CHUNK)
+    requests = [Weight(long + end, 1) for end in ("", "a" * CHUNK, "b")]
+    assert sorted(blended(requests)) == [0, 1, 2]

@@ -20,7 +20,7 @@ from tailorbird.kernels import native
 from tailorbird.run.generate import ModuleDecoding
 from tailorbird.run.parts import ARCHITECTURES
 from tailorbird.serve.engine import Engine
-from tailorbird.serve.request import Request, Sampling
+from tailorbird.serve.request import Grammar, Request, Sampling
 from tiny import byte_tokenizer, make_model, save_model
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
@@ -266,6 +266,20 @@ def test_what_cannot_be_served_is_refused_and_leaves_nothing(
     run = Watched(made)
     run.run()
     assert list(run.tokens) == [("twice", 0)]
+    assert made.pool.used == 0
+
+
+def test_settings_that_let_nothing_follow_refuse_their_text_alone(tmp_path: Path) -> None:
+    pytest.importorskip("xgrammar")
+    made = engine(served(tmp_path / "m"))
+    run = Watched(made)
+    wrong = Sampling(min_tokens=5, grammar=Grammar("regex", "aa"))
+    made.add(Request("wrong", (1, 2), 9, wrong, n=2))
+    made.add(greedy("right", (1, 2), 9))
+    run.run()
+    assert run.finish == {("wrong", 0): "refused", ("wrong", 1): "refused", ("right", 0): "length"}
+    assert len(run.tokens["wrong", 0]) == 2
+    assert "min_tokens" in next(output.error or "" for output in run.outputs if output.finish == "refused")
     assert made.pool.used == 0
 
 

@@ -63,6 +63,21 @@ def written(compiler: Compiler, tokenizer: Any, grammar: Grammar, seed: int, mos
     return None
 
 
+@pytest.mark.parametrize(
+    ("least", "most"), [(0, 128), (0, 129), (5, 300), (150, None), (200, 450), (256, 256)]
+)
+def test_strings_have_the_length_that_is_asked_for(
+    compiler: Compiler, tokenizer: Any, least: int, most: int | None
+) -> None:
+    schema = {"type": "string", "minLength": least} | ({} if most is None else {"maxLength": most})
+    matcher = compiler.matcher(Grammar("json_schema", json.dumps(schema)), {tokenizer.eos_token_id})
+    lengths = {0, 1, least, least + 1, 128, 256, 700, *((most, most + 1) if most else ())}
+    for length in sorted(lengths | {max(0, least - 1)}):
+        text, string = matcher.copy(), json.dumps("é" * length, ensure_ascii=False)
+        fits = all(text.accept(token) for token in tokenizer.encode(string)) and text.complete
+        assert fits == (least <= length and (most is None or length <= most))
+
+
 def is_person(value: Any) -> bool:
     return (
         list(value) in (["name", "age", "tags"], ["name", "tags"])

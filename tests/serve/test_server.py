@@ -205,6 +205,18 @@ def test_a_stop_lets_running_answers_end_and_takes_no_new_ones(tmp_path: Path) -
     assert "secret" not in json.dumps(log)
 
 
+def test_bytes_that_are_no_http_are_told_in_a_line_of_the_log(tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(b"no http\r\n\r\n")
+            assert b"400" in client.recv(1000)
+        server.process.send_signal(signal.SIGTERM)
+        status, log, _ = server.stop()
+    assert status == 0
+    assert [line["text"] for line in log if line["event"] == "http"] == ["Invalid HTTP request received."]
+
+
 @pytest.mark.full
 def test_a_stop_does_not_wait_for_ever(tmp_path: Path) -> None:
     with running(tmp_path, drain=0.1) as server:

@@ -60,6 +60,14 @@ async def until(true: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
+def test_what_an_engine_warns_of_is_told_where_the_log_is_written(capfd: pytest.CaptureFixture[str]) -> None:
+    async def work(supervisor: Supervisor) -> None:
+        assert supervisor.ready
+
+    assert "pages come back damaged" in run(work, "fake_engine:warning")
+    assert "damaged" not in capfd.readouterr().err
+
+
 def test_outputs_of_several_requests_come_back_whole_and_apart() -> None:
     async def work(supervisor: Supervisor) -> None:
         outputs = await collect(supervisor, Request("a", (5, 6, 7), n=2), Request("b", (8,), max_tokens=1))

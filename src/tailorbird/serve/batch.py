@@ -38,6 +38,8 @@ USUAL_ANSWER = 256
 AHEAD = 2
 #: Status codes that say that the request may fare better later.
 TRY_AGAIN = (429, 503)
+#: What a request says of its body.
+JSON_BODY = {"Content-Type": "application/json"}
 #: Seconds before each attempt.
 WAITS = (0.0, 0.2, 1.0, 5.0, 15.0)
 
@@ -70,21 +72,21 @@ class BatchResult:
 
 @dataclass(frozen=True)
 class Line:
-    """One request of a batch."""
+    """One request of a batch.
+
+    Attributes
+    ----------
+    custom_id, url : str
+    body : bytes
+        JSON.
+    weight : Weight
+        What it reads and writes, for the order.
+    """
 
     custom_id: str
     url: str
-    body: dict[str, Any]
-
-    @property
-    def weight(self) -> Weight:
-        """What it reads and writes, for the order."""
-        body = self.body
-        prompt = body.get("messages", body.get("prompt", body.get("input", "")))
-        text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
-        stated = body.get("max_completion_tokens") or body.get("max_tokens")
-        writes = stated if isinstance(stated, int) and stated > 0 else USUAL_ANSWER
-        return Weight(text, 1 if self.url == "/v1/embeddings" else writes)
+    body: bytes
+    weight: Weight
 
 
 def run_batch(
@@ -157,7 +159,8 @@ def read_lines(source: Path) -> list[Line]:
         ) from error
     lines: list[Line] = []
     seen: dict[str, int] = {}
-    for number, written in enumerate(text.splitlines(), 1):
+    # not `splitlines`: the text of JSON may hold what Unicode calls the end of a line
+    for number, written in enumerate(text.split("\n"), 1):
         if not written.strip():
             continue
         line = _line(written, f"{source}, line {number}")
@@ -181,20 +184,33 @@ def _line(written: str, where: str) -> Line:
 
     try:
         value = json.loads(written)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise wrong(str(error), "a JSON object") from error
     if not isinstance(value, dict):
         raise wrong(type(value).__name__, "a JSON object")
     custom_id, url, body = (value.get(name) for name in ("custom_id", "url", "body"))
     if not isinstance(custom_id, str) or not custom_id:
         raise wrong(f"custom_id {custom_id!r}", "a string that isn't empty")
+    if any("\ud800" <= letter <= "\udfff" for letter in custom_id):
+        raise wrong(f"custom_id {custom_id!r}", "whole characters, not half of a surrogate pair")
     if value.get("method", "POST") != "POST" or url not in URLS:
         raise wrong(f"{value.get('method', 'POST')} {url}", "POST, and one of " + ", ".join(URLS))
     if not isinstance(body, dict):
         raise wrong(f"a body of {type(body).__name__}", "the fields of the request")
     if body.get("stream"):
         raise wrong("`stream`", "a request that is answered at once")
-    return Line(custom_id, url, body)
+    try:
+        return Line(custom_id, url, json.dumps(body).encode(), _weight(url, body))
+    except RecursionError as error:
+        raise wrong(str(error), "a body that nests less deeply") from error
+
+
+def _weight(url: str, body: dict[str, Any]) -> Weight:
+    prompt = body.get("messages", body.get("prompt", body.get("input", "")))
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+    stated = body.get("max_completion_tokens") or body.get("max_tokens")
+    writes = stated if isinstance(stated, int) and stated > 0 else USUAL_ANSWER
+    return Weight(text, 1 if url == "/v1/embeddings" else writes)
 
 
 def resume(partial: Path, made_from: dict[str, str]) -> set[str]:
@@ -212,7 +228,7 @@ def resume(partial: Path, made_from: dict[str, str]) -> set[str]:
         return set()
     data = partial.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
-    head, *rest = whole.decode("utf-8").splitlines() or [""]
+    head, *rest = whole.decode("utf-8").split("\n")
     if head != json.dumps(made_from):
         raise ResumeError(
             f"{partial}, which was begun with another model or other requests",
@@ -222,12 +238,12 @@ def resume(partial: Path, made_from: dict[str, str]) -> set[str]:
     if len(whole) < len(data):
         with partial.open("r+b") as file:
             file.truncate(len(whole))
-    return {json.loads(line)["custom_id"] for line in rest}
+    return {json.loads(line)["custom_id"] for line in rest[:-1]}
 
 
 def _publish(partial: Path, target: Path) -> int:
     """Give the answers their name; how many of them failed."""
-    _, *answers = partial.read_text(encoding="utf-8").splitlines()
+    _, *answers, _ = partial.read_text(encoding="utf-8").split("\n")
     whole = target.with_name(target.name + ".whole")
     whole.write_text("".join(answer + "\n" for answer in answers), encoding="utf-8")
     os.replace(whole, target)
@@ -275,7 +291,7 @@ async def _post(client: httpx.AsyncClient, line: Line, supervisor: Supervisor) -
     """The answer to a request; an engine that died is waited for, and the request sent again."""
     for attempt, wait in enumerate(WAITS):
         await asyncio.sleep(wait)
-        response = await client.post(line.url, json=line.body)
+        response = await client.post(line.url, content=line.body, headers=JSON_BODY)
         failed_again = attempt > 0 and response.status_code == 503 and supervisor.ready
         if response.status_code not in TRY_AGAIN or failed_again:
             break

@@ -50,10 +50,10 @@ def blended(requests: Sequence[Weight]) -> list[int]:
 
 def _leaves(requests: Sequence[Weight], numbers: list[int], depth: int) -> list[int]:
     """The tree's leaves from left to right, of requests that have `depth` chunks in common."""
-    branches: dict[str, list[int]] = {}
-    for number in numbers:
-        chunk = requests[number].text[depth * CHUNK : (depth + 1) * CHUNK]
-        branches.setdefault(chunk if len(chunk) == CHUNK else "", []).append(number)
+    branches = _branches(requests, numbers, depth)
+    while len(branches) == 1 and "" not in branches:  # texts may have very many in common
+        depth += 1
+        branches = _branches(requests, numbers, depth)
     ends = branches.pop("", [])
     parts = [[number] for number in ends]
     parts += [
@@ -61,6 +61,15 @@ def _leaves(requests: Sequence[Weight], numbers: list[int], depth: int) -> list[
     ]
     parts.sort(key=lambda part: _density(requests, part, depth), reverse=True)
     return [number for part in parts for number in part]
+
+
+def _branches(requests: Sequence[Weight], numbers: list[int], depth: int) -> dict[str, list[int]]:
+    """The requests by their chunk at a depth; those that end within it under no chunk."""
+    found: dict[str, list[int]] = {}
+    for number in numbers:
+        chunk = requests[number].text[depth * CHUNK : (depth + 1) * CHUNK]
+        found.setdefault(chunk if len(chunk) == CHUNK else "", []).append(number)
+    return found
 
 
 def _density(requests: Sequence[Weight], numbers: Sequence[int], depth: int) -> float:

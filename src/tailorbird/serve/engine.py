@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tailorbird.errors import SettingsError, TailorbirdError, UnknownAdapter
+from tailorbird.errors import ContextExceeded, SettingsError, TailorbirdError, UnknownAdapter
 from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.load import load, load_tokenizer
@@ -253,7 +253,8 @@ class Engine:
             self._let_go(ticket)
             ticket = None
         try:
-            self._check_length(len(request.prompt), 0 if ticket is None else ticket.reservation.places, 1)
+            places = 0 if ticket is None else ticket.reservation.places
+            self._check_length(len(request.prompt), places, self._longest, 1)
             made = self._sequences_of(request, ticket, start or 0, prepared or self.prepare(request))
         except TailorbirdError:
             self._let_go(ticket)
@@ -275,15 +276,20 @@ class Engine:
                 f"token {wrong} in a prompt", f"0 to {self.vocab_size - 1}", "use this model's tokenizer"
             )
 
-    def _check_length(self, length: int, places: int, more: int = 0) -> None:
-        """SettingsError unless a text fits behind so many places of its adapter, with so many tokens more."""
-        most = max(0, self._longest - places - more)
+    def _check_length(self, length: int, places: int, longest: int, more: int = 0) -> None:
+        """ContextExceeded unless a text fits behind so many places of its adapter, with so many tokens more.
+
+        All together may have `longest` tokens: the context, or those for which there is memory.
+        """
+        most = max(0, longest - places - more)
         if length > most:
             behind = f" behind the {places} places that its adapter begins with" if places else ""
-            raise SettingsError(
-                f"a text of {length} tokens{behind}", f"at most {most}, for which there is memory",
-                "shorten the prompt, or allow more memory",
-            )  # fmt: skip
+            short = longest < self.context
+            raise ContextExceeded(
+                f"a text of {length} tokens{behind}",
+                f"at most {most}, for {'memory for' if short else 'a context of'} {longest} together",
+                "shorten the prompt, or allow more memory" if short else "shorten the prompt",
+            )
 
     def _stop_of(self, request: Request) -> frozenset[int]:
         return self.stop if request.stop is None else request.stop
@@ -466,7 +472,7 @@ class Engine:
             self._settle(head, head.piece)
         finish: Finish | None = None
         if error is not None:
-            finish = "error"
+            finish = "refused" if isinstance(error, SettingsError) else "error"
         elif ended:
             finish = "stop"
         elif self._left(sequence) <= 0:
@@ -593,7 +599,7 @@ class Engine:
             places = max(places, handle.places)
             cut = [piece for example in examples for piece in pieces(example, self._longest - places)]
             for piece in cut:
-                self._check_length(len(piece.tokens), places)
+                self._check_length(len(piece.tokens), places, self._longest)
             return mean_loss(cut, self.runner, self.pool, handle)
 
         published = yield from publish(store, name, path, loss)
@@ -661,7 +667,7 @@ class Engine:
         handle = None if adapter is None else self.adapters_of_model().acquire(adapter)
         try:
             if handle is not None:
-                self._check_tokens(ids, self.context - handle.places)
+                self._check_length(len(ids), handle.places, self.context)
             start = 0 if handle is None else first_adapted(ids, handle.invocation)
             mean = self.runner.hidden(ids, None if start is None else handle, start or 0).mean(0)
         finally:

@@ -27,6 +27,7 @@ long knows that it hangs.
 from __future__ import annotations
 
 import importlib
+import logging
 import signal
 import socket
 import sys
@@ -73,6 +74,7 @@ def _serve(connection: Connection) -> int:
     def log(text: str) -> None:
         connection.send({"kind": "log", "text": text})
 
+    logging.getLogger("tailorbird").addHandler(_Telling(log))
     begun = process_age()
     try:
         factory = find_factory(start["engine"])
@@ -87,6 +89,17 @@ def _serve(connection: Connection) -> int:
     connection.send({"kind": "ready", "info": info | {"startup": startup | info["startup"]}})
     run(engine, connection, later)
     return 0
+
+
+class _Telling(logging.Handler):
+    """Tells what is logged in this process to the one that writes the log."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._tell(record.getMessage())
 
 
 def find_factory(named: str) -> EngineFactory:

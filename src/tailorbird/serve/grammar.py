@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tailorbird.errors import SettingsError
 from tailorbird.serve.json_schema import checked
+from tailorbird.serve.pattern import held
 from tailorbird.serve.request import Grammar
 
 #: Bytes of compiled grammars that are kept for the next request, per compiler.
@@ -112,7 +113,7 @@ class Compiler:
 
     def _compile(self, grammar: Grammar) -> Any:
         if grammar.kind == "regex":
-            return self._compiler.compile_regex(grammar.text)
+            return self._compiler.compile_regex(held(grammar.text))
         if grammar.kind == "ebnf":
             return self._compiler.compile_grammar(grammar.text)
         schema = "{}" if grammar.kind == "json" else checked(grammar.text)

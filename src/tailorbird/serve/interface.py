@@ -57,7 +57,7 @@ class EngineOptions:
     Raises
     ------
     SettingsError
-        `adapter_bits` is neither 8 nor None.
+        `adapter_bits` is neither 8 nor None, or an adapter has the model's name.
     """
 
     model: str
@@ -82,6 +82,10 @@ class EngineOptions:
                 f"adapters of {self.adapter_bits} bits",
                 f"{ADAPTER_BITS}, or none to leave them as they are stored",
                 f"use --adapter-bits {ADAPTER_BITS}, or leave it out",
+            )
+        if self.model in self.adapters:
+            raise SettingsError(
+                f"an adapter called {self.model}", "another name than the model's", "rename it"
             )
 
     def to_wire(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tailorbird.errors import SettingsError
+from tailorbird.serve.pattern import held
 
 #: Schemas inside each other; compiling takes the cube of it.
 MOST_NESTED = 64
@@ -42,10 +43,15 @@ _BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 _ONE = ("items", "additionalProperties", "propertyNames")
 _LISTED = ("prefixItems", "anyOf", "oneOf", "allOf")
 
+#: How often xgrammar 0.2 can repeat something in a pattern of JSON, and up to which length of a string more
+#: is written out, which takes seconds to compile.
+MOST_TIMES, MOST_UNFOLDED = 128, 4096
 #: Classes of characters in a pattern, which the grammar keeps to what JSON takes as it is; and characters, as
 #: they are or escaped, that it wouldn't.
 _CLASSES = re.compile(r"\[(?:\\.|[^\]\\])*\]", re.DOTALL)
-_ESCAPED = re.compile(r'["\x00-\x1f]|\\[\\"tnrfvc0]|\\(?:x|u00)(?:[01]|22|5[cC])')
+_ESCAPED = re.compile(
+    r'["\x00-\x1f]|\\[\\"tnrfvc0]|\\(?:x|u00)(?:[01]|22|5[cC])|\\u\{0*(?:1?[0-9a-fA-F]|22|5[cC])\}'
+)
 _CONTROL = re.compile(r"[\x00-\x1f]")
 #: Strings that JSON writes as they are; to be repeated.
 _PLAIN = r'[^\x00-\x1f"\\]'
@@ -94,8 +100,8 @@ def checked(text: str) -> str:
 def _rewritten(schema: Any) -> Any:
     """A schema in other words where xgrammar misreads it.
 
-    It lets control characters into strings of bounded length, and counts items and properties that nothing is
-    said about as none.
+    It takes no anchors inside a pattern, lets control characters into strings of bounded length, and counts
+    items and properties that nothing is said about as none.
     """
     if not isinstance(schema, dict):
         return schema
@@ -109,9 +115,13 @@ def _rewritten(schema: Any) -> Any:
     for key in _LISTED:
         if isinstance(schema.get(key), list):
             after[key] = [_rewritten(inner) for inner in schema[key]]
+    if "pattern" in schema:
+        after["pattern"] = held(schema["pattern"])
+    if isinstance(schema.get("patternProperties"), dict):
+        after["patternProperties"] = {held(name): inner for name, inner in after["patternProperties"].items()}
     least, most = after.pop("minLength", None), after.pop("maxLength", None)
     if "minLength" in schema or "maxLength" in schema:
-        after["pattern"] = f"^{_PLAIN}{{{least or 0},{'' if most is None else most}}}$"
+        after["pattern"] = f"^{_of_length(least or 0, most)}$"
     if "minItems" in after and not {"items", "prefixItems"} & set(after):
         after["items"] = {}
     if "minProperties" in after and not {"properties", "patternProperties", "additionalProperties"} & set(
@@ -119,6 +129,22 @@ def _rewritten(schema: Any) -> Any:
     ):
         after["additionalProperties"] = {}
     return after
+
+
+def _of_length(least: int, most: int | None) -> str:
+    """A pattern for strings of so many characters."""
+    highest = least if most is None else most
+    if not MOST_TIMES < highest <= MOST_UNFOLDED or least > highest:
+        return f"{_PLAIN}{{{least},{'' if most is None else most}}}"
+    many, rest = divmod(least, MOST_TIMES)
+    needed = f"{_PLAIN}{{{MOST_TIMES}}}" * many + f"{_PLAIN}{{{rest}}}"
+    if most is None:
+        return f"{needed}{_PLAIN}*"
+    many, rest = divmod(most - least, MOST_TIMES)
+    allowed = f"{_PLAIN}{{0,{rest}}}"
+    for _ in range(many):  # each length in one way only
+        allowed = f"({_PLAIN}{{{MOST_TIMES}}}{allowed}|{_PLAIN}{{0,{MOST_TIMES - 1}}})"
+    return needed + allowed
 
 
 def _inner(schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from tailorbird.errors import SettingsError
 
-#: Why a sequence ended: a stop token, `max_tokens` (or the context), the client's wish, a failure, or the
-#: death of its engine, which wasn't its fault as far as is known.
-Finish = Literal["stop", "length", "cancelled", "error", "lost"]
+#: Why a sequence ended: a stop token, `max_tokens` (or the context), the client's wish, settings that let
+#: nothing follow, a failure, or the death of its engine, which wasn't its fault as far as is known.
+Finish = Literal["stop", "length", "cancelled", "refused", "error", "lost"]
 
 GRAMMAR_KINDS = ("json", "json_schema", "regex", "ebnf")
 
@@ -57,7 +57,7 @@ class Sampling:
         (https://arxiv.org/abs/2202.00666), in (0, 1].
     repetition_penalty : float
         Logits of tokens that occur in prompt or output are divided by it where positive, multiplied where
-        negative (https://arxiv.org/abs/1909.05858). Above 0; 1 is none.
+        negative (https://arxiv.org/abs/1909.05858). From 0.01 to 100; 1 is none.
     presence_penalty, frequency_penalty : float
         Taken off the logits of tokens of the output, once and per occurrence; in [-2, 2].
     logit_bias : mapping of int to float
@@ -93,10 +93,10 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, low, high in (
             ("temperature", 0, 100), ("top_p", 0, 1), ("min_p", 0, 1), ("typical_p", 0, 1),
-            ("repetition_penalty", 0, 100), ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2),
+            ("repetition_penalty", 0.01, 100), ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2),
         ):  # fmt: skip
             value = getattr(self, name)
-            open_below = name in ("top_p", "typical_p", "repetition_penalty")
+            open_below = name in ("top_p", "typical_p")
             if not (_is_number(value) and low <= value <= high) or (open_below and value == 0):
                 raise SettingsError(
                     f"{name} {value!r}",
@@ -290,7 +290,7 @@ class Output:
     finish : str or None
         Why it ended; None while it goes on.
     error : str or None
-        What went wrong, where `finish` is ``error``.
+        What went wrong, where `finish` is ``refused`` or ``error``.
     cached_tokens : int
         Tokens of the prompt whose keys and values were at hand.
     cumulative_logprob : float or None

@@ -81,8 +81,8 @@ class Sequence:
 
     @property
     def takes_guesses(self) -> bool:
-        """Whether what it writes may be guessed: guessers know no beams, and not what adapters begin with."""
-        return self.beams is None and not self.begun
+        """Whether what it writes may be guessed: guessers know no beams."""
+        return self.beams is None
 
     def keys_of_full_pages(self, page_tokens: int, until: int) -> list[bytes]:
         """Keys of the full pages among the first `until` tokens."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 import time
@@ -217,7 +218,7 @@ async def _run(
                 log_line("warning", text="anybody who reaches this port may use it; --api-key asks for a key")
 
         server = _Server(config, opened)
-        with _signals(service, server, drain):
+        with _library_log(), _signals(service, server, drain):
             await server.serve(sockets=[listening])
     finally:
         starting.cancel()
@@ -268,6 +269,24 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+class _LogLines(logging.Handler):
+    """What a library says, as lines of the log, without tracebacks, which may quote a prompt."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log_line("http", text=record.getMessage())
+
+
+@contextlib.contextmanager
+def _library_log() -> Iterator[None]:
+    """uvicorn speaks in lines of the log."""
+    logger, handler = logging.getLogger("uvicorn.error"), _LogLines()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import re
@@ -15,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compressed import save_compressed
-from engines import FOUR_BITS, OTHERS, Watched, engine, greedy, saved
+from engines import FOUR_BITS, OTHERS, PAGE_BYTES, Watched, engine, greedy, saved
 from folded_models import save_folded
 from guessed import guess_always
+from over_http import asked
 from peft_adapters import change_config, save, wrapped
 from tailorbird.adapt.methods.attach import attach
 from tailorbird.adapt.methods.registry import method_named
@@ -35,6 +37,7 @@ from tailorbird.serve import runner
 from tailorbird.serve.adapters.held_out import Example, mean_loss, pieces
 from tailorbird.serve.adapters.versions import read_records
 from tailorbird.serve.engine import Engine
+from tailorbird.serve.interface import EngineOptions
 from tailorbird.serve.request import BeamSearch, Request, Sampling
 from tiny import byte_tokenizer, make_model, save_model
 
@@ -322,22 +325,31 @@ def test_searches_are_the_same_while_pages_are_short(tmp_path: Path) -> None:
     assert found[0] == found[1]
 
 
-def test_guesses_are_made_for_others_only(tmp_path: Path) -> None:
+def test_guesses_from_the_text_itself_change_nothing(tmp_path: Path) -> None:
     path, adapters, reference = company(tmp_path)
-    made = served(path, adapters, max_sequences=4)
+    made = served(path, adapters, max_sequences=4, draft="self:skip")
     guess_always(made.guessing)
     run, prompt = Watched(made), (1, 2, 3) * 8
-    made.add(greedy("begun", prompt, 60, adapter="prompt"))
+    begun = [greedy(f"begun {name}", prompt, 60, adapter=name) for name in ("prompt", "prefix")]
+    for request in begun:
+        made.add(request)
     run.run()
-    assert made.stats()["drafted_tokens"] == 0
+    stats = made.stats()
+    assert stats["accepted_tokens/lookup"] > 0
+    assert stats["drafted_tokens"] == stats["drafted_tokens/lookup"]
     requests = [greedy(str(name), prompt, 60, adapter=name) for name in NAMES]
     for request in requests:
         made.add(request)
     run.run()
-    assert made.stats()["accepted_tokens"] > 0
-    for request in requests:
-        reference.check(request, run.tokens[request.id, 0])
-    assert run.tokens["begun", 0] == run.tokens["prompt", 0]
+    stats = made.stats()
+    assert stats["drafted_tokens"] > stats["drafted_tokens/lookup"]  # for those without learned places
+    plain = Watched(served(path, adapters, max_sequences=4, speculative=False))
+    for request in (*begun, *requests):
+        reference.check(request, run.tokens[request.id, 0], run.logits if request in begun else None)
+        plain.engine.add(request)
+    plain.run()
+    assert run.tokens == plain.tokens
+    assert made.pool.used == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -439,6 +451,44 @@ def test_places_count_in_the_context(kind: str, tmp_path: Path) -> None:
     assert made.pool.used == 0
     assert made.boarding is not None
     assert not made.boarding._waiting
+
+
+def test_a_prompt_that_fits_only_without_them_is_a_clients_mistake(tmp_path: Path) -> None:
+    path = model(tmp_path / "m")
+    places = dict(zip(KINDS, (40, 5), strict=True))
+    adapters = {kind: learned(path, tmp_path / kind, kind, places[kind]) for kind in KINDS}
+
+    async def check() -> None:
+        async with asked(EngineOptions(path, adapters, memory_bytes=PAGE_BYTES)) as client:
+            for kind in KINDS:
+                most = 256 - places[kind]
+                for length, route, body in (
+                    (most, "completions", {"prompt": [7] * most, "max_tokens": 1}),
+                    (most, "completions", {"prompt": [7] * most, "stream": True, "max_tokens": 1}),
+                    (most, "completions", {"prompt": [[1], [7] * most], "num_beams": 2, "max_tokens": 1}),
+                    (
+                        most + 3,
+                        "chat/completions",
+                        {"messages": [{"role": "user", "content": "x" * (most - 14)}]},
+                    ),
+                    (most + 1, "embeddings", {"input": [7] * (most + 1)}),
+                ):
+                    answer = await client.post(f"/v1/{route}", json={"model": kind} | body)
+                    error = answer.json()["error"]
+                    fitting = most if route == "embeddings" else most - 1
+                    assert (answer.status_code, error["code"]) == (400, "context_length_exceeded")
+                    assert error["type"] == "invalid_request_error"
+                    assert f"{length} tokens behind the {places[kind]} places" in error["message"]
+                    assert f"at most {fitting}, for a context of 256" in error["message"]
+                for route, body in (
+                    ("completions", {"prompt": [7] * (most - 1), "max_tokens": 1}),
+                    ("embeddings", {"input": [7] * most}),
+                ):
+                    answer = await client.post(f"/v1/{route}", json={"model": kind} | body)
+                    assert answer.status_code == 200
+            assert (await client.get("/status")).json()["stats"]["kv_pages_used"] == 0
+
+    asyncio.run(check())
 
 
 def test_adapters_of_eight_bits_leave_them_as_they_are(tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from fake_engine import FAILING, REFUSED, SILENT
 from tailorbird.serve.api.app import router
 from tailorbird.serve.api.failures import CLIENT_GONE
-from tailorbird.serve.request import BeamSearch
+from tailorbird.serve.request import BeamSearch, Output
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = {"model": "demo", "messages": [{"role": "user", "content": "hello"}]}
@@ -79,6 +80,27 @@ def test_a_stop_string_ends_the_text_and_the_work(server: Any) -> None:
     assert answer["choices"][0]["finish_reason"] == "stop"
     assert answer["usage"]["completion_tokens"] < 400
     assert len(server.engine.cancelled) == 1
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 9])
+def test_tokens_behind_a_stop_string_are_not_counted(
+    server: Any, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = server.service.texts.encode("one two three four five six")
+    before = len(server.service.texts.encode("one two three"))
+
+    async def several(*requests: Any) -> Any:
+        for start in range(0, len(tokens), at_once):
+            yield Output(requests[0].id, 0, tuple(tokens[start : start + at_once]))
+
+    monkeypatch.setattr(server.supervisor, "submit", several)
+    answer = server.post(COMPLETIONS, PLAIN | {"stop": "thre"}).json()
+    assert answer["choices"][0]["text"] == "one two "
+    assert answer["usage"]["completion_tokens"] == before
+    (*_, usage, _) = server.events(
+        COMPLETIONS, PLAIN | {"stop": "thre", "stream_options": {"include_usage": True}}
+    )
+    assert usage["usage"]["completion_tokens"] == before
 
 
 def test_log_probabilities_belong_to_the_text_that_was_sent(server: Any) -> None:
@@ -425,6 +447,36 @@ def test_a_full_queue_is_429_and_what_never_fits_is_400(make: Callable[..., Any]
     assert server.post(COMPLETIONS, PLAIN | {"n": 4}).status_code == 400
 
 
+@pytest.mark.parametrize("body", [{"prompt": [1, 2]}, {"prompt": [1, 2], "stream": True}, {"input": [1]}])
+def test_no_more_are_taken_of_those_that_come_at_once(make: Callable[..., Any], body: dict[str, Any]) -> None:
+    server = make(max_sequences=2, queue=3)
+    path = "/v1/embeddings" if "input" in body else COMPLETIONS
+
+    async def work() -> None:
+        server.supervisor.in_flight += 1
+        await asyncio.sleep(0.05)
+        server.supervisor.in_flight -= 1
+
+    async def submit(*requests: Any) -> Any:
+        await work()
+        yield Output(requests[0].id, 0, (5,), finish="length")
+
+    async def embed(*_: Any) -> list[float]:
+        await work()
+        return [1.0]
+
+    server.supervisor.submit, server.supervisor.embed = submit, embed
+
+    async def ask() -> list[int]:
+        transport = httpx.ASGITransport(server.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            sent = [client.post(path, json=PLAIN | body) for _ in range(12)]
+            return [answer.status_code for answer in await asyncio.gather(*sent)]
+
+    assert sorted(asyncio.run(ask())) == [200] * 5 + [429] * 7
+    assert server.supervisor.in_flight == 0
+
+
 def test_an_answer_that_takes_too_long_is_given_up(make: Callable[..., Any]) -> None:
     server = make(timeout=0.05)
     answer = server.post(COMPLETIONS, PLAIN | {"prompt": [SILENT]})
@@ -440,6 +492,20 @@ def test_what_the_engine_refuses_is_400_and_what_it_fails_at_is_a_fault(server: 
         assert (failed.status_code, failed.json()["error"]["type"]) == (500, "server_error")
         assert "secret" not in failed.text + json.dumps(server.lines)
     assert {line["error"] for line in server.lines if line["event"] == "failure"} == {"ZeroDivisionError"}
+
+
+def test_settings_that_let_nothing_follow_are_a_clients_mistake(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def submit(*requests: Any) -> Any:
+        yield Output(requests[0].id, 0, (5,))
+        yield Output(requests[0].id, 0, finish="refused", error="nothing left")
+
+    monkeypatch.setattr(server.supervisor, "submit", submit)
+    answer = server.post(COMPLETIONS, PLAIN)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "nothing left")
+    (*_, last) = server.events(COMPLETIONS, PLAIN)
+    assert last["error"] == answer.json()["error"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

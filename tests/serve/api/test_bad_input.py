@@ -63,7 +63,8 @@ WRONG = [
     ("stop", ["x" * 1001]), ("stop", [1]), ("seed", 1 << 70), ("seed", 0.5), ("presence_penalty", 3),
     ("logit_bias", {"a": 1}), ("logit_bias", {"1": 200}), ("logit_bias", {"1": "x"}), ("logit_bias", []),
     ("logit_bias", {"999999": 1}), ("logit_bias", {"-1": 1}), ("top_k", -5), ("min_p", 2), ("typical_p", 0),
-    ("repetition_penalty", 0), ("min_tokens", -1), ("ignore_eos", 1), ("guided_regex", 5),
+    ("repetition_penalty", 0), ("repetition_penalty", 1e-300), ("min_tokens", -1), ("ignore_eos", 1),
+    ("guided_regex", 5),
     ("num_beams", 0), ("num_beams", 10**6), ("num_beams", 2.5), ("use_beam_search", "yes"),
 
     ("response_format", "json"), ("response_format", {"type": "xml"}),

@@ -211,9 +211,8 @@ async def embeddings(body: EmbeddingRequest, http: Request) -> Response:
                 f"an input of {len(prompt)} tokens", f"1 to {service.context} tokens", "cut it into parts"
             )
 
-    service.check_room(1)
-
     async def vectors() -> list[list[float]]:
+        service.check_room(1)
         try:
             async with asyncio.timeout(service.timeout):
                 return [await service.supervisor.embed(prompt, adapter) for prompt in prompts]

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tailorbird.errors import EngineError, GateRefused, TailorbirdError, UnknownAdapter, UserError
+from tailorbird.errors import (
+    ContextExceeded,
+    EngineError,
+    GateRefused,
+    TailorbirdError,
+    UnknownAdapter,
+    UserError,
+)
 
 #: What the log calls the status of a client that left before its answer was complete.
 CLIENT_GONE = 499
@@ -88,6 +95,8 @@ def from_error(error: TailorbirdError) -> ApiError:
     engine that has gone, else 500."""
     if isinstance(error, UnknownAdapter):
         return ApiError(404, str(error), "model_not_found", "model")
+    if isinstance(error, ContextExceeded):
+        return ApiError(400, str(error), "context_length_exceeded")
     if isinstance(error, UserError):
         return ApiError(400, str(error), "invalid_value")
     if isinstance(error, GateRefused):

@@ -187,7 +187,7 @@ class Generation:
     Raises
     ------
     ApiError, SettingsError
-        Too long, too many, or the queue is full.
+        Too long, or a bias of a token that there isn't.
     """
 
     def __init__(
@@ -233,7 +233,7 @@ class Generation:
             )
             for number, prompt in enumerate(prompts)
         ]
-        service.check_room(len(prompts) * (self._written if beams is None else beams.num_beams))
+        self._continuations = len(prompts) * (self._written if beams is None else beams.num_beams)
 
     async def whole(self) -> list[Piece]:
         """All that is answered: the next engine writes them anew if one dies. Raises as `pieces`."""
@@ -263,9 +263,10 @@ class Generation:
         EngineLost
             The engine died.
         ApiError
-            503 where the engine failed, 504 where it took too long.
+            400 where the settings let nothing follow, 429 where the queue is full, 503 where the engine
+            failed, 504 where it took too long.
         TailorbirdError
-            What the engine refused the request with.
+            What the engine refused the request with, or more continuations than are ever taken.
         """
         for attempt in range(1, MOST_ATTEMPTS + 1):
             sent = False
@@ -284,6 +285,7 @@ class Generation:
         service, metrics = self._service, self._service.metrics
         self.completion_tokens = self.cached_tokens = 0
         if not again:
+            service.check_room(self._continuations)  # others may have come since this request did
             for request in self._requests:
                 metrics.submitted(len(request.prompt), request.adapter)
         numbers = {request.id: number for number, request in enumerate(self._requests)}
@@ -308,13 +310,14 @@ class Generation:
                     if output.finish == "lost":
                         outcome = "lost"
                         raise EngineLost(503, output.error or "the engine died", "engine_error")
-                    if output.finish == "error":
+                    if output.finish in ("refused", "error"):
                         outcome = "error"
-                        raise ApiError(503, output.error or "the engine failed", "engine_error")
-                    self.completion_tokens += len(output.tokens)
+                        told = (400, "invalid_value") if output.finish == "refused" else (503, "engine_error")
+                        raise ApiError(told[0], output.error or "the engine failed", told[1])
                     cached[output.id] = max(cached[output.id], output.cached_tokens)
                     self.cached_tokens = sum(cached.values())
-                    text, logprobs, finish = open[choice].take(output)
+                    count, text, logprobs, finish = open[choice].take(output)
+                    self.completion_tokens += count
                     if finish is not None:
                         del open[choice]
                         metrics.ended(finish)
@@ -373,14 +376,15 @@ class _Continuation:
         self._waiting: list[tuple[int, TokenLogprob]] = []
         self._sent = 0
 
-    def take(self, output: Output) -> tuple[str, tuple[tuple[int, TokenLogprob], ...], str | None]:
-        """What an output adds: text, the log-probabilities of tokens that begin in it, and the end."""
-        text, finish = "", output.finish
-        for position, token in enumerate(output.tokens):
+    def take(self, output: Output) -> tuple[int, str, tuple[tuple[int, TokenLogprob], ...], str | None]:
+        """What an output adds: how many tokens, up to a stop string; text; the log-probabilities of tokens
+        that begin in it; and the end."""
+        count, text, finish = 0, "", output.finish
+        for count, token in enumerate(output.tokens, 1):
             offset, piece = self._out.push(token)
             text += piece
             if output.logprobs:
-                self._waiting.append((offset, output.logprobs[position]))
+                self._waiting.append((offset, output.logprobs[count - 1]))
             if self._out.stopped:
                 break
         if finish is not None:
@@ -391,7 +395,7 @@ class _Continuation:
         whole = finish is not None and not self._out.stopped
         ready = [item for item in self._waiting if whole or item[0] < self._sent]
         self._waiting = self._waiting[len(ready) :]
-        return text, tuple(ready), finish
+        return count, text, tuple(ready), finish
 
 
 def _room(prompt: int, max_tokens: int | None, context: int) -> int:

@@ -206,9 +206,14 @@ class Guessing:
         return weigh(possible, len(sequences), most, pace.seconds, drafted, seconds)
 
     def _drafts(self, by: Guesser | None, sequence: Sequence, found: list[int]) -> bool:
-        """Whether a guesser is asked for a sequence for which the text itself gives these tokens."""
-        if by is None or not found:
-            return by is not None
+        """Whether a guesser is asked for a sequence for which the text itself gives these tokens.
+
+        None knows what adapters begin with; the text itself needn't.
+        """
+        if by is None or sequence.begun:
+            return False
+        if not found:
+            return True
         mine, texts = (self._records[name].luck(sequence).chances[0] for name in (by.name, LOOKUP))
         return mine > texts
 
