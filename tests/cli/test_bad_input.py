@@ -306,6 +306,16 @@ def test_a_damaged_or_unsafe_model_is_refused(refused: Any, model: Path, tmp_pat
     refused(*FIT, source=broken, says=says)
 
 
+@pytest.mark.parametrize("name", [Q, "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+def test_weights_that_overflow_are_a_damage_of_the_source(
+    refused: Any, model: Path, tmp_path: Path, name: str
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model, damaged)
+    edit_tensors(lambda tensors: tensors[name].fill_(1e38))(damaged)
+    refused(*FIT, source=damaged, says=("overflows float32",))
+
+
 def test_an_index_that_transformers_cannot_read_is_named(refused: Any, model: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(model, damaged)
@@ -658,6 +668,15 @@ def test_a_disk_without_room(refused: Any, monkeypatch: pytest.MonkeyPatch, name
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
     refused(*WRITERS[name], says=("of disk", "1000 bytes are free", "larger disk"))
+
+
+@pytest.mark.parametrize("name", ["fit", "compress"])
+def test_a_cache_that_cannot_be_written(
+    refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "file").write_text("data")
+    monkeypatch.setenv("TAILORBIRD_CACHE", str(tmp_path / "file" / "cache"))
+    refused(*WRITERS[name], says=("file/cache can't be written", "set TAILORBIRD_CACHE"))
 
 
 @pytest.mark.parametrize("name", WRITERS)

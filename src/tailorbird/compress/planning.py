@@ -109,6 +109,7 @@ def score(work: Work, ledger: Ledger) -> tuple[Scores, ScoreCache]:
             for part in (STATISTICS, SENSITIVITY):  # another job may have finished what this one began
                 ledger.drop_part(part)
             return scores, known
+    cache.make_directory()  # that it can't be shows before anything is measured
     if cache.load_errors() is None:
         score_errors(work, cache, ledger)
     ledger.drop_part(STATISTICS)  # a run that was killed, or another job, may have left it
