@@ -192,7 +192,7 @@ def fit(
         "allocator": allocator,
         "kept": sorted(work.kept),
     }
-    job, prediction = _begin(work, target_path, what, resume)
+    job, prediction = _begin(work, target_path, what, resume, budget)
     with job:
         codings, scores, cache = allocation.planned(work, job, budget)
         points = fitting.measure_frontier(work, job, scores, cache, budget) if frontier else None
@@ -347,17 +347,20 @@ def _choose_activations(work: Work, activations: str) -> dict[str, Any]:
     return {"rounded_inputs": work.rounded_inputs}
 
 
-def _begin(work: Work, output: Path, what: dict[str, Any], resume: bool) -> tuple[Job, Prediction]:
-    """The job, begun or continued where the texts and this machine suffice, and what it is predicted to take.
+def _begin(
+    work: Work, output: Path, what: dict[str, Any], resume: bool, budget: Budget | None = None
+) -> tuple[Job, Prediction]:
+    """The job, begun or continued where texts, machine and budget allow it, and what it is predicted to take.
 
     `what` is chosen for this job: the part of its record that `work` doesn't know.
     """
     from tailorbird.calibrate.job import Job
+    from tailorbird.compress import planning
     from tailorbird.compress import work as work_module
     from tailorbird.compress.stage import continue_stages
     from tailorbird.report.table import stage_rows
 
-    work_module.check_unfinished(work, output, what, resume)
+    unfinished = work_module.check_unfinished(work, output, what, resume)
     work_module.check_windows(work)
     prediction = work_module.foresee(work, output)
     for stage in stage_rows(prediction.as_dicts()):
@@ -365,6 +368,8 @@ def _begin(work: Work, output: Path, what: dict[str, Any], resume: bool) -> tupl
             f"predicted for {stage.name}: {stage.memory} of memory, {stage.disk} of disk, {stage.seconds}"
         )
     work_module.check_resources(prediction)
+    if budget is not None and not unfinished:
+        planning.check_reach(work, budget, prediction)
     job = Job(output, work_module.record_of(work, what), resume)
     continue_stages(work, job)
     return job, prediction

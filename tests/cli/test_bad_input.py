@@ -306,6 +306,25 @@ def test_a_damaged_or_unsafe_model_is_refused(refused: Any, model: Path, tmp_pat
     refused(*FIT, source=broken, says=says)
 
 
+@pytest.mark.parametrize("name", [Q, "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+def test_weights_that_overflow_are_a_damage_of_the_source(
+    refused: Any, model: Path, tmp_path: Path, name: str
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model, damaged)
+    edit_tensors(lambda tensors: tensors[name].fill_(1e38))(damaged)
+    refused(*FIT, source=damaged, says=("overflows float32",))
+
+
+def test_an_index_that_transformers_cannot_read_is_named(refused: Any, model: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model, damaged)
+    (damaged / "model.safetensors").rename(damaged / "model-00001-of-00001.safetensors")
+    names = dict.fromkeys(load_file(model / "model.safetensors"), "model-00001-of-00001.safetensors")
+    (damaged / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    refused("generate", "MODEL", "alpha", source=damaged, says=("has no `metadata`",))
+
+
 @pytest.mark.parametrize("damage", ["nan", "nan in the head"])
 def test_compress_finds_what_is_not_a_number_too(
     refused: Any, model: Path, tmp_path: Path, damage: str
@@ -461,6 +480,17 @@ SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("dampening", "did you mean `damping`"),
     ),
     "group of a recipe": ((*COMPRESS, "--recipe", "gptq:bits=4,grup=64"), ("grup", "did you mean `group`")),
+    "setting twice": (
+        (*COMPRESS, "--recipe", "gptq:bits=4,group=64,bits=3"),
+        ("`bits` twice", "each setting once"),
+    ),
+    "setting twice by both of its names": (
+        (*COMPRESS, "--recipe", "gptq:bits=4,group=64,group_size=32"),
+        ("`group_size` twice", "each setting once"),
+    ),
+    "setting without a value": ((*COMPRESS, "--recipe", "gptq:bits=,group=64"), ("`bits=`", "name=value")),
+    "prompt": (("generate", "MODEL", "caf\udce9"), ("aren't UTF-8, at character 4",)),
+    "prompt of a stream": (("generate", "MODEL", "caf\udce9", "--stream"), ("aren't UTF-8",)),
     "value of a setting": ((*COMPRESS, "--recipe", "gptq:bits=4,damping=wet"), ("damping", "wet", "0.01")),
     "bits": ((*COMPRESS, "--recipe", "rtn:bits=7"), ("7", "2, 3, 4, 5, 6, 8")),
     "bits of a method": (
@@ -507,6 +537,7 @@ USAGE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "no context": ((*FIT, "--context", "0"), ("--context", "greater than or equal to 1")),
     "no concurrency": ((*FIT, "--concurrency", "0"), ("--concurrency", "greater than or equal to 1")),
     "a word for a number": ((*FIT, "--max-kl", "little"), ("--max-kl", "valid number")),
+    "a seed that no plan holds": ((*FIT, "--seed", str(1 << 63)), ("--seed", "less than or equal to")),
     "a negative divergence": ((*FIT, "--max-kl", "-1"), ("--max-kl", "greater than or equal to 0")),
 }
 
@@ -580,6 +611,7 @@ WRITERS = {
     "compress": (*COMPRESS, *RECIPE),
     "export": ("export", "MODEL", "--to", "dense", "-o", "out"),
 }
+COMPARE = ("compare", "MODEL", "--budgets", "45%", "--methods", "rtn", "-o", "out")
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -638,6 +670,15 @@ def test_a_disk_without_room(refused: Any, monkeypatch: pytest.MonkeyPatch, name
     refused(*WRITERS[name], says=("of disk", "1000 bytes are free", "larger disk"))
 
 
+@pytest.mark.parametrize("name", ["fit", "compress"])
+def test_a_cache_that_cannot_be_written(
+    refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "file").write_text("data")
+    monkeypatch.setenv("TAILORBIRD_CACHE", str(tmp_path / "file" / "cache"))
+    refused(*WRITERS[name], says=("file/cache can't be written", "set TAILORBIRD_CACHE"))
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_directories_on_the_way_to_the_output_are_not_left_behind(
     refused: Any, model: Path, fitted: Path, tmp_path: Path, name: str
@@ -649,6 +690,16 @@ def test_directories_on_the_way_to_the_output_are_not_left_behind(
     else:
         spoil(float("nan"))(broken)
     refused(*WRITERS[name], "-o", "new/folder/out", source=broken, says=(".safetensors: ",))
+
+
+@pytest.mark.parametrize("path", ["o" * 300, "file/out"])
+def test_a_comparison_whose_directory_cannot_be_made(refused: Any, path: str) -> None:
+    Path("file").write_text("data")
+    refused(*COMPARE, "--calibration", "TEXT", "-o", path, says=("can't be made", "choose another --output"))
+
+
+def test_a_comparison_without_text_leaves_no_directory(refused: Any) -> None:
+    refused(*COMPARE, "--calibration", "nowhere", "-o", "new/table", says=("text nowhere does not exist",))
 
 
 def test_unfinished_work_of_another_kind_is_left_alone(refused: Any) -> None:

@@ -226,7 +226,7 @@ def test_a_plan_gives_back_the_recipe(name: str) -> None:
         ("ganq+signround:table=3", "`ganq.signround` with tables.*leave out what learns"),
         ("leanquant+distil:table=3", "`leanquant.distil` with tables"),
         ("rtn:bits=[4", r"'\[4'.*one of 2, 3, 4"),
-        ("rtn:bits=4,group=", "group_size None"),
+        ("rtn:bits=4,group=", "`group=` in recipe.*name=value"),
         ("rtn:bits=" + "9" * 5000, "`bits` of 5000 digits"),
     ],
 )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tailorbird
+from tailorbird.compress import fit, planning
 from tailorbird.compress.result import FitResult
 from tailorbird.errors import BudgetError, GateRefused, SettingsError
 from tailorbird.evaluate import speed as speed_module
@@ -40,6 +42,7 @@ TIMES = KernelTimes(
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`tailorbird.fit` of a tiny model on a machine whose kernels are known."""
     monkeypatch.setattr(planned_speed, "kernel_times", lambda *_: TIMES)
+    monkeypatch.setattr(planned_speed, "timing_seconds", lambda *_: 0.0)
     rng = random.Random(0)
     text = tmp_path / "text.jsonl"
     words = ["alpha", "beta", "gamma", "delta"]
@@ -108,6 +111,36 @@ def test_a_speed_out_of_reach_says_what_can_be_had(make: Any, tmp_path: Path) ->
     with pytest.raises(BudgetError, match=r"1e\+06 tok/s.*tok/s\), predicted for the fastest plan"):
         make("result", "60%", min_speed="1000000tok/s")
     assert not (tmp_path / "result").exists()
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_it_is_refused_before_scores_are_taken_unless_timing_kernels_takes_longer(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: bool
+) -> None:
+    monkeypatch.setattr(planned_speed, "timing_seconds", lambda *_: 0.0 if quick else 1e9)
+    scored, score = [], planning.score
+    monkeypatch.setattr(planning, "score", lambda *args: scored.append(1) or score(*args))
+    with pytest.raises(BudgetError, match="predicted for the fastest plan"):
+        make("result", "60%", min_speed="1000000tok/s")
+    assert bool(scored) is not quick
+    assert not list(tmp_path.glob("result*"))
+
+
+def test_unfinished_work_that_has_a_plan_goes_on_though_kernels_are_timed_slower(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "compress_into", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make("result", "60%", min_speed="3000tok/s")
+    slower = dict.fromkeys(RATES, ((1.0, 1.0),))
+    monkeypatch.setattr(
+        planned_speed, "kernel_times", lambda *_: replace(TIMES, products=slower, heads=slower)
+    )
+    assert make("result", "60%", min_speed="3000tok/s", resume=True).predicted["step_seconds"] > 1
 
 
 def test_a_dry_run_tells_the_fastest_plan_as_far_as_kernels_are_timed(

@@ -14,7 +14,7 @@ import torch
 from tailorbird.errors import SettingsError
 from tailorbird.evaluate import kernel_times as module
 from tailorbird.evaluate import stand_ins
-from tailorbird.evaluate.kernel_times import kernel_times, known_kernel_times
+from tailorbird.evaluate.kernel_times import kernel_times, known_kernel_times, timing_seconds
 from tailorbird.evaluate.stand_ins import Kernel
 from tailorbird.formats.packed import CodebookCoding, FloatCoding, IntegerCoding
 from tailorbird.hardware.cache import cache_directory, forget_kernel_times
@@ -94,10 +94,12 @@ def test_what_was_timed_is_not_timed_again(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_what_is_known_is_told_without_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert known_kernel_times(KERNELS[:2], SHAPE) is None
+    untimed = timing_seconds(KERNELS[:2], SHAPE)
     before = kernel_times(KERNELS[:2], SHAPE)
     assert known_kernel_times(KERNELS[:2], SHAPE) == before
     assert known_kernel_times(KERNELS[:1], SHAPE) is not None
     assert known_kernel_times(KERNELS, SHAPE) is None
+    assert timing_seconds(KERNELS[:2], SHAPE) == 0 < timing_seconds(KERNELS[:3], SHAPE) < untimed
     monkeypatch.setattr(native, "available", lambda: False)
     with pytest.raises(SettingsError, match="compiled kernels"):
         known_kernel_times(KERNELS[:1], SHAPE)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tailorbird.errors import ResourceError
 from tailorbird.report.comparison import (
     COLOURS,
+    FIGURE,
+    PAGE_NAME,
     SHAPES,
     comparison_rows,
     kl_by_bytes,
@@ -71,3 +75,11 @@ def test_texts_are_escaped_and_the_same_data_give_the_same_page(tmp_path: Path) 
     assert b"<script" not in first[0] + first[1]
     write_comparison(tmp_path)
     assert (page.read_bytes(), (tmp_path / "kl-by-bytes.svg").read_bytes()) == first
+
+
+@pytest.mark.parametrize("name", [PAGE_NAME, FIGURE])
+def test_a_page_or_figure_that_cannot_be_written_is_no_fault_of_ours(tmp_path: Path, name: str) -> None:
+    (tmp_path / "comparison.json").write_text(json.dumps({"cells": CELLS}))
+    (tmp_path / name).mkdir()
+    with pytest.raises(ResourceError, match=f"{re.escape(name)} cannot be written"):
+        write_comparison(tmp_path)

@@ -16,7 +16,9 @@ EXAMPLE = 'Example: tailorbird generate out/demo "def read_lines(path):" --max-t
 
 def generate(
     model: options.Model,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", callback=options.check_text, help="The text to continue.")
+    ],
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", metavar="N", min=1, help="Tokens to write at most.")
     ] = 128,

@@ -154,11 +154,40 @@ Json = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON value on standard output, and nothing else there."),
 ]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of everything random.")]
+#: The largest seed that plans can hold.
+MOST_SEED = 1 << 62
+Seed = Annotated[
+    int, typer.Option("--seed", metavar="N", min=0, max=MOST_SEED, help="Seed of everything random.")
+]
 IdleSeed = Annotated[
     int,
-    typer.Option("--seed", metavar="N", min=0, help="Taken by every command; nothing in this one is random."),
+    typer.Option(
+        "--seed",
+        metavar="N",
+        min=0,
+        max=MOST_SEED,
+        help="Taken by every command; nothing in this one is random.",
+    ),
 ]
+
+
+def check_text(text: str) -> str:
+    """`text`, which has to be one that can be encoded.
+
+    Raises
+    ------
+    SettingsError
+        The command line held bytes that aren't UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SettingsError(
+            f"a text with bytes that aren't UTF-8, at character {error.start + 1}",
+            "text in UTF-8",
+            "write it in UTF-8, or leave those bytes out",
+        ) from None
+    return text
 
 
 def check_device(device: str) -> str:

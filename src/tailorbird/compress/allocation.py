@@ -20,7 +20,6 @@ from tailorbird.compress.work import Work, narrow, sensitivity_ids
 from tailorbird.errors import SettingsError
 from tailorbird.formats.packed import Coding, IntegerCoding, TableCoding, coding_from_dict
 from tailorbird.linear.quantize.higgs import Higgs
-from tailorbird.model.anatomy import Anatomy
 from tailorbird.plan.allocate import allocate
 from tailorbird.plan.allocators import DEFAULT, check_allocator
 from tailorbird.plan.allocators.evopress import Evopress
@@ -29,9 +28,8 @@ from tailorbird.plan.allocators.nearby import Nearby
 from tailorbird.plan.allocators.ranking import Ranking, layer_input_modification
 from tailorbird.plan.allocators.stitched import Stitched, check_memory, round_versions
 from tailorbird.plan.budget import Budget
-from tailorbird.plan.places import uses_of
 from tailorbird.plan.score_cache import ScoreCache
-from tailorbird.plan.scores import Scores, assemble
+from tailorbird.plan.scores import Scores
 
 #: Allocators that judge whole models.
 JUDGING = ("evopress", "ip-calibrated")
@@ -133,17 +131,10 @@ def _ranked(work: Work, budget: Budget) -> dict[str, Coding]:
     by_importance = sorted(blocks, key=lambda block: importance[block.index], reverse=True)
     ends = tuple(dict.fromkeys((work.anatomy.embedding, work.anatomy.head)))
     layers = (ends, *(tuple(linear.name for linear in block.linears) for block in by_importance))
-    places = planning.place_options(work, _unmeasured(work.anatomy, work.codings))
+    places = planning.place_options(work, planning.unmeasured(work))
     return planning.codings_of_allocation(
         work, Ranking(layers)(places, budget.weight_bytes - work.other_bytes)
     )
-
-
-def _unmeasured(anatomy: Anatomy, codings: Iterable[Coding]) -> Scores:
-    """Scores of a model of which nothing but its shapes is known: no coding costs anything."""
-    uses = [use.name for use in uses_of(anatomy)]
-    nothing = dict.fromkeys((coding.label for coding in codings), 0.0)
-    return assemble(anatomy, dict.fromkeys(uses, nothing), {}, dict.fromkeys(uses, 0.0), "")
 
 
 def _judged(work: Work, job: Job, scores: Scores, cache: ScoreCache, budget: Budget) -> dict[str, Coding]:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tailorbird.calibrate.job import Job
+from tailorbird.calibrate.job import Job, missing_parents, remove_empty
 from tailorbird.calibrate.ledger import Ledger
 from tailorbird.compress import planning
 from tailorbird.compress.fit import make
@@ -34,7 +34,7 @@ from tailorbird.compress.work import (
     open_work,
     record_of,
 )
-from tailorbird.errors import ResourceError, SettingsError
+from tailorbird.errors import ResourceError, SettingsError, UserError
 from tailorbird.model.writing import write_json
 from tailorbird.plan.budget import Budget
 from tailorbird.plan.candidates import candidate_codings
@@ -130,8 +130,13 @@ def compare(
     )  # fmt: skip
     smallest = min((_with(work, recipe) for recipe in recipes.values()), key=lambda one: one.smallest_bytes)
     limits = {text: budget_of(smallest, text, None, None) for text in texts}
-    _make_directories(output)
-    for remark in work.texts.notes:
+    made = _make_directories(output)
+    try:
+        remarks = work.texts.notes
+    except UserError:
+        remove_empty(made)
+        raise
+    for remark in remarks:
         progress.note(remark)
     table = _Table(work, output, len(limits) * len(recipes))
     cells = [table.cell(budget, recipe) for budget in limits.values() for recipe in recipes.values()]
@@ -155,22 +160,25 @@ def _each(named: Sequence[str], flag: str, example: str) -> list[str]:
     return list(dict.fromkeys(named))
 
 
-def _make_directories(output: Path) -> None:
-    """The directory of a comparison, which may be one already."""
-    foreign = output.exists() and not (output / CELLS).is_dir()
-    if foreign and (not output.is_dir() or any(output.iterdir())):
-        raise SettingsError(
-            f"output {output}, which holds something else",
-            "the directory of a comparison, or a path that doesn't exist",
-            "choose another --output",
-        )
+def _make_directories(output: Path) -> list[Path]:
+    """Make the directory of a comparison, if it isn't one; what wasn't there before, the innermost first."""
+    inside = [output / CELLS, output / UNFINISHED]
     try:
-        for name in (CELLS, UNFINISHED):
-            (output / name).mkdir(parents=True, exist_ok=True)
+        foreign = output.exists() and not (output / CELLS).is_dir()
+        if foreign and (not output.is_dir() or any(output.iterdir())):
+            raise SettingsError(
+                f"output {output}, which holds something else",
+                "the directory of a comparison, or a path that doesn't exist",
+                "choose another --output",
+            )
+        made = [path for path in (*inside, output.absolute()) if not path.exists()] + missing_parents(output)
+        for path in inside:
+            path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ResourceError(
             f"output {output} can't be made ({error.strerror})", "a path that can", "choose another --output"
         ) from error
+    return made
 
 
 def _remove_if_empty(directory: Path) -> None:

@@ -305,7 +305,7 @@ def _entries(model: StoredModel) -> list[_Entry]:
             raise ExportError(
                 f"{matrix.label}: {reason}",
                 "symmetric integers with float16 scales and groups of whole blocks of 32",
-                "compress with `--target gguf`, or export to `dense`",
+                "plan it anew with `fit --target gguf`, or export to `dense`",
             )
         stored = f"{matrix.name}.weight"
         kind = blocks.gguf_type(matrix.coding)

@@ -15,7 +15,14 @@ from tailorbird.compress.blocks.flatquant import FlatQuant
 from tailorbird.compress.lossless import check_entropy_codings, entropy_codings
 from tailorbird.compress.recipe import JOINT, check_end
 from tailorbird.compress.stage import Stage
-from tailorbird.compress.work import SENSITIVITY_TOKENS, Work, as_stored, by_gradients, sensitivity_ids
+from tailorbird.compress.work import (
+    SCORING,
+    SENSITIVITY_TOKENS,
+    Work,
+    as_stored,
+    by_gradients,
+    sensitivity_ids,
+)
 from tailorbird.errors import ResourceError, SettingsError, nearest
 from tailorbird.formats.packed import (
     BinaryCoding,
@@ -46,6 +53,7 @@ from tailorbird.plan.fisher import fisher_coefficients
 from tailorbird.plan.inputs import input_cost, rounded_inputs
 from tailorbird.plan.places import uses_of
 from tailorbird.plan.planfile import Plan
+from tailorbird.plan.predict import Prediction
 from tailorbird.plan.score_cache import ScoreCache
 from tailorbird.plan.scores import PlaceScore, Scores, assemble, options
 from tailorbird.plan.sensitivity import measure_coefficients
@@ -101,6 +109,7 @@ def score(work: Work, ledger: Ledger) -> tuple[Scores, ScoreCache]:
             for part in (STATISTICS, SENSITIVITY):  # another job may have finished what this one began
                 ledger.drop_part(part)
             return scores, known
+    cache.make_directory()  # that it can't be shows before anything is measured
     if cache.load_errors() is None:
         score_errors(work, cache, ledger)
     ledger.drop_part(STATISTICS)  # a run that was killed, or another job, may have left it
@@ -226,12 +235,35 @@ def fastest_step_seconds(work: Work, budget: Budget | None) -> float | None:
     """
     if budget is None or budget.step_seconds is None:
         return None
-    uses = [use.name for use in uses_of(work.anatomy)]
-    unknown = dict.fromkeys((coding.label for coding in work.codings), 0.0)
-    scores = assemble(work.anatomy, dict.fromkeys(uses, unknown), {}, dict.fromkeys(uses, 0.0), "")
+    scores = unmeasured(work)
     return speed_planner(work, budget).fastest(
         lambda seconds: place_options(work, scores, seconds), budget.weight_bytes - work.other_bytes
     )
+
+
+def check_reach(work: Work, budget: Budget, prediction: Prediction) -> None:
+    """Refuse before scores are taken a speed that no plan reaches.
+
+    Where kernels would have to be timed first, and that takes longer than scores do, planning finds it.
+
+    Raises
+    ------
+    BudgetError
+    """
+    if budget.step_seconds is None:
+        return
+    scoring = sum(stage.seconds for stage in prediction.stages if stage.name in SCORING)
+    scores = unmeasured(work)
+    speed_planner(work, budget).check_reach(
+        lambda seconds: place_options(work, scores, seconds), budget.weight_bytes - work.other_bytes, scoring
+    )
+
+
+def unmeasured(work: Work) -> Scores:
+    """Scores of a model of which nothing but its shapes is known: no coding costs anything."""
+    uses = [use.name for use in uses_of(work.anatomy)]
+    nothing = dict.fromkeys((coding.label for coding in work.codings), 0.0)
+    return assemble(work.anatomy, dict.fromkeys(uses, nothing), {}, dict.fromkeys(uses, 0.0), "")
 
 
 def predicted_step_seconds(

@@ -513,8 +513,10 @@ def parse_recipe(text: str) -> Recipe:
     stated: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
         key, equals, value = (part.strip() for part in item.partition("="))
-        if not equals:
+        if not equals or not value:
             raise SettingsError(f"`{item}` in recipe `{text}`", "name=value", EXAMPLE)
+        if SHORT.get(key, key) in {SHORT.get(known, known) for known in stated}:
+            raise SettingsError(f"`{key}` twice in recipe `{text}`", "each setting once", "leave one out")
         try:
             stated[key] = plain_value(value)
         except ValueError:

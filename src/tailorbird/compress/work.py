@@ -677,8 +677,13 @@ def _record_before_texts(work: Work, what: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_unfinished(work: Work, output: Path, what: dict[str, Any], resume: bool) -> None:
+def check_unfinished(work: Work, output: Path, what: dict[str, Any], resume: bool) -> bool:
     """Refuse early what `Job` would refuse with `record_of(work, what)`, whatever the texts are.
+
+    Returns
+    -------
+    bool
+        Whether there is unfinished work.
 
     Raises
     ------
@@ -687,13 +692,14 @@ def check_unfinished(work: Work, output: Path, what: dict[str, Any], resume: boo
     """
     partial = output.with_name(f"{output.name}.partial")
     if not resume and not partial.exists():
-        return
+        return False
     try:
         saved = read_json(partial / WORK / "record.json")
     except CheckpointError:
         saved = {}  # `Job` says what is wrong with it
     texts = {key: saved.get(key) for key in ("calibration", "evaluation")}
     Job(output, _record_before_texts(work, what) | texts, resume).close()
+    return True
 
 
 def machine() -> dict[str, Any]:

@@ -33,30 +33,31 @@ def evaluate(
     checkpoint = open_checkpoint(model, bits)
     anatomy = read_anatomy(checkpoint)
     against = open_checkpoint(reference) if reference is not None else None
-    tokenizer = checkpoint.tokenizer()
-    if context is not None and not 2 <= context <= anatomy.context:
+    other = read_anatomy(against) if against is not None else None
+    if other is not None and other.vocab_size != anatomy.vocab_size:
         raise SettingsError(
-            f"a context of {context} tokens", f"2 to {anatomy.context} tokens", "choose another --context"
+            f"reference {reference} with {other.vocab_size} tokens",
+            f"the vocabulary of {model}, {anatomy.vocab_size} tokens",
+            "compare a model with its own source",
+        )
+    tokenizer = checkpoint.tokenizer()
+    longest = min(one.context for one in (anatomy, other) if one is not None)
+    if context is not None and not 2 <= context <= longest:
+        raise SettingsError(
+            f"a context of {context} tokens", f"2 to {longest} tokens", "choose another --context"
         )
     if text is None:
         if locate("demo") not in (checkpoint.directory, against.directory if against else None):
             raise TextError("no held-out text", "text to measure on", "give --text FILE")
         text = str(demo_text("held_out"))
-    window = context or min(anatomy.context, LONGEST_HELD_OUT_WINDOW)
+    window = context or min(longest, LONGEST_HELD_OUT_WINDOW)
     windows = held_out_windows(read_documents(Path(text), tokenizer), tokenizer, window, HELD_OUT_TOKENS)
     progress.stage("evaluate", len(anatomy.blocks) + 1)
     with tempfile.TemporaryDirectory(prefix="tailorbird-") as scratch:
         first = StreamingModel(checkpoint, anatomy)
-        if against is None:
+        if against is None or other is None:
             quality = measure_quality(first, None, windows.ids, Path(scratch), progress)
             return {"perplexity": quality.perplexity_before, "tokens": windows.tokens}
-        other = read_anatomy(against)
-        if other.vocab_size != anatomy.vocab_size:
-            raise SettingsError(
-                f"reference {reference} with {other.vocab_size} tokens",
-                f"the vocabulary of {model}, {anatomy.vocab_size} tokens",
-                "compare a model with its own source",
-            )
         quality = measure_quality(StreamingModel(against, other), first, windows.ids, Path(scratch), progress)
     return {
         "perplexity": quality.perplexity_after,

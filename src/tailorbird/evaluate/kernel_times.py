@@ -82,6 +82,8 @@ NEAR_BYTES = 16 << 20
 CACHED_HEAD = 1 << 21
 #: Channels of an embedding's row.
 EMBEDDED = 1024
+#: What the timing of a kernel takes at most, about, where other work goes on.
+KERNEL_SECONDS = 6.0
 #: What surrounds products is timed with it.
 BASIC = Kernel(IntegerCoding(4, 64), int8=True)
 
@@ -370,6 +372,20 @@ def known_kernel_times(kernels: Collection[Kernel], shape: ModelShape) -> Kernel
     if entry is None or entry["around"] is None or any(key not in entry["products"] for key, *_ in wanted):
         return None
     return _chosen(threads, entry, wanted)
+
+
+def timing_seconds(kernels: Collection[Kernel], shape: ModelShape) -> float:
+    """About what `kernel_times` would take: nothing where all of it is kept.
+
+    Raises
+    ------
+    SettingsError
+        There is no native library.
+    """
+    threads, wanted = torch.get_num_threads(), _wanted(kernels, shape)
+    entry = _read(kernel_times_path(threads), _identity(threads)) or {"around": None, "products": {}}
+    missing = {key for key, *_ in wanted if key not in entry["products"]}
+    return KERNEL_SECONDS * (len(missing) + (entry["around"] is None))
 
 
 def _wanted(kernels: Collection[Kernel], shape: ModelShape) -> list[tuple[str, Kernel, Width, int]]:

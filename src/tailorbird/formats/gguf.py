@@ -114,7 +114,7 @@ def blocks(weight: PackedWeight) -> Tensor:
         raise ExportError(
             f"a weight of `{coding.label}` [{weight.out_features}, {weight.in_features}]: {reason}",
             "symmetric integers with float16 scales and groups of whole blocks, or floats",
-            "compress for it with `--target gguf`, or export to `dense`",
+            "plan it anew with `fit --target gguf`, or export to `dense`",
         )
     if isinstance(coding, FloatCoding):
         return weight.tensors["weight"].contiguous().view(torch.uint8)

@@ -11,8 +11,11 @@ import torch
 
 from tailorbird.model.anatomy import layout_of
 from tailorbird.model.checkpoint import Checkpoint, open_checkpoint
+from tailorbird.model.file_names import INDEX_FILE
+from tailorbird.model.json_file import read_json
 from tailorbird.model.naming import check_tensors, translate
 from tailorbird.model.outline import build_outline
+from tailorbird.model.safetensors_header import damaged
 
 
 def load(
@@ -64,6 +67,9 @@ def _from_files(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
     """The model of the files in the checkpoint's directory."""
     from transformers import AutoModelForCausalLM
 
+    index = checkpoint.directory / INDEX_FILE
+    if index.exists() and "metadata" not in read_json(index):
+        raise damaged(index, "has no `metadata`", "one, which transformers asks for; it may be empty")
     return AutoModelForCausalLM.from_pretrained(
         checkpoint.directory,
         dtype="auto" if dtype is None else dtype,

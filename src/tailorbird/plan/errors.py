@@ -7,7 +7,8 @@ linears, as a ratio per coding. A killed pass continues at the first unfinished 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from tailorbird.calibrate.ledger import Ledger
 from tailorbird.calibrate.statistics import GramAccumulator, LinearStatistics
 from tailorbird.calibrate.stream import StreamingModel
+from tailorbird.errors import CheckpointError
 from tailorbird.evaluate.streamed import batches, embed_windows
 from tailorbird.formats.packed import Coding, PackedWeight
 from tailorbird.kernels.reference import INT8, INT8_STATIC
@@ -125,6 +127,7 @@ class _ErrorPass:
                 samples.setdefault(label, []).extend(values)
             self.progress.advance()
         errors[self.model.anatomy.head], statistics = self._head()
+        _check_finite({self.model.anatomy.head: errors[self.model.anatomy.head]})
         self.progress.advance()
         return errors, {label: geometric_mean(values) for label, values in samples.items()}, statistics
 
@@ -134,6 +137,7 @@ class _ErrorPass:
         codings = () if anatomy.tied else self.codings
         errors = rounding_errors(self.model.end_weight(anatomy.embedding), None, codings)
         embed_windows(self.model, self.ids, self.ledger.stream(_boundary(0))).close()
+        _check_finite({anatomy.embedding: errors})
         return {anatomy.embedding: errors}
 
     def _block(self, anatomy: BlockAnatomy) -> dict[str, Any]:
@@ -169,6 +173,8 @@ class _ErrorPass:
         for key in widths:
             statistics = grams.pop(key).finish()
             fellows = [linear for linear in anatomy.linears if linear.shares_input == key]
+            if not bool(torch.isfinite(statistics.gram.diagonal()).all()):
+                raise _overflow(f"the input of `{fellows[0].name}`")
             for linear in fellows:
                 sample = sample_rows(model.weight_of(block, linear), ERROR_ROWS)
                 errors[linear.name] = rounding_errors(sample, statistics, self.codings)
@@ -186,6 +192,7 @@ class _ErrorPass:
             del statistics, judge
         before.close()
         after.close()
+        _check_finite(errors)
         return {"errors": errors, "samples": samples}
 
     def _to_widen(self) -> list[tuple[int, int]]:
@@ -214,7 +221,7 @@ class _ErrorPass:
                     output_error(weight, by(weight, coding).dequantize(), judge.gram, 1.0)
                     for by in (rounded, nearest)
                 )
-                if own > 0 and base > 0:
+                if 0 < own < math.inf and 0 < base < math.inf:
                     samples.setdefault(coding.label, []).append(own / base)
 
     def _rounded(self, statistics: LinearStatistics) -> Rounded:
@@ -251,6 +258,27 @@ class _ErrorPass:
         errors |= rounding.errors(sample, float(row_energies(sample, statistics.whole.gram).sum()))
         model.release_ends()
         return errors, statistics
+
+
+def _check_finite(errors: Mapping[str, Mapping[str, float]]) -> None:
+    """Refuse a source whose numbers overflow.
+
+    Raises
+    ------
+    CheckpointError
+        With the first place where they do.
+    """
+    for place, of_codings in errors.items():
+        if not all(map(math.isfinite, of_codings.values())):
+            raise _overflow(f"the output of `{place}`")
+
+
+def _overflow(what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{what}, which overflows float32 on the calibration text",
+        "weights and activations that float32 can square and sum",
+        "compare the checkpoint with its original: weights as large as these are damaged",
+    )
 
 
 def _boundary(index: int) -> str:

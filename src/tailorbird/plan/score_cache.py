@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tailorbird.calibrate.statistics import LinearStatistics
+from tailorbird.errors import ResourceError
 from tailorbird.hardware.cache import cache_directory
 from tailorbird.model.weights import Weights
 from tailorbird.model.writing import write_json, write_tensors
@@ -27,6 +28,22 @@ class ScoreCache:
         """`key`: everything that the scores depend on, in JSON types."""
         digest = hashlib.sha256(json.dumps({"schema": SCHEMA, **key}, sort_keys=True).encode())
         self.directory = cache_directory() / "scores" / digest.hexdigest()[:32]
+
+    def make_directory(self) -> None:
+        """Make the directory where scores are kept, if there is none.
+
+        Raises
+        ------
+        ResourceError
+        """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResourceError(
+                f"the cache {cache_directory()} can't be written ({error.strerror})",
+                "a directory where scores of a source can be kept",
+                "set TAILORBIRD_CACHE to one that you may write to",
+            ) from error
 
     def load(self) -> Scores | None:
         """The cached scores, or None where there are none that can be read."""
@@ -48,7 +65,7 @@ class ScoreCache:
 
     def save(self, scores: Scores) -> None:
         """Keep `scores`; the file appears whole."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.make_directory()
         write_json(self.directory / "scores.json", asdict(scores))
 
     def save_head(self, head: HeadStatistics) -> None:
@@ -65,14 +82,14 @@ class ScoreCache:
         return self.directory / f"{name}.safetensors"
 
     def _write(self, name: str, statistics: LinearStatistics) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.make_directory()
         tokens = torch.tensor([statistics.tokens])
         tensors = {"gram": statistics.gram, "mean_abs": statistics.mean_abs, "tokens": tokens}
         write_tensors(self._path(name), tensors)
 
     def save_errors(self, errors: dict[str, dict[str, float]], ratios: dict[str, float]) -> None:
         """Keep what the first pass measured, until the second is done."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.make_directory()
         write_json(self.directory / "errors.json", {"errors": errors, "ratios": ratios})
 
     def load_errors(self) -> tuple[dict[str, dict[str, float]], dict[str, float]] | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from tailorbird.errors import BudgetError, SettingsError
-from tailorbird.evaluate.kernel_times import kernel_times, known_kernel_times
+from tailorbird.evaluate.kernel_times import kernel_times, known_kernel_times, timing_seconds
 from tailorbird.evaluate.stand_ins import Kernel
 from tailorbird.formats.packed import Coding, FloatCoding, stored_bytes
 from tailorbird.hardware.cost import (
@@ -236,16 +236,55 @@ class SpeedPlanner:
         places, capacity_bytes
             As in `allocate`.
         """
-        offered = self._offered(places, ())
-        times = known_kernel_times({*offered, Kernel(self.left)}, self._nothing)
+        times = known_kernel_times({*self._offered(places, ()), Kernel(self.left)}, self._nothing)
         if times is None:
             return None
+        plan, around = self._fastest(places, capacity_bytes, times)
+        return plan.seconds + around
+
+    def check_reach(
+        self,
+        places: Callable[[Callable[[PlaceScore, Coding], float]], list[PlaceOptions]],
+        capacity_bytes: int,
+        patience: float,
+    ) -> None:
+        """Refuse what not even the fastest plan reaches, where that can be told within `patience` seconds.
+
+        Kernels that aren't timed yet are timed where that takes no longer: `allocate` needs them anyway.
+
+        Parameters
+        ----------
+        places, capacity_bytes
+            As in `allocate`.
+
+        Raises
+        ------
+        BudgetError
+            No plan is both small and fast enough.
+        """
+        kernels = {*self._offered(places, ()), Kernel(self.left)}
+        if timing_seconds(kernels, self._nothing) > patience:
+            return
+        times = kernel_times(kernels, self._nothing, self.progress)
+        plan, around = self._fastest(places, capacity_bytes, times)
+        allowed = self.budget.step_seconds
+        assert allowed is not None  # the caller asks for speed
+        if (1 - plan.gap) * plan.seconds + around > allowed:
+            raise self._too_slow(plan.seconds + around)
+
+    def _fastest(
+        self,
+        places: Callable[[Callable[[PlaceScore, Coding], float]], list[PlaceOptions]],
+        capacity_bytes: int,
+        times: KernelTimes,
+    ) -> tuple[Allocation, float]:
+        """The fastest plan, and what a step takes beside it."""
         options, around = self._options(places, (), times)
         taken = [
             replace(place, options=tuple(replace(one, loss=one.seconds) for one in place.options))
             for place in options
         ]
-        return allocate(taken, capacity_bytes).seconds + around
+        return allocate(taken, capacity_bytes), around
 
     @property
     def _nothing(self) -> ModelShape:

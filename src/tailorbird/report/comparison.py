@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tailorbird.model.writing import write_text
 from tailorbird.report.page import abbreviated, base_name, known_groups, mapping, objects, render_page
 from tailorbird.report.plots import FULL_WIDTH, LINE, PAGE, THEME, drawing, log_ticks, plain_locator
 from tailorbird.report.table import (
@@ -96,9 +97,9 @@ def write_comparison(directory: Path) -> Path:
     data = json.loads((directory / DATA).read_text(encoding="utf-8"))
     figure = kl_by_bytes(objects(data.get("cells")))
     page = directory / PAGE_NAME
-    page.write_text(render_comparison(data, figure), encoding="utf-8")
+    write_text(page, render_comparison(data, figure))
     if figure:
-        (directory / FIGURE).write_text(standalone(figure), encoding="utf-8")
+        write_text(directory / FIGURE, standalone(figure))
     return page
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tailorbird.errors import CheckpointError
+from tailorbird.model.writing import write_text
 from tailorbird.report import plots
 from tailorbird.report.page import (
     abbreviated,
@@ -79,7 +80,7 @@ def write_report(directory: Path) -> Path:
             "run `tailorbird fit` again, or restore the file",
         )
     page = directory / PAGE
-    page.write_text(render(report), encoding="utf-8")
+    write_text(page, render(report))
     return page
 
 

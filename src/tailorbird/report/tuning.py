@@ -16,6 +16,7 @@ from typing import Any
 from tailorbird.errors import CheckpointError
 from tailorbird.formats.peft import CONFIG_FILE, WEIGHTS_FILE
 from tailorbird.model.weights import Weights
+from tailorbird.model.writing import write_text
 from tailorbird.report import curves
 from tailorbird.report.page import (
     abbreviated,
@@ -71,7 +72,7 @@ def write_tuning_report(directory: Path) -> Path:
     tensors = directory / WEIGHTS_FILE
     page = directory / PAGE
     size = Weights.open_file(tensors).total_bytes if tensors.exists() else None
-    page.write_text(render_tuning(config, origin, history, size), encoding="utf-8")
+    write_text(page, render_tuning(config, origin, history, size))
     return page
 
 
