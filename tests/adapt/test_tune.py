@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from compressed import INT4, save_compressed
 from forked import in_child
@@ -20,6 +22,7 @@ from tailorbird.adapt.step import Diverged
 from tailorbird.adapt.tune import Data, preview_tuning, tune
 from tailorbird.errors import (
     BudgetError,
+    CheckpointError,
     ResourceError,
     ResumeError,
     SettingsError,
@@ -222,6 +225,40 @@ def test_what_is_no_change_of_weights_is_loaded_with_what_it_learned(
     other = save_model(tmp_path / "other", seed=5)
     with pytest.raises(SettingsError, match="tuned on"):
         load_adapted(str(other), tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["mixlora", "prompt-tuning", "glora"])
+def test_an_adapter_whose_tensors_are_others_is_refused_by_their_names(
+    method: str, data: Data, tmp_path: Path
+) -> None:
+    base, out = tmp_path / "m", tmp_path / "out"
+    save_compressed(base, make_model("llama"), INT4, tokenizer=byte_tokenizer())
+    tune(
+        str(base),
+        data,
+        out,
+        TuneSettings(**{**vars(SHORT), "method": method, "method_settings": {}, "steps": 1}),
+    )
+    file, origin_file = out / "adapter_model.safetensors", out / "tailorbird.json"
+    whole = load_file(file)
+    name, tensor = next((name, one) for name, one in whole.items() if one.dim() == 2)
+    others = {one: value for one, value in whole.items() if one != name}
+    for tensors, message in (
+        (
+            others,
+            rf"`{re.escape(name)}` \[.*\] is missing .* expected: the {len(whole)} tensors of `{method}`",
+        ),
+        (whole | {"more": tensor.clone()}, r"`more` \[.*\] is none of the method's"),
+        (whole | {name: tensor[:, :-1].contiguous()}, rf"`{re.escape(name)}` is \[.*\], not \[.*\] "),
+    ):
+        save_file(tensors, file)
+        with pytest.raises(CheckpointError, match=message):
+            load_adapted(str(base), out)
+    save_file(whole, file)
+    load_adapted(str(base), out)
+    origin_file.write_text("{}")
+    with pytest.raises(CheckpointError, match="doesn't say `base`, `base_name`, `method`"):
+        load_adapted(str(base), out)
 
 
 @pytest.mark.parametrize(

@@ -321,7 +321,7 @@ def test_a_loss_that_is_not_finite_stops_and_changes_nothing(tmp_path: Path) -> 
 def test_methods_that_take_part_in_updates_are_refused(tmp_path: Path) -> None:
     model, places = open_model(save_model(tmp_path / "m"))
     for name in ("allora", "elalora", "ist", "mezo"):
-        with pytest.raises(SettingsError, match="zeroth order"):
+        with pytest.raises(SettingsError, match=f"`{name}` under a method of zeroth order"):
             on(model, places, method=name)
     with pytest.raises(SettingsError, match="packed"):
         on(model, places, "qzo")

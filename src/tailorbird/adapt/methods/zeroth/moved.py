@@ -80,17 +80,26 @@ class Moved(Wrapped, ABC):
 class MovedParameters(Moved):
     """The parameters of another method, which are few: a copy is kept while they are moved.
 
+    Parameters beside those of `Moved`:
+
+    Parameters
+    ----------
+    name : str
+        Of the other method.
+
     Raises
     ------
     SettingsError
         The other method takes part in updates.
     """
 
-    def __init__(self, inner: Attached, epsilon: float, rate: float, generator: torch.Generator) -> None:
+    def __init__(
+        self, inner: Attached, epsilon: float, rate: float, generator: torch.Generator, name: str
+    ) -> None:
         super().__init__(inner, epsilon, rate, generator)
         if any(getattr(type(inner), hook) is not getattr(Attached, hook) for hook in _OF_GRADIENTS):
             raise SettingsError(
-                f"{type(inner).__name__} under a method of zeroth order",
+                f"`{name}` under a method of zeroth order",
                 "a method that takes no part in updates, and so may do without gradients",
                 "choose another `method`, such as lora",
             )
