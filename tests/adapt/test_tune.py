@@ -193,6 +193,29 @@ def test_a_loss_that_isnt_finite_stops_and_keeps_the_last_state(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("method", ["lora", "mezo"])
+def test_examples_whose_loss_isnt_finite_are_named(
+    method: str, data: Data, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tailorbird.adapt.trunk import Trunk
+
+    own, bad = Trunk.loss, byte_tokenizer()("~")["input_ids"][0]
+
+    def spoiled(self: Trunk, row: Any) -> torch.Tensor:
+        return own(self, row) * (float("nan") if bool((row.ids == bad).any()) else 1.0)
+
+    monkeypatch.setattr(Trunk, "loss", spoiled)
+    train = tmp_path / "train.jsonl"
+    rows = [{"prompt": f"{n} is ", "completion": "a\tnumber ~" if n == 11 else "a number"} for n in range(20)]
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = TuneSettings(**{**vars(SHORT), "method": method, "method_settings": {"method": "lora"}})
+    if method == "lora":
+        settings = SHORT
+    wrong = r"that of 1 of its \d+ examples isn't finite, which begin with `11 is a\\tnumber ~</s>` "
+    with pytest.raises(Diverged, match=wrong):
+        tune(model, Data(str(train), validation=data.source), tmp_path / "out", settings)
+
+
 def test_what_was_written_loads_in_peft(model: str, data: Data, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     tune(model, data, tmp_path / "out", SHORT)
@@ -402,6 +425,8 @@ def test_a_preview_writes_nothing_and_tells_what_would_be_learned(model: str, da
         ({"targets": ("q_prj",)}, "did you mean `q_proj`"),
         ({"optimizer": "adam"}, "did you mean `adamw`"),
         ({"schedule": "cosin"}, "did you mean `cosine`"),
+        ({"method": "ia3", "method_settings": {}, "rate_ratio": 16.0}, "rate ratio of 16 for ia3"),
+        ({"method": "full", "method_settings": {}, "rate_ratio": 2.0}, "rate ratio of 2 for full"),
         ({"length": 129}, "context of 128"),
     ],
 )

@@ -90,13 +90,19 @@ class MovedParameters(Moved):
     Raises
     ------
     SettingsError
-        The other method takes part in updates.
+        The other method takes part in updates, or changes the model's own weights.
     """
 
     def __init__(
         self, inner: Attached, epsilon: float, rate: float, generator: torch.Generator, name: str
     ) -> None:
         super().__init__(inner, epsilon, rate, generator)
+        if inner.changed() is not None:
+            raise SettingsError(
+                f"`{name}`, which changes the model's own weights, under a method of zeroth order",
+                "a method that adds something of its own, whose result is an adapter",
+                "choose another `method`, such as lora, or none: the weights are moved then",
+            )
         if any(getattr(type(inner), hook) is not getattr(Attached, hook) for hook in _OF_GRADIENTS):
             raise SettingsError(
                 f"`{name}` under a method of zeroth order",
