@@ -120,8 +120,8 @@ def test_a_preview_tells_the_time_of_the_largest_steps(model: str, data: Data) -
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"method": "lomo", "method_settings": {}}, "adds up the gradients"),
-        ({"method": "mezo", "method_settings": {}}, "adds up the gradients"),
+        ({"method": "lomo", "method_settings": {}}, "for `lomo` .* adds up the gradients"),
+        ({"method": "mezo", "method_settings": {}}, "for `mezo` .* adds up the gradients"),
         ({"optimizer": "adahessian"}, "reads each row once"),
         ({"batch": 1}, "at least 2 rows"),
         ({"grow_batch": 1}, "at least the 2 rows"),

@@ -15,10 +15,28 @@ from tailorbird.adapt.rows import IGNORED, Row
 from tailorbird.adapt.step import Diverged, Step, held_out_loss, passes
 from tailorbird.adapt.trunk import Trunk
 from tailorbird.adapt.wrap import attached
+from tailorbird.formats.packed import (
+    BinaryCoding,
+    CodebookCoding,
+    Coding,
+    DoubleCoding,
+    IntegerCoding,
+    TableCoding,
+    VectorCoding,
+)
 from tiny import ARCHITECTURES, byte_tokenizer, make_model, save_model
 from tuning import additions, examples, gradients, merge, open_model, still
 
 LENGTHS = (37, 20, 9, 2)
+CODINGS: list[Coding] = [
+    INT4,
+    IntegerCoding(3, 0),
+    CodebookCoding("nf4", 32),
+    DoubleCoding("nf4", 32),
+    VectorCoding("gauss2x4", 32),
+    TableCoding(3),
+    BinaryCoding(32),
+]
 
 
 def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -80,8 +98,12 @@ def test_blocks_computed_again_change_no_bit(tmp_path: Path) -> None:
     assert "forward" not in vars(model.model.layers[0])
 
 
-def test_a_packed_base_learns_what_its_dequantized_copy_learns(tmp_path: Path) -> None:
-    save_compressed(tmp_path / "m", make_model("llama"), INT4, tokenizer=byte_tokenizer())
+@pytest.mark.parametrize("ordered", [False, True], ids=["in order", "reordered"])
+@pytest.mark.parametrize("coding", CODINGS, ids=lambda coding: coding.label)
+def test_a_packed_base_learns_what_its_dequantized_copy_learns(
+    coding: Coding, ordered: bool, tmp_path: Path
+) -> None:
+    save_compressed(tmp_path / "m", make_model("llama"), coding, ordered=ordered, tokenizer=byte_tokenizer())
     model, places = open_model(tmp_path / "m")
     method, rows = additions(places), [Row.of(examples(LENGTHS, 258))]
     with attached(model, places, method):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from compressed import INT4, save_compressed
 from forked import in_child
@@ -20,6 +22,7 @@ from tailorbird.adapt.step import Diverged
 from tailorbird.adapt.tune import Data, preview_tuning, tune
 from tailorbird.errors import (
     BudgetError,
+    CheckpointError,
     ResourceError,
     ResumeError,
     SettingsError,
@@ -190,6 +193,29 @@ def test_a_loss_that_isnt_finite_stops_and_keeps_the_last_state(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("method", ["lora", "mezo"])
+def test_examples_whose_loss_isnt_finite_are_named(
+    method: str, data: Data, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tailorbird.adapt.trunk import Trunk
+
+    own, bad = Trunk.loss, byte_tokenizer()("~")["input_ids"][0]
+
+    def spoiled(self: Trunk, row: Any) -> torch.Tensor:
+        return own(self, row) * (float("nan") if bool((row.ids == bad).any()) else 1.0)
+
+    monkeypatch.setattr(Trunk, "loss", spoiled)
+    train = tmp_path / "train.jsonl"
+    rows = [{"prompt": f"{n} is ", "completion": "a\tnumber ~" if n == 11 else "a number"} for n in range(20)]
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = TuneSettings(**{**vars(SHORT), "method": method, "method_settings": {"method": "lora"}})
+    if method == "lora":
+        settings = SHORT
+    wrong = r"that of 1 of its \d+ examples isn't finite, which begin with `11 is a\\tnumber ~</s>` "
+    with pytest.raises(Diverged, match=wrong):
+        tune(model, Data(str(train), validation=data.source), tmp_path / "out", settings)
+
+
 def test_what_was_written_loads_in_peft(model: str, data: Data, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     tune(model, data, tmp_path / "out", SHORT)
@@ -222,6 +248,40 @@ def test_what_is_no_change_of_weights_is_loaded_with_what_it_learned(
     other = save_model(tmp_path / "other", seed=5)
     with pytest.raises(SettingsError, match="tuned on"):
         load_adapted(str(other), tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["mixlora", "prompt-tuning", "glora"])
+def test_an_adapter_whose_tensors_are_others_is_refused_by_their_names(
+    method: str, data: Data, tmp_path: Path
+) -> None:
+    base, out = tmp_path / "m", tmp_path / "out"
+    save_compressed(base, make_model("llama"), INT4, tokenizer=byte_tokenizer())
+    tune(
+        str(base),
+        data,
+        out,
+        TuneSettings(**{**vars(SHORT), "method": method, "method_settings": {}, "steps": 1}),
+    )
+    file, origin_file = out / "adapter_model.safetensors", out / "tailorbird.json"
+    whole = load_file(file)
+    name, tensor = next((name, one) for name, one in whole.items() if one.dim() == 2)
+    others = {one: value for one, value in whole.items() if one != name}
+    for tensors, message in (
+        (
+            others,
+            rf"`{re.escape(name)}` \[.*\] is missing .* expected: the {len(whole)} tensors of `{method}`",
+        ),
+        (whole | {"more": tensor.clone()}, r"`more` \[.*\] is none of the method's"),
+        (whole | {name: tensor[:, :-1].contiguous()}, rf"`{re.escape(name)}` is \[.*\], not \[.*\] "),
+    ):
+        save_file(tensors, file)
+        with pytest.raises(CheckpointError, match=message):
+            load_adapted(str(base), out)
+    save_file(whole, file)
+    load_adapted(str(base), out)
+    origin_file.write_text("{}")
+    with pytest.raises(CheckpointError, match="doesn't say `base`, `base_name`, `method`"):
+        load_adapted(str(base), out)
 
 
 @pytest.mark.parametrize(
@@ -365,6 +425,8 @@ def test_a_preview_writes_nothing_and_tells_what_would_be_learned(model: str, da
         ({"targets": ("q_prj",)}, "did you mean `q_proj`"),
         ({"optimizer": "adam"}, "did you mean `adamw`"),
         ({"schedule": "cosin"}, "did you mean `cosine`"),
+        ({"method": "ia3", "method_settings": {}, "rate_ratio": 16.0}, "rate ratio of 16 for ia3"),
+        ({"method": "full", "method_settings": {}, "rate_ratio": 2.0}, "rate ratio of 2 for full"),
         ({"length": 129}, "context of 128"),
     ],
 )

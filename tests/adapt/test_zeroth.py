@@ -133,7 +133,7 @@ def test_the_difference_is_the_gradient_along_the_direction_to_second_order() ->
     assert errors[1] < 1e-2 * abs(exact)
 
 
-@pytest.mark.parametrize("settings", [{}, {"method": "lora", "rank": 4}])
+@pytest.mark.parametrize("settings", [{}, {"method": "lora", "rank": 4}, {"method": "loldu", "rank": 4}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_at_rate_zero_changes_no_bit(
     settings: dict[str, Any], dtype: torch.dtype, tmp_path: Path
@@ -321,7 +321,10 @@ def test_a_loss_that_is_not_finite_stops_and_changes_nothing(tmp_path: Path) -> 
 def test_methods_that_take_part_in_updates_are_refused(tmp_path: Path) -> None:
     model, places = open_model(save_model(tmp_path / "m"))
     for name in ("allora", "elalora", "ist", "mezo"):
-        with pytest.raises(SettingsError, match="zeroth order"):
+        with pytest.raises(SettingsError, match=f"`{name}` under a method of zeroth order"):
+            on(model, places, method=name)
+    for name in ("full", "lisa", "lomo"):
+        with pytest.raises(SettingsError, match=f"`{name}`, which changes the model's own weights"):
             on(model, places, method=name)
     with pytest.raises(SettingsError, match="packed"):
         on(model, places, "qzo")

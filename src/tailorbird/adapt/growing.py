@@ -23,8 +23,15 @@ from tailorbird.adapt.trunk import Trunk
 from tailorbird.errors import SettingsError
 
 
-def check_growing(rule: Rule, method: Attached) -> None:
+def check_growing(rule: Rule, method: Attached, name: str) -> None:
     """Refuse batches that grow where gradients of single rows aren't there.
+
+    Parameters
+    ----------
+    rule : Rule
+    method : Attached
+    name : str
+        Of the method.
 
     Raises
     ------
@@ -33,7 +40,7 @@ def check_growing(rule: Rule, method: Attached) -> None:
     """
     if isinstance(method, Moved) or method.clipping is not None:
         raise SettingsError(
-            f"a batch that grows for {type(method).__name__}",
+            f"a batch that grows for `{name}`",
             "a method that adds up the gradients of rows, which tell how sure they are",
             "leave out --grow-batch, or use another method",
         )

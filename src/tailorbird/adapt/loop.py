@@ -23,6 +23,9 @@ from tailorbird.adapt.step import Diverged, Step, held_out_loss
 from tailorbird.hardware.memory import resident_bytes, trim_heap
 from tailorbird.progress import Progress
 
+#: Examples that one message names.
+_MOST_SHOWN = 3
+
 
 @dataclass
 class History:
@@ -110,6 +113,8 @@ class Loop:
         Changes what is learned before the first step, unless a state on disk holds what came of it.
     most_resident : int, optional
         Bytes from which on the heap gives back, between steps, what it keeps of freed tensors.
+    shown : callable, optional
+        How the text of a row begins, to name examples whose loss isn't finite.
     """
 
     def __init__(
@@ -126,8 +131,9 @@ class Loop:
         scorer: Scorer | None = None,
         start: Callable[[], None] | None = None,
         most_resident: int | None = None,
+        shown: Callable[[Row], str] | None = None,
     ) -> None:
-        self.most_resident = most_resident
+        self.most_resident, self.shown = most_resident, shown
         self.board, self.growth, self.scorer, self.start = board, growth, scorer, start
         self.step, self.rows_of, self.held_out, self.factor = step, rows_of, held_out, factor
         self.pace, self.checkpoints, self.progress = pace, checkpoints, progress
@@ -184,10 +190,14 @@ class Loop:
     def _take_step(self) -> None:
         began = time.perf_counter()
         factor = self.factor(self.done)
-        self.step.begin(self.rows_of(self.done), self.done, self.pace.steps, factor)
+        rows = self.rows_of(self.done)
+        self.step.begin(rows, self.done, self.pace.steps, factor)
         while self.step.advance():
             pass
-        facts = self.step.finish()
+        try:
+            facts = self.step.finish()
+        except Diverged as error:
+            raise Diverged(f"{error.given}; {self._unsound(rows)}", error.expected, error.remedy) from None
         self.done += 1
         resident = resident_bytes()
         if self.most_resident is not None and resident > self.most_resident:
@@ -200,6 +210,15 @@ class Loop:
         if self.board is not None:
             self.board.step(self.history.steps[-1])
         self.progress.advance(note=f"loss {facts.loss:.3f}")
+
+    def _unsound(self, rows: list[Row]) -> str:
+        """Of how many of a step's examples the loss isn't finite, each read by itself, and how they begin."""
+        alone = [example for row in rows for example in row.cut(1)]
+        found = [one for one in alone if not math.isfinite(self._loss([one]))]
+        begun = [] if self.shown is None else [f"`{self.shown(one)}`" for one in found[:_MOST_SHOWN]]
+        return f"that of {len(found)} of its {len(alone)} examples isn't finite" + (
+            f", which begin with {', '.join(begun)}" if begun else ""
+        )
 
     def _look(self) -> None:
         """Measure the held-out loss and remember what was learned where it's the least so far."""
@@ -222,7 +241,7 @@ class Loop:
             self.history.scores.append({"step": step, "right": self.scorer.right(), "of": asked})
 
     def _held_out_loss(self) -> float:
-        loss = held_out_loss(self.step.trunk, self.held_out, self.step.most_tokens)
+        loss = self._loss(self.held_out)
         if not math.isfinite(loss):
             raise Diverged(
                 f"the held-out loss after step {self.done} is {loss}",
@@ -230,6 +249,9 @@ class Loop:
                 "set --rate lower, or look at the held-out examples",
             )
         return loss
+
+    def _loss(self, rows: list[Row]) -> float:
+        return held_out_loss(self.step.trunk, rows, self.step.most_tokens)
 
     def _patience_is_over(self) -> bool:
         return self.pace.patience is not None and self.history.since_best >= self.pace.patience

@@ -23,7 +23,7 @@ from tailorbird.adapt.checkpoints import Checkpoints
 from tailorbird.adapt.curvature import CurvedStep, check_sampling
 from tailorbird.adapt.data.examples import Examples
 from tailorbird.adapt.data.order import Order, held_out_rows
-from tailorbird.adapt.data.preview import preview
+from tailorbird.adapt.data.preview import beginning, preview
 from tailorbird.adapt.data.store import prepare
 from tailorbird.adapt.growing import GrowingStep, check_growing
 from tailorbird.adapt.logs import TensorBoard
@@ -34,7 +34,7 @@ from tailorbird.adapt.methods.low_rank import LowRank
 from tailorbird.adapt.methods.registry import method_named
 from tailorbird.adapt.methods.zeroth.moved import Moved
 from tailorbird.adapt.optimizers.batch_growth import BatchGrowth
-from tailorbird.adapt.optimizers.loraplus import lora_plus_groups
+from tailorbird.adapt.optimizers.loraplus import faces_outputs, lora_plus_groups
 from tailorbird.adapt.optimizers.offload import MappedStates, resident_state_bytes
 from tailorbird.adapt.optimizers.optimizer import RuleOptimizer
 from tailorbird.adapt.optimizers.registry import optimizer_named
@@ -406,7 +406,7 @@ def _loop(work: Work, room: Room, job: Job, progress: Progress, board: TensorBoa
     return Loop(
         step, rows_of, held_out, lambda number: schedule.factor(number, steps), pace,
         Checkpoints(job.work / "states"), progress, board, growth, work.scorer, start,
-        room.cost.peak_bytes + work.states_bytes,
+        room.cost.peak_bytes + work.states_bytes, lambda row: beginning(row, work.checkpoint.tokenizer()),
     )  # fmt: skip
 
 
@@ -617,9 +617,15 @@ def _begin_zeroth(method: Moved, checkpoint: Checkpoint, settings: TuneSettings)
 def _rule(settings: TuneSettings, method: Attached, trunk: Trunk, offload: Path | None) -> Rule:
     """The optimizer that was chosen, else the method's own, else AdamW; refused where it can't work."""
     rule = _chosen_rule(settings, method)
+    if settings.rate_ratio != 1 and not any(faces_outputs(name) for name, _ in method.named_parameters()):
+        raise SettingsError(
+            f"a rate ratio of {settings.rate_ratio:g} for {settings.method}",
+            "a method with matrices of LoRA that face the outputs, such as lora or dora",
+            "leave out --rate-ratio, or choose another --method",
+        )
     check_sampling(rule, method, trunk.model.dtype)
     if settings.grow_batch is not None:
-        check_growing(rule, method)
+        check_growing(rule, method, settings.method)
     if offload is not None and not rule.layout((1, 1)):
         raise SettingsError(
             f"offloaded states of optimizer `{rule.name}`", "an optimizer that has states",

@@ -58,6 +58,7 @@ def test_a_call_of_a_tool_and_its_result_are_turns():
         ({}, "has no fields"),
         ({"question": "a", "answer": "b"}, "has `question`, `answer`"),
         ({"prompt": "a"}, "has `prompt`"),
+        ({"prompt": None, "completion": "b"}, "has `prompt` (null), `completion`"),
         ({"text": ""}, "an empty `text`"),
         ({"text": " \n"}, "an empty `text`"),
         ({"text": 7}, "a number as `text`"),

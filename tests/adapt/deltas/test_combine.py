@@ -15,10 +15,10 @@ import tailorbird.api as api
 from peft_adapters import expected_logits, prompt, save, wrapped
 from tailorbird.adapt.deltas.entries import disjoint_mean, drop, generator_of, trim
 from tailorbird.adapt.deltas.factors import truncate, truncate_product
-from tailorbird.adapt.merge.change import Product
 from tailorbird.adapt.save import ORIGIN
 from tailorbird.errors import CheckpointError, SettingsError
 from tailorbird.formats.peft import WEIGHTS_FILE
+from tailorbird.linear.product import Product
 from tiny import make_model
 from written_loras import SHAPES, changes, write
 

@@ -14,11 +14,11 @@ import torch
 from folded_models import save_folded
 from peft_adapters import change_config, save, wrapped
 from tailorbird.adapt.merge.adapter import LoraAdapter, write_lora
-from tailorbird.adapt.merge.change import Product
 from tailorbird.adapt.save import ORIGIN
 from tailorbird.errors import CheckpointError, SettingsError
 from tailorbird.formats.peft import CONFIG_FILE, WEIGHTS_FILE
 from tailorbird.linear.folds import FOLDS_FILE, shift_name
+from tailorbird.linear.product import Product
 from tailorbird.linear.rotate.weights import ROTATION_FILE
 from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint, write_json, write_tensors

@@ -176,3 +176,13 @@ def test_density_refuses_places_where_it_cannot_measure() -> None:
 def test_what_changes_modules_by_itself_is_not_wrapped(name: str, inner: str) -> None:
     with pytest.raises(SettingsError, match=f"{name} around `{inner}`"):
         method_named(name, method=inner)
+
+
+@pytest.mark.parametrize("name", ["ist", "density"])
+def test_a_trial_takes_what_needs_the_most_memory_of_the_method_within(name: str) -> None:
+    attached = tuned.attach(tuned.small(name, method="glora", b="any"))
+    attached.before_step(0, 10)
+    attached.before_trial()
+    tried = {key: value.clone() for key, value in attached.state_dict().items()}
+    attached.inner.before_trial()
+    assert all(torch.equal(tried[key], value) for key, value in attached.state_dict().items())

@@ -85,6 +85,24 @@ def test_between_steps_no_page_of_them_is_in_ram(tmp_path: Path) -> None:
     assert sum(map(mapped_resident, states)) == 0
 
 
+def test_what_lies_in_no_file_keeps_its_values(tmp_path: Path) -> None:
+    """A state on disk holds parameters, too, whose pages would come back as zeros."""
+    around = torch.ones(3 * PAGE)
+    first = -around.data_ptr() % PAGE // around.element_size()
+    parameter = nn.Parameter(around[first : first + PAGE])
+    assert parameter.data_ptr() % PAGE == 0
+    optimizer = optimizer_named("adamw").build(
+        [{"params": [parameter]}], 0, MappedStates(tmp_path / "states")
+    )
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    values = parameter.detach().clone()
+    tensors = {"method.one": parameter.detach()} | pack_state(optimizer)[0]
+    Checkpoints(tmp_path / "saved").save(State(1, tensors, {}), optimizer.leave)
+    assert torch.equal(parameter, values)
+    assert torch.count_nonzero(around) == len(around)
+
+
 def test_what_was_saved_goes_on(tmp_path: Path) -> None:
     parameter, again = (nn.Parameter(torch.ones(64, 64)) for _ in range(2))
     optimizer = optimizer_named("adamw").build([{"params": [parameter]}], 0, MappedStates(tmp_path / "a"))

@@ -7,8 +7,10 @@ from typing import Any
 
 from tailorbird.adapt.data.examples import Examples
 from tailorbird.adapt.data.spans import decode_plain
+from tailorbird.adapt.rows import Row
 
 LONGEST_RUN = 2000  # characters of one part that are shown
+BEGINNING = 60  # characters of a text that only have to tell it from others
 CONTEXT, LEARNED, GOES_ON = "  | ", "  > ", "  … "
 
 
@@ -36,6 +38,13 @@ def preview(examples: Examples, tokenizer: Any, index: int = 0) -> str:
                 [mark + _printable(line) for line in part.splitlines(keepends=True)] if part else [GOES_ON]
             )
     return "\n".join(lines)
+
+
+def beginning(row: Row, tokenizer: Any) -> str:
+    """How the text of a row begins, on one line; learned tokens before it aren't shown."""
+    text = decode_plain(tokenizer, row.ids[row.ids >= 0][:BEGINNING].tolist())
+    lines = [_printable(line) for line in text[:BEGINNING].splitlines(keepends=True)]
+    return "".join(lines) + ("…" if len(text) > BEGINNING or len(row) > BEGINNING else "")
 
 
 def _shortened(text: str) -> list[str]:

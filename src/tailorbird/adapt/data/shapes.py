@@ -132,8 +132,11 @@ def read_record(entry: Entry) -> Record:
         )
     if "text" in fields:
         return Text(_text(fields["text"], "text", entry.where))
-    keys = ", ".join(f"`{key}`" for key in list(value)[:10]) or "no fields"
-    raise _wrong(entry.where, f"has {keys}", KNOWN_FIELDS, "rename the fields")
+    keys = ", ".join(
+        f"`{key}`" + (" (null)" if field is None else "") for key, field in list(value.items())[:10]
+    )
+    remedy = "rename the fields" if len(fields) == len(value) else "rename the fields, or fill those of null"
+    raise _wrong(entry.where, f"has {keys or 'no fields'}", KNOWN_FIELDS, remedy)
 
 
 def _completion(fields: dict[str, Any], where: str) -> Completion | Conversation:

@@ -24,10 +24,10 @@ from tailorbird.adapt.deltas.entries import disjoint_mean, drop, generator_of, t
 from tailorbird.adapt.deltas.factors import Truncated, relative_error, truncate, truncate_product
 from tailorbird.adapt.deltas.lora_file import LoraFile, check_one_base
 from tailorbird.adapt.merge.adapter import write_lora
-from tailorbird.adapt.merge.change import Product
 from tailorbird.adapt.save import ORIGIN
 from tailorbird.calibrate.job import Job, check_output
 from tailorbird.errors import SettingsError, nearest
+from tailorbird.linear.product import Product
 from tailorbird.model.writing import write_json
 from tailorbird.progress import Progress, Silent
 
@@ -175,8 +175,7 @@ def _sum(parts: Sequence[Product], rank: int) -> Truncated:
     )
     own = together.down.shape[0]
     if own <= min(rank, together.up.shape[0], together.down.shape[1]):
-        energy = ((together.up.T @ together.up) * (together.down @ together.down.T)).sum()
-        return Truncated(together, max(0.0, float(energy)), 0.0)
+        return Truncated(together, together.energy(), 0.0)
     return truncate_product(together, rank)
 
 

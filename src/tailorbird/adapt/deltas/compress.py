@@ -29,7 +29,6 @@ from tailorbird.adapt.deltas.lora_file import LoraFile
 from tailorbird.adapt.deltas.ternary import Coded, Signs, decode, deviation, encode, largest
 from tailorbird.adapt.merge.adapted import AdaptedModel
 from tailorbird.adapt.merge.adapter import LoraAdapter
-from tailorbird.adapt.merge.change import Product
 from tailorbird.adapt.merge.files import DTYPES
 from tailorbird.adapt.save import ORIGIN
 from tailorbird.calibrate.job import Job, check_output
@@ -38,6 +37,7 @@ from tailorbird.errors import CheckpointError, SettingsError
 from tailorbird.evaluate.checkpoint import LONGEST_HELD_OUT_WINDOW
 from tailorbird.evaluate.streamed import measure_quality
 from tailorbird.formats.peft import CONFIG_FILE, DOWN, PREFIX, UP, WEIGHTS_FILE, is_finite
+from tailorbird.linear.product import Product
 from tailorbird.model.anatomy import Anatomy, read_anatomy
 from tailorbird.model.checkpoint import Checkpoint, open_checkpoint
 from tailorbird.model.json_file import read_json
@@ -248,14 +248,8 @@ def _error(lora: LoraFile, tensors: Mapping[str, _Tensor], alpha: float) -> floa
         down = tensors[f"{PREFIX}{name}.{DOWN}"].expanded(alpha).float()
         up = tensors[f"{PREFIX}{name}.{UP}"].expanded(alpha).float() * lora.scales[name]
         both = Product(torch.cat([product.up, -up], dim=1), torch.cat([product.down, down]))
-        lost, energy = lost + _energy(both), energy + _energy(product)
+        lost, energy = lost + both.energy(), energy + product.energy()
     return math.sqrt(lost / energy) if energy > 0 else 0.0
-
-
-def _energy(product: Product) -> float:
-    """Squared Frobenius norm of a product, which isn't formed."""
-    up, down = product.up.double(), product.down.double()
-    return max(0.0, float(((up.T @ up) * (down @ down.T)).sum()))
 
 
 def _write(directory: Path, tensors: Mapping[str, _Tensor], density: float, alpha: float) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tailorbird.adapt.merge.change import Product
+from tailorbird.linear.product import Product
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from tailorbird.adapt.merge.adapter import LoraSettings
-from tailorbird.adapt.merge.change import Product
 from tailorbird.adapt.merge.files import files_fingerprint, read_config, shape_problems
 from tailorbird.adapt.save import ORIGIN
 from tailorbird.errors import CheckpointError, SettingsError
 from tailorbird.formats.peft import CONFIG_FILE, DOWN, PREFIX, UP, WEIGHTS_FILE
+from tailorbird.linear.product import Product
 from tailorbird.model.json_file import read_json
 from tailorbird.model.location import same_model
 from tailorbird.model.weights import Weights

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tailorbird.adapt.merge.change import Product
+from tailorbird.adapt.merge.change import LowRankChange
 from tailorbird.adapt.merge.files import (
     AdapterSettings,
     files_fingerprint,
@@ -42,6 +42,7 @@ from tailorbird.formats.peft import (
     lora_tensors,
     matching,
 )
+from tailorbird.linear.product import Product
 from tailorbird.model.anatomy import Anatomy
 from tailorbird.model.checkpoint import Checkpoint
 from tailorbird.model.weights import Weights
@@ -80,7 +81,7 @@ class LoraAdapter:
         """The linears that it changes."""
         return tuple(self._scales)
 
-    def change(self, name: str) -> Product | None:
+    def change(self, name: str) -> LowRankChange | None:
         """The change of one linear, read from the file; None where it stays as it is."""
         if name not in self._scales:
             return None
@@ -90,7 +91,7 @@ class LoraAdapter:
             down = down * self._inputs[name]
         if name in self._outputs:
             up = up / self._outputs[name][:, None]
-        return Product(up, down)
+        return LowRankChange(up, down)
 
     @classmethod
     def open(cls, directory: Path, checkpoint: Checkpoint, anatomy: Anatomy) -> LoraAdapter:

@@ -2,18 +2,19 @@
 
     T = W + delta(W),    t = b + shift(W, b)
 
-A change of low rank (`Product`) is added as it is. One that depends on the weight, or fills all of it, is
-formed for some rows at a time (`glora.py`).
+A change of low rank (`LowRankChange`) is added as it is. One that depends on the weight, or fills all of it,
+is formed for some rows at a time (`glora.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
+
+from tailorbird.linear.product import Product
 
 
 class Change(Protocol):
@@ -72,22 +73,8 @@ class Adapter(Changes, Protocol):
     def names(self) -> tuple[str, ...]: ...
 
 
-@dataclass(frozen=True, eq=False)
-class Product:
-    """The change of one weight, ``up @ down``.
-
-    Attributes
-    ----------
-    up : Tensor[out_features, rank], float32
-    down : Tensor[rank, in_features], float32
-    """
-
-    up: Tensor
-    down: Tensor
-
-    def delta(self) -> Tensor:
-        """The change itself, ``[out_features, in_features]``."""
-        return self.up @ self.down
+class LowRankChange(Product):
+    """The change of one weight that is a product of low rank."""
 
     def moved(self, weight: Tensor) -> Tensor:
         """As of `Change`."""
@@ -100,11 +87,3 @@ class Product:
     def output(self, x: Tensor, weight: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
         """As of `Change`."""
         return (x @ self.down.t()) @ self.up.t()
-
-    def is_finite(self) -> bool:
-        """As of `Change`."""
-        return bool(self.up.isfinite().all() & self.down.isfinite().all())
-
-    def first(self, rank: int) -> Product:
-        """The product of the first columns and rows."""
-        return Product(self.up[:, :rank].contiguous(), self.down[:rank].contiguous())

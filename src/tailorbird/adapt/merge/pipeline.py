@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tailorbird.adapt.merge.adapted import AdaptedModel
-from tailorbird.adapt.merge.change import Adapter, Product
+from tailorbird.adapt.merge.change import Adapter, LowRankChange
 from tailorbird.adapt.merge.residual import best_product
 from tailorbird.adapt.merge.rounding import Rounding
 from tailorbird.calibrate.activations import ActivationFile
@@ -259,14 +259,14 @@ class Residual:
                     name.removesuffix(f".{UP}"): weights for name in weights.names if name.endswith(UP)
                 }
 
-    def change(self, name: str) -> Product | None:
+    def change(self, name: str) -> LowRankChange | None:
         """That of one linear, or None where it stays as it is."""
         weights = self._files.get(name)
         if weights is None:
             return None
-        return Product(weights.read(f"{name}.{UP}"), weights.read(f"{name}.{DOWN}")).first(self.rank)
+        return LowRankChange(weights.read(f"{name}.{UP}"), weights.read(f"{name}.{DOWN}")).first(self.rank)
 
-    def products(self) -> dict[str, Product]:
+    def products(self) -> dict[str, LowRankChange]:
         """All of them."""
         return {name: found for name in sorted(self._files) if (found := self.change(name)) is not None}
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tailorbird.adapt.merge.change import Product
 from tailorbird.errors import TailorbirdError
+from tailorbird.linear.product import Product
 
 #: added to the diagonal of the Gram matrix, as a fraction of its mean; raised tenfold while that isn't enough
 DAMPING, RETRIES = 1e-3, 5

@@ -40,6 +40,7 @@ from tailorbird.adapt.methods.signal_to_noise import Spectrum
 from tailorbird.adapt.methods.slimfit import SlimFit
 from tailorbird.adapt.methods.triadaptlora import Triadaptlora
 from tailorbird.adapt.methods.zeroth import OF_ZEROTH_ORDER
+from tailorbird.adapt.setting_types import check_types
 from tailorbird.errors import SettingsError, nearest
 
 #: every method of this folder; those that wrap another have it as their setting `method`
@@ -104,7 +105,7 @@ def method_named(name: str, **settings: Any) -> Method:
     Raises
     ------
     SettingsError
-        There is no such method or setting, or a value is out of range.
+        There is no such method or setting, or a value is of another type or out of range.
     """
     if name not in KNOWN:
         raise SettingsError(f"method `{name}`", "a method of tuning", nearest(name, KNOWN))
@@ -121,5 +122,6 @@ def method_named(name: str, **settings: Any) -> Method:
                 "one of " + ", ".join(f"`{field}`" for field in known),
                 nearest(setting, known),
             )
+    check_types(name, kind, settings)
     method: Method = kind(**settings)
     return method

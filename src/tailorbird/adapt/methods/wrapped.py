@@ -62,6 +62,9 @@ class Wrapped(Attached):
     def before_step(self, step: int, steps: int) -> None:
         self.inner.before_step(step, steps)
 
+    def before_trial(self) -> None:
+        self.inner.before_trial()
+
     def penalty(self) -> Tensor | None:
         return self.inner.penalty()
 

@@ -23,7 +23,7 @@ def lora_plus_groups(
     Parameters
     ----------
     named_parameters : iterable of (str, nn.Parameter)
-        B is a name that ends in ``.up`` or holds ``lora_B``; everything else learns as A does.
+        What `faces_outputs` is B; everything else learns as A does.
     lr : float
         A's rate.
     ratio : float
@@ -44,10 +44,11 @@ def lora_plus_groups(
     slow: list[nn.Parameter] = []
     fast: list[nn.Parameter] = []
     for name, parameter in named_parameters:
-        (fast if _is_b(name) else slow).append(parameter)
+        (fast if faces_outputs(name) else slow).append(parameter)
     groups = [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * ratio}]
     return [group for group in groups if group["params"]]
 
 
-def _is_b(name: str) -> bool:
+def faces_outputs(name: str) -> bool:
+    """Whether a parameter is a B: its name ends in ``.up`` or holds ``lora_B``."""
     return name == "up" or name.endswith(".up") or "lora_B" in name

@@ -60,9 +60,12 @@ class MappedStates:
         return found
 
     def leave(self, states: Iterable[Tensor]) -> None:
-        """Let the pages of states leave this process; their values stay."""
+        """Let the pages of states leave this process; their values stay.
+
+        Tensors that lie in no file are left alone: their pages would come back as zeros.
+        """
         for state in states:
-            if state.nbytes >= PAGE:
+            if state.untyped_storage().filename is not None:
                 leave_pages(state.data_ptr(), state.nbytes)
 
     def _refusal(self, size: int, error: OSError) -> ResourceError:

@@ -21,6 +21,7 @@ from tailorbird.adapt.optimizers.rule import Rule
 from tailorbird.adapt.optimizers.sgd import Sgd
 from tailorbird.adapt.optimizers.sgg import Sgg
 from tailorbird.adapt.optimizers.soap import Soap
+from tailorbird.adapt.setting_types import check_types
 from tailorbird.errors import SettingsError, nearest
 
 OPTIMIZERS: dict[str, type[Rule]] = {
@@ -68,5 +69,6 @@ def optimizer_named(name: str, **settings: Any) -> Rule:
             raise SettingsError(f"setting `{setting}` of {name}", "one that it has", nearest(setting, known))
     if isinstance(settings.get("inner"), str):
         settings["inner"] = optimizer_named(settings["inner"])
+    check_types(name, kind, settings)
     rule: Rule = kind(**settings)
     return rule

@@ -13,33 +13,17 @@ Compress then Serve: https://arxiv.org/abs/2407.00066 (its joint diagonalization
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tailorbird.linear.product import Product
+
 #: Most rounds of U and V, the gain in a round that isn't worth another, and most moves between clusters.
 ROUNDS, GAIN, MOVES = 50, 1e-6, 20
-
-
-@dataclass(frozen=True, eq=False)
-class Product:
-    """What one adapter adds to a linear: ``up @ down``, scale included.
-
-    Attributes
-    ----------
-    up : Tensor[out_features, rank], float32
-    down : Tensor[rank, in_features], float32
-    """
-
-    up: Tensor
-    down: Tensor
-
-    def norm(self) -> float:
-        """Frobenius norm of the product."""
-        squared = ((self.up.T @ self.up) * (self.down @ self.down.T)).sum()
-        return float(squared.clamp(min=0).sqrt())
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +47,7 @@ class Basis:
 
     def lost(self, product: Product) -> float:
         """Share of an adapter's squared norm that the best core leaves; 0 of nothing."""
-        whole = product.norm() ** 2
+        whole = product.energy()
         if whole == 0:
             return 0.0
         core = self.core(product)
@@ -86,7 +70,7 @@ def shared_basis(products: Sequence[Product], rank: int) -> Basis:
     -------
     Basis
     """
-    known = [(product, norm) for product in products if (norm := product.norm()) > 0]
+    known = [(one, math.sqrt(energy)) for one in products if (energy := one.energy()) > 0]
     out_features, in_features = len(products[0].up), products[0].down.shape[1]
     if not known:
         return Basis(torch.eye(out_features, rank), torch.eye(rank, in_features))

@@ -14,6 +14,7 @@ from torch import Tensor
 from tailorbird.errors import ResourceError, SettingsError
 from tailorbird.formats.peft import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from tailorbird.kernels.adapters import LinearAdapter
+from tailorbird.linear.product import Product
 from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.load import load
@@ -22,7 +23,7 @@ from tailorbird.model.writing import write_json, write_tensors
 from tailorbird.progress import Progress, Silent
 from tailorbird.run.parts import PlacedLinear, linear_shape
 from tailorbird.serve.adapters.basis import CORE, PEFT_TYPE
-from tailorbird.serve.adapters.joint import MOVES, Basis, Product, shared_basis
+from tailorbird.serve.adapters.joint import MOVES, Basis, shared_basis
 from tailorbird.serve.adapters.kinds import open_adapter
 from tailorbird.serve.runner import runner_for
 

@@ -336,12 +336,23 @@ def test_conv1d_is_refused_before_the_model_changes(name: str, bases: dict[str, 
 
 
 @pytest.mark.parametrize(
-    "method", [VbLora(length=48), Pissa(rank=65), VbLora(length=100)], ids=["vblora", "pissa", "long"]
+    ("method", "message"),
+    [
+        (VbLora(length=48), "length 48"),
+        (VbLora(length=100), "length 100"),
+        (VbLora(length=32, rank=33), "rank 33 of vblora for .* at most 32"),
+        (Pissa(rank=33), "rank 33 of pissa for .* at most 32"),
+        (Dora(rank=33), "rank 33 of dora for .* at most 32"),
+        (AdaLora(rank=2, initial=33), "initial 33 of adalora for .* at most 32"),
+        (LoHa(rank=33), "rank 33 of loha for .* at most 32"),
+    ],
 )
-def test_what_does_not_fit_is_refused_before_the_model_changes(method: Any, bases: dict[str, Base]) -> None:
+def test_what_does_not_fit_is_refused_before_the_model_changes(
+    method: Any, message: str, bases: dict[str, Base]
+) -> None:
     make, anatomy = bases["packed"]
     model = make()
-    with pytest.raises(SettingsError):
+    with pytest.raises(SettingsError, match=message):
         attach(method, model, places_of(model, anatomy), torch.Generator())
     assert not hasattr(model, "peft_config")
 

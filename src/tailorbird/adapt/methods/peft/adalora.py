@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tailorbird.adapt.methods.adapter import Attached, Place
-from tailorbird.adapt.methods.checks import require
+from tailorbird.adapt.methods.checks import require, require_fit
 from tailorbird.adapt.methods.peft.injected import Injected, library
 from tailorbird.errors import SettingsError
 
@@ -172,6 +172,8 @@ class AdaLora:
         self, model: nn.Module, places: Mapping[str, Place], generator: torch.Generator
     ) -> Attached:
         """As of `ModelMethod`."""
+        for place in places.values():
+            require_fit(self.name, self.initial, place, "initial")
         config = library().AdaLoraConfig(
             task_type="CAUSAL_LM", target_r=self.rank, init_r=self.initial, lora_alpha=self.alpha,
             deltaT=self.every, orth_reg_weight=self.orthogonality, target_modules=list(places),

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tailorbird.adapt.methods.adapter import Attached, Place
-from tailorbird.adapt.methods.checks import require_rank
+from tailorbird.adapt.methods.checks import require_fit, require_rank
 from tailorbird.adapt.methods.peft.injected import ADAPTER, Injected, library
 
 
@@ -47,6 +47,8 @@ class Dora:
         self, model: nn.Module, places: Mapping[str, Place], generator: torch.Generator
     ) -> Attached:
         """As of `ModelMethod`."""
+        for place in places.values():
+            require_fit(self.name, self.rank, place)
         config = library().LoraConfig(
             task_type="CAUSAL_LM", r=self.rank, lora_alpha=self.alpha, target_modules=list(places),
             use_dora=True,

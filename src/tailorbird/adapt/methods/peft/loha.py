@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tailorbird.adapt.methods.adapter import Attached, Place
-from tailorbird.adapt.methods.checks import require_rank
+from tailorbird.adapt.methods.checks import require_fit, require_rank
 from tailorbird.adapt.methods.peft.checks import refuse_transposed
 from tailorbird.adapt.methods.peft.injected import Injected, library
 
@@ -50,6 +50,8 @@ class LoHa:
     ) -> Attached:
         """As of `ModelMethod`."""
         refuse_transposed(places, self.name)
+        for place in places.values():
+            require_fit(self.name, self.rank, place)
         config = library().LoHaConfig(
             task_type="CAUSAL_LM", r=self.rank, alpha=self.alpha, target_modules=list(places)
         )

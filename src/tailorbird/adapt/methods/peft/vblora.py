@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tailorbird.adapt.methods.adapter import Attached, Place
-from tailorbird.adapt.methods.checks import require
+from tailorbird.adapt.methods.checks import require, require_fit
 from tailorbird.adapt.methods.peft.injected import Injected, library
 from tailorbird.errors import SettingsError
 
@@ -63,6 +63,8 @@ class VbLora:
         self, model: nn.Module, places: Mapping[str, Place], generator: torch.Generator
     ) -> Attached:
         """As of `ModelMethod`."""
+        for place in places.values():
+            require_fit(self.name, self.rank, place)
         divisor = math.gcd(*(size for one in places.values() for size in (one.in_features, one.out_features)))
         if divisor % self.length:
             raise SettingsError(

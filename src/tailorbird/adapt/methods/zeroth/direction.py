@@ -30,10 +30,11 @@ class Direction:
 
     def part(self, number: int, like: Tensor) -> Tensor:
         """Of parameter `number`: float32, shape and device of `like`, the same at every call."""
-        return torch.cat([piece for _, piece in self.pieces(number, like)])
+        rows = like if like.dim() else like[None]
+        return torch.cat([piece for _, piece in self.pieces(number, rows)]).reshape(like.shape)
 
     def pieces(self, number: int, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """The same, some rows after the other."""
+        """The same, some rows after the other; of what has rows."""
         generator = self._generator(number, like)
         rows = max(1, TOGETHER * len(like) // max(1, like.numel()))
         for start in range(0, len(like), rows):

@@ -64,4 +64,4 @@ class Mezo:
             return MovedWeights(places, self.epsilon or epsilon, rate, generator)
         epsilon, rate = PARAMETERS
         inner = attach(self.method, model, places, generator)
-        return MovedParameters(inner, self.epsilon or epsilon, rate, generator)
+        return MovedParameters(inner, self.epsilon or epsilon, rate, generator, self.method.name)

@@ -80,17 +80,32 @@ class Moved(Wrapped, ABC):
 class MovedParameters(Moved):
     """The parameters of another method, which are few: a copy is kept while they are moved.
 
+    Parameters beside those of `Moved`:
+
+    Parameters
+    ----------
+    name : str
+        Of the other method.
+
     Raises
     ------
     SettingsError
-        The other method takes part in updates.
+        The other method takes part in updates, or changes the model's own weights.
     """
 
-    def __init__(self, inner: Attached, epsilon: float, rate: float, generator: torch.Generator) -> None:
+    def __init__(
+        self, inner: Attached, epsilon: float, rate: float, generator: torch.Generator, name: str
+    ) -> None:
         super().__init__(inner, epsilon, rate, generator)
+        if inner.changed() is not None:
+            raise SettingsError(
+                f"`{name}`, which changes the model's own weights, under a method of zeroth order",
+                "a method that adds something of its own, whose result is an adapter",
+                "choose another `method`, such as lora, or none: the weights are moved then",
+            )
         if any(getattr(type(inner), hook) is not getattr(Attached, hook) for hook in _OF_GRADIENTS):
             raise SettingsError(
-                f"{type(inner).__name__} under a method of zeroth order",
+                f"`{name}` under a method of zeroth order",
                 "a method that takes no part in updates, and so may do without gradients",
                 "choose another `method`, such as lora",
             )
