@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tailorbird.model.writing import write_text
 from tailorbird.report.page import abbreviated, base_name, known_groups, mapping, objects, render_page
 from tailorbird.report.plots import FULL_WIDTH, LINE, PAGE, THEME, drawing, log_ticks, plain_locator
 from tailorbird.report.table import (
@@ -94,6 +93,8 @@ def write_comparison(directory: Path) -> Path:
     Path
         The page.
     """
+    from tailorbird.model.writing import write_text  # which loads PyTorch
+
     data = json.loads((directory / DATA).read_text(encoding="utf-8"))
     figure = kl_by_bytes(objects(data.get("cells")))
     page = directory / PAGE_NAME

@@ -69,7 +69,8 @@ def learned(path: str, directory: Path, kind: str, places: int, seed: int = 1) -
         for parameter in method.parameters():
             parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
     directory.mkdir(parents=True)
-    origin = {"base": identity(open_checkpoint(path)), "base_name": path}
+    made = {"method": kind, "method_settings": {"tokens": places}, "targets": ["all"], "seed": seed}
+    origin = {"base": identity(open_checkpoint(path)), "base_name": path, "method": made}
     write_adapter(directory, {}, method, [], path, origin)
     return str(directory)
 
