@@ -229,7 +229,7 @@ def main() -> None:
                 size, entries, measure(entries, python, arguments.rounds, arguments.beside)
             )
         write_result(
-            arguments.name, {"others_cores": busy, "beside": arguments.beside, **found}
+            arguments.name, {"others_cores": busy, "beside": arguments.beside, "group_sizes": GROUPS, **found}
         )  # what is measured is kept
     table = Table("model", "engine", *ORDERS, title="tokens per second (ratio to the best peer of the class)")
     for row in found["rows"]:

@@ -221,3 +221,14 @@ def test_a_pattern_that_fits_nothing_is_refused_with_names_near_it(
 ) -> None:
     with pytest.raises(SettingsError, match=r"--keep embeding.*did you mean `embedding`"):
         tailorbird.fit(model, "45%", tmp_path / "out", keep=["embeding"])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**62 + 1])
+def test_a_seed_that_no_plan_holds_is_refused_before_texts(
+    seed: int, model: str, no_texts: None, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match=f"a seed of {seed}"):
+        tailorbird.fit(model, "50%", tmp_path / "out", seed=seed)
+    with pytest.raises(SettingsError, match=f"a seed of {seed}"):
+        tailorbird.compress(model, tmp_path / "out", recipe=RECIPE, seed=seed)
+    assert not list(tmp_path.iterdir())

@@ -66,6 +66,7 @@ from tailorbird.model.json_file import read_json
 from tailorbird.plan.budget import Budget, format_size, read_budget
 from tailorbird.plan.candidates import candidate_codings
 from tailorbird.plan.places import places_of
+from tailorbird.plan.planfile import MOST_COUNT
 from tailorbird.plan.predict import Prediction, Workload, measuring_flops, predict
 from tailorbird.plan.speed import check_architecture, with_speed
 from tailorbird.progress import Progress, Silent
@@ -298,6 +299,8 @@ def open_work(
         Whatever is wrong with the model or the settings.
     """
     progress = progress or Silent()
+    if not 0 <= seed <= MOST_COUNT:
+        raise SettingsError(f"a seed of {seed}", f"0 to {MOST_COUNT}, which plans can hold", "choose another")
     return_freed_memory()
     checkpoint = open_checkpoint(model)
     if checkpoint.compressed:

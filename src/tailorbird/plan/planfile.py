@@ -38,7 +38,9 @@ from tailorbird.plan.yaml_file import FLOAT, read_yaml, refuse, shortened
 
 SCHEMA = 1  # version of plan.yaml's layout
 
-Count = Annotated[int, Field(ge=0, le=2**62)]
+#: The largest whole number that a plan holds.
+MOST_COUNT = 2**62
+Count = Annotated[int, Field(ge=0, le=MOST_COUNT)]
 Dimension = Annotated[int, Field(ge=1, le=2**31)]
 Cost = Annotated[float, Field(allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
