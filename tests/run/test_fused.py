@@ -124,12 +124,14 @@ def test_rounded_inputs_agree_up_to_their_rounding(
 
 
 @pytest.mark.parametrize("coding", [INT4, NF4], ids=lambda c: c.label)
-@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize(
+    ("rounds", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)]
+)
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma3_text", "falcon", "olmo2"])
 def test_a_token_has_the_same_bits_whatever_runs_beside_it(
-    architecture: str, rounds: bool, coding: GroupedCoding, tmp_path: Path
+    architecture: str, rounds: bool, dtype: torch.dtype, coding: GroupedCoding, tmp_path: Path
 ) -> None:
-    model = compressed(tmp_path / "m", architecture, coding, rounds=rounds)
+    model = compressed(tmp_path / "m", architecture, coding, rounds=rounds, dtype=dtype)
     ids = tokens(9)
     together = in_pieces(model, ids, [40])
     assert torch.equal(in_pieces(model, ids, [3, 35, 36, 64]), together)
@@ -306,10 +308,13 @@ def test_branches_of_a_tree_see_their_ancestors_only(tmp_path: Path) -> None:
         torch.testing.assert_close(logits[end], alone, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "falcon"])
-def test_what_stands_on_a_branch_has_the_bits_of_the_branch_alone(architecture: str, tmp_path: Path) -> None:
+def test_what_stands_on_a_branch_has_the_bits_of_the_branch_alone(
+    architecture: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
     """Whatever tree, wherever it crosses pages, and though others stand in the slots between."""
-    model = compressed(tmp_path / "m", architecture)
+    model = compressed(tmp_path / "m", architecture, dtype=dtype)
     fused, ids, rng = FusedModel(model), tokens(1)[0], random.Random(0)
     for prompt in (1, 27, 33):
         count = rng.randrange(20, 40)

@@ -263,10 +263,11 @@ def best_version() -> int:
 def versions() -> tuple[int, ...]:
     """Which instructions products can use here.
 
-    0 none in particular, 1 AVX2, 2 AVX-512 with VNNI, 3 AVX2 with AVX-VNNI, 4 NEON with dot products.
+    0 none in particular, 1 AVX2, 2 AVX-512 with VNNI, 3 AVX2 with AVX-VNNI, 4 NEON with dot products,
+    5 AVX-512 with VNNI and products of bfloat16.
     """
     found = library()
-    return tuple(i for i in range(5) if found is not None and found.tailorbird_runs_version(i))
+    return tuple(i for i in range(6) if found is not None and found.tailorbird_runs_version(i))
 
 
 def serves(coding: Any, in_features: int) -> bool:

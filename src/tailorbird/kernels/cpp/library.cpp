@@ -228,6 +228,20 @@ struct Laps {
 #include "training.inc"
 #undef VERSION
 #undef TARGET
+
+// Blocks alone; all else is that of AVX-512.
+#define VERSION avx512bf16
+#define TARGET                                                                         \
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma," \
+                        "prefer-vector-width=512")))
+#define DOTS_BF16
+namespace tailorbird::avx512bf16 {
+using namespace avx512;
+}
+#include "block.inc"
+#undef VERSION
+#undef TARGET
+#undef DOTS_BF16
 #undef DOT_AVX512
 #elif defined(__aarch64__)
 #define UNROLL(n) _Pragma("GCC unroll 16")
@@ -260,7 +274,7 @@ template <typename T>
 Version<T> version_of(int version) {
 #if defined(__x86_64__)
   if (version == 1) return {avx2::quantize<T>, avx2::widen<T>, avx2::int8_products_of, avx2::float_products_of};
-  if (version == 2) {
+  if (version == 2 || version == 5) {
     return {avx512::quantize<T>, avx512::widen<T>, avx512::int8_products_of, avx512::float_products_of};
   }
   if (version == 3) {
@@ -284,7 +298,7 @@ struct BlockVersion {
 decltype(&portable::dequantize) dequantize_of(int version) {
 #if defined(__x86_64__)
   if (version == 1) return avx2::dequantize;
-  if (version == 2) return avx512::dequantize;
+  if (version == 2 || version == 5) return avx512::dequantize;
   if (version == 3) return avxvnni::dequantize;
 #elif defined(__aarch64__)
   if (version == 4) return neon::dequantize;
@@ -295,7 +309,7 @@ decltype(&portable::dequantize) dequantize_of(int version) {
 decltype(&portable::look_up) look_up_of(int version) {
 #if defined(__x86_64__)
   if (version == 1) return avx2::look_up;
-  if (version == 2) return avx512::look_up;
+  if (version == 2 || version == 5) return avx512::look_up;
   if (version == 3) return avxvnni::look_up;
 #elif defined(__aarch64__)
   if (version == 4) return neon::look_up;
@@ -308,6 +322,7 @@ BlockVersion block_version_of(int version) {
 #if defined(__x86_64__)
   if (version == 1) return FUNCTIONS(avx2);
   if (version == 2) return FUNCTIONS(avx512);
+  if (version == 5) return FUNCTIONS(avx512bf16);
   if (version == 3) return FUNCTIONS(avxvnni);
 #elif defined(__aarch64__)
   if (version == 4) return FUNCTIONS(neon);
@@ -319,7 +334,7 @@ BlockVersion block_version_of(int version) {
 SamplingVersion sampling_version_of(int version) {
 #if defined(__x86_64__)
   if (version == 1) return {avx2::largest, avx2::weigh, avx2::weigh_blocks};
-  if (version == 2) return {avx512::largest, avx512::weigh, avx512::weigh_blocks};
+  if (version == 2 || version == 5) return {avx512::largest, avx512::weigh, avx512::weigh_blocks};
   if (version == 3) return {avxvnni::largest, avxvnni::weigh, avxvnni::weigh_blocks};
 #elif defined(__aarch64__)
   if (version == 4) return {neon::largest, neon::weigh, neon::weigh_blocks};
@@ -341,7 +356,7 @@ TrainingVersion training_version_of(int version) {
 #define PASSES(v) {v::pass_norm, v::pass_norm_weight, v::pass_gate, v::pass_rotary, v::pass_loss, v::pass_attention, v::pass_walsh}
 #if defined(__x86_64__)
   if (version == 1) return PASSES(avx2);
-  if (version == 2) return PASSES(avx512);
+  if (version == 2 || version == 5) return PASSES(avx512);
   if (version == 3) return PASSES(avxvnni);
 #elif defined(__aarch64__)
   if (version == 4) return PASSES(neon);
@@ -398,17 +413,17 @@ void multiply(const Weight& w, const T* x, const Outputs& y, std::int64_t tokens
 extern "C" {
 
 // Whether this processor runs a version: 0 portable, 1 AVX2, 2 AVX-512 with VNNI, 3 AVX2 with AVX-VNNI, 4 NEON with dot
-// products.
+// products, 5 AVX-512 with VNNI and products of bfloat16.
 int tailorbird_runs_version(int version) {
   if (version == 0) return 1;
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (version == 1) return avx2;
-  if (version == 2) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vnni");
-  }
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni");
+  if (version == 2) return avx512;
+  if (version == 5) return avx512 && __builtin_cpu_supports("avx512bf16");
   if (version == 3) return avx2 && __builtin_cpu_supports("avxvnni");
 #elif defined(__ARM_FEATURE_DOTPROD)  // what was built runs nowhere else
   if (version == 4) return 1;
@@ -420,7 +435,7 @@ int tailorbird_runs_version(int version) {
 
 // The fastest of those.
 int tailorbird_best_version() {
-  for (const int version : {4, 2, 3, 1}) {
+  for (const int version : {4, 5, 2, 3, 1}) {
     if (tailorbird_runs_version(version)) return version;
   }
   return 0;
