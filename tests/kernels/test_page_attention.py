@@ -85,7 +85,7 @@ def rounded(version: int, dtype: torch.dtype) -> bool:
 def test_results_are_as_close_as_their_roundings_allow(
     version: int, group: int, kv_heads: int, d: int, length: int, window: int, dtype: torch.dtype
 ) -> None:
-    """A weight is off by its own rounding and that of the sum: twice the unit of bfloat16, or nearly nothing."""
+    """A weight is off by its own rounding and its sum's: twice the unit of bfloat16, or nearly nothing."""
     layer = Layer(group * kv_heads, kv_heads, d, length, window, dtype)
     paired = rounded(version, dtype)
     wanted, sizes = layer.exact(layer.query.bfloat16() if paired else layer.query)
@@ -111,7 +111,7 @@ def test_results_have_the_same_bits_in_whatever_pieces_tokens_come(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("version", native.versions())
 def test_what_lies_behind_the_last_key_changes_nothing(version: int, dtype: torch.dtype) -> None:
-    """Not even what isn't a number: pages are handed on as they are, from requests that may have gone wrong."""
+    """Not even what isn't a number: pages are handed on as they are, by requests that may have gone wrong."""
     for length in (1, 2, 31, 33, 40):
         for d in (16, 64):
             layer = Layer(4, 2, d, length, 0, dtype)
