@@ -4,9 +4,10 @@ Random-weight Llamas of three sizes, every linear in one coding (and once with i
 decode a while after a prompt at several batches. The speed of a shared machine changes within minutes by more
 than what is looked for: kernels are timed, the batches are measured right afterwards, and both are done again
 a few times, with the batches in another order each time. A cell counts with the median of its ratios of
-predicted to measured speed. The goal is within 15 % for reading the prompt and for decoding.
+predicted to measured speed. The goal is within 15 % for reading the prompt and for decoding. What a format
+of a model came to is kept when it is done; a run that was stopped goes on behind it.
 
-    python benchmarks/cost_model.py [--models 50M 110M 0.5B] [--batches 1 8 64] [--sweeps 3] [--rounds 5]
+    python benchmarks/cost_model.py [--models 50M 110M 0.5B] [--batches 1 8 64] [--sweeps 5] [--rounds 2]
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ import argparse
 import os
 import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from machine import add_quiet_option, require_quiet, write_result
+from machine import add_quiet_option, kept_result, require_quiet, write_result
 from packed_models import round_plainly
 from random_models import write_random_llama
 from tailorbird.evaluate.speed import Speed, speed
 from tailorbird.hardware.cache import forget_kernel_times
+from tailorbird.kernels import native
 
 #: name -> (blocks, width, feed-forward width, heads, key heads); vocabulary of 32,000
 SIZES = {
@@ -45,17 +48,17 @@ ALLOWED = 0.15
 
 
 def measure(
-    size: str, batches: list[int], sweeps: int, rounds: int, console: Console
-) -> list[dict[str, Any]]:
-    """Every format of one size at every batch."""
+    size: str, formats: list[str], batches: list[int], sweeps: int, rounds: int, console: Console
+) -> Iterator[list[dict[str, Any]]]:
+    """Of one size, the rows of each format at every batch."""
     blocks, hidden, intermediate, heads, kv_heads = SIZES[size]
-    rows = []
     with tempfile.TemporaryDirectory(prefix="cost-model-") as folder:
         source = write_random_llama(
             Path(folder) / "source", blocks=blocks, hidden=hidden, intermediate=intermediate, heads=heads,
             kv_heads=kv_heads, context=1024,
         )  # fmt: skip
-        for name, (bits, group, int8) in FORMATS.items():
+        for name in formats:
+            bits, group, int8 = FORMATS[name]
             path = round_plainly(source, Path(folder) / name.replace(" ", "-"), bits, group, int8)
             found: dict[int, list[Speed]] = {batch: [] for batch in batches}
             for sweep in range(sweeps):
@@ -65,14 +68,15 @@ def measure(
                     found[batch].append(
                         speed(path, prompt_tokens=PROMPT, new_tokens=NEW, batch=batch, rounds=rounds)
                     )
-            for batch in batches:
-                row = {"model": size, "format": name, "batch": batch} | compared(found[batch])
-                rows.append(row)
+            rows = [
+                {"model": size, "format": name, "batch": batch} | compared(found[batch]) for batch in batches
+            ]
+            for row in rows:
                 console.print(
-                    f"{size}, {name}, batch {batch}: prefill {row['prefill_off']:+.1%}, "
+                    f"{size}, {name}, batch {row['batch']}: prefill {row['prefill_off']:+.1%}, "
                     f"decode {row['decode_off']:+.1%}"
                 )
-    return rows
+            yield rows
 
 
 def compared(sweeps: list[Speed]) -> dict[str, Any]:
@@ -96,21 +100,32 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument(
-        "--sweeps", type=int, default=3, help="how often kernels are timed, and models measured"
+        "--sweeps", type=int, default=5, help="how often kernels are timed, and models measured"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of a batch in each sweep")
+    parser.add_argument("--rounds", type=int, default=2, help="measurements of a batch in each sweep")
     parser.add_argument("--name", default="cost_model", help="name of the result file")
     add_quiet_option(parser)
     arguments = parser.parse_args()
     busy = require_quiet(arguments.even_if_busy)
     console = Console()
+    settings = {
+        "batches": arguments.batches, "sweeps": arguments.sweeps, "rounds": arguments.rounds,
+        "prompt": PROMPT, "new": NEW, "library": native.fingerprint(),
+    }  # fmt: skip
+    rows = kept_result(arguments.name, settings).get("rows", [])
     with tempfile.TemporaryDirectory(prefix="cost-model-") as cache:
         os.environ["TAILORBIRD_CACHE"] = cache  # what is known of this machine stays known
-        rows = [
-            row
-            for size in arguments.models
-            for row in measure(size, arguments.batches, arguments.sweeps, arguments.rounds, console)
-        ]
+        for size in arguments.models:
+            done = {row["format"] for row in rows if row["model"] == size}
+            missing = [name for name in FORMATS if name not in done]
+            for found in measure(
+                size, missing, arguments.batches, arguments.sweeps, arguments.rounds, console
+            ):
+                rows += found
+                write_result(
+                    arguments.name,
+                    {"others_cores": busy, "settings": settings, "summary": summary(rows), "rows": rows},
+                )
     table = Table(
         "model",
         "format",
@@ -134,8 +149,13 @@ def main() -> None:
             ]  # fmt: skip
         table.add_row(row["model"], row["format"], str(row["batch"]), *cells)
     console.print(table)
-    offs = {p: [abs(row[f"{p}_off"]) for row in rows] for p in ("prefill", "decode")}
-    summary = {
+    console.print(summary(rows))
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How far predicted and measured speeds are apart, of prompts and of decoding."""
+    offs = {phase: [abs(row[f"{phase}_off"]) for row in rows] for phase in ("prefill", "decode")}
+    return {
         phase: {
             "within_15_percent": sum(off <= ALLOWED for off in found),
             "of": len(found),
@@ -144,8 +164,6 @@ def main() -> None:
         }
         for phase, found in offs.items()
     }
-    console.print(summary)
-    write_result(arguments.name, {"others_cores": busy, "summary": summary, "rows": rows})
 
 
 if __name__ == "__main__":

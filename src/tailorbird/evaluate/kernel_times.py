@@ -59,7 +59,7 @@ from tailorbird.model.anatomy import BYTES_PER_CACHED_VALUE
 from tailorbird.progress import Progress, Silent
 from tailorbird.run.embedding import embed_by
 from tailorbird.run.fused import MOST_TOKENS, FusedModel
-from tailorbird.run.generate import FusedDecoding
+from tailorbird.run.generate import FusedDecoding, likeliest
 
 SCHEMA = 2
 #: Numbers of tokens at which products are timed; 4 and 12 are where other kernels take over.
@@ -212,7 +212,7 @@ def _from_memory(cached: dict[str, float], streamed: dict[str, float]) -> dict[s
 def _logits() -> dict[str, float]:
     """What choosing the likeliest of logits takes."""
     logits = torch.zeros(SEQUENCES, VOCABULARY, dtype=torch.float32, device="cpu")
-    return {"logit": _median_seconds(lambda: logits.argmax(-1), REPEATS) / logits.numel()}
+    return {"logit": _median_seconds(lambda: likeliest(logits), REPEATS) / logits.numel()}
 
 
 def _lookup() -> dict[str, float]:
@@ -241,7 +241,7 @@ def _around_blocks(times: KernelTimes) -> dict[str, float]:
         decoding = FusedDecoding(FusedModel(model))
         decoding.read(torch.zeros(sequences, 8, dtype=torch.int64, device="cpu"))
         fed = torch.zeros(sequences, 1, dtype=torch.int64, device="cpu")
-        seconds = _typical(lambda decoding=decoding, fed=fed: decoding.read(fed).argmax(-1), others)  # type: ignore[misc]
+        seconds = _typical(lambda decoding=decoding, fed=fed: likeliest(decoding.read(fed)), others)  # type: ignore[misc]
         taken.append(seconds - decode_step_seconds(shape, times, sequences, 16))
     sequence = max(0.0, (taken[1] - taken[0]) / 31)
     step = max(0.0, taken[0] - sequence)

@@ -35,7 +35,7 @@ from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.load import load
 from tailorbird.progress import Progress
 from tailorbird.run.fused import obstacle
-from tailorbird.run.generate import Decoding, FusedDecoding, context_length, decode
+from tailorbird.run.generate import Decoding, FusedDecoding, context_length, decode, likeliest
 from tailorbird.run.parts import linear_shape
 
 PROMPT_TOKENS = 64
@@ -333,7 +333,7 @@ class _Subject:
         logits = decoding.read(self.prompt)
         read = time.perf_counter()
         for _ in range(self.new_tokens):
-            logits = decoding.read(logits.argmax(-1, keepdim=True))
+            logits = decoding.read(likeliest(logits)[:, None])
         self.prefill_seconds.append(read - start)
         self.decode_seconds.append(time.perf_counter() - read)
 
@@ -348,7 +348,7 @@ class _Subject:
             seconds = decoding.model.seconds = torch.zeros(len(STEPS) + 1, dtype=torch.float64)
             start = time.perf_counter()
             for _ in range(steps):
-                fed = decoding.read(fed).argmax(-1, keepdim=True)
+                fed = likeliest(decoding.read(fed))[:, None]
             elapsed = time.perf_counter() - start
             parts = {
                 name: float(value) / steps for name, value in zip((*STEPS, "head"), seconds, strict=True)

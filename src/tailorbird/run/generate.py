@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tailorbird.errors import CheckpointError, SettingsError
+from tailorbird.kernels import sampling
 from tailorbird.progress import Progress, Silent
 from tailorbird.run.fused import FusedModel, obstacle
 from tailorbird.run.graphs import GraphDecoding
@@ -321,13 +322,16 @@ def choose(logits: Tensor, temperature: float, draws: Tensor) -> Tensor:
     CheckpointError
         A sequence's largest logit isn't finite.
     """
+    if temperature == 0 and sampling.available():
+        # PyTorch's max and argmax take ten times as long.
+        rules = [sampling.Rule(temperature=0.0) for _ in range(len(logits))]
+        found = sampling.choose(logits, rules, torch.get_num_threads())
+        if any(chosen.problem is not None for chosen in found):
+            raise _not_finite()
+        return torch.tensor([chosen.token for chosen in found], device="cpu")
     largest = logits.max(-1, keepdim=True).values
     if not bool(torch.isfinite(largest).all()):
-        raise CheckpointError(
-            "this model's logits are not finite",
-            "finite logits for every token read",
-            "compare the checkpoint with its source (`tailorbird evaluate`) and make it again",
-        )
+        raise _not_finite()
     if temperature == 0:
         return logits.argmax(-1)
     # The largest is taken off before the division, which a tiny temperature would let overflow.
@@ -335,6 +339,19 @@ def choose(logits: Tensor, temperature: float, draws: Tensor) -> Tensor:
     cumulated = weights.cumsum(-1)
     targets = draws[:, None] * cumulated[:, -1:]
     return torch.searchsorted(cumulated, targets, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """The likeliest next token of each sequence; the rest is as of `choose`."""
+    return choose(logits, 0.0, torch.empty(0, dtype=torch.float64, device="cpu"))
+
+
+def _not_finite() -> CheckpointError:
+    return CheckpointError(
+        "this model's logits are not finite",
+        "finite logits for every token read",
+        "compare the checkpoint with its source (`tailorbird evaluate`) and make it again",
+    )
 
 
 class TextStream:
