@@ -1,4 +1,4 @@
-"""Speed of what a tuning step does beside products on the CPU: norms, gates, rotary angles, attention, loss.
+"""Speed of what a tuning step does beside products on the CPU: norms, gates, attention, loss.
 
 Forward and backward at 1,024 tokens, beside what transformers' modules make of the same, in turns; medians,
 and how much faster. The loss has a frozen head of 32,000 tokens. MB are the most that a step holds beyond its
@@ -28,7 +28,6 @@ from tailorbird.kernels.training_attention import packed_attention
 from tailorbird.kernels.training_gates import geglu, swiglu
 from tailorbird.kernels.training_loss import chunked_cross_entropy
 from tailorbird.kernels.training_norms import layer_norm, rms_norm
-from tailorbird.kernels.training_rotary import rotary
 
 TOKENS, WIDTH, INNER, VOCABULARY, HEADS, HEAD_DIM = 1024, 768, 2048, 32000, 12, 64
 CHUNK_BYTES = 16 << 20
@@ -72,13 +71,6 @@ def rms_norm_of_modules(x: Tensor, weight: Tensor) -> Tensor:
     return weight * wide.to(x.dtype)
 
 
-def rotary_of_modules(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As transformers' `apply_rotary_pos_emb`."""
-    half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-    return x * cos[:, None] + turned * sin[:, None]
-
-
 def attention_of_modules(q: Tensor, k: Tensor, v: Tensor, examples: int) -> Tensor:
     """As transformers' models with "sdpa"."""
     heads = (x.unflatten(0, (examples, -1)).transpose(1, 2) for x in (q, k, v))
@@ -100,8 +92,6 @@ def operations(dtype: torch.dtype) -> dict[str, tuple[Subject, Subject]]:
     x, inner, heads = normal(TOKENS, WIDTH), normal(TOKENS, INNER), normal(TOKENS, HEADS, HEAD_DIM)
     keys, values = normal(TOKENS, HEADS, HEAD_DIM), normal(TOKENS, HEADS, HEAD_DIM)
     up, weight, bias = normal(TOKENS, INNER), normal(WIDTH), normal(WIDTH)
-    half = torch.outer(torch.arange(TOKENS), 10000 ** -torch.linspace(0, 1, HEAD_DIM // 2))
-    cos, sin = (part(torch.cat([half, half], dim=1)).to(dtype) for part in (torch.cos, torch.sin))
     vocabulary, targets = normal(VOCABULARY, WIDTH) / 30, torch.randint(VOCABULARY, (TOKENS,))
     ours = {
         "RMSNorm, frozen": Subject(lambda x: rms_norm(x, weight, EPS), x),
@@ -109,7 +99,6 @@ def operations(dtype: torch.dtype) -> dict[str, tuple[Subject, Subject]]:
         "LayerNorm": Subject(lambda *inputs: layer_norm(*inputs, EPS), x, weight, bias),
         "SwiGLU": Subject(swiglu, inner, up),
         "GEGLU": Subject(geglu, inner, up),
-        "rotary": Subject(lambda x: rotary(x, cos, sin), heads),
         "attention, 4 x 256": Subject(lambda *x: packed_attention(*x, [256] * 4, SCALE), heads, keys, values),
         "attention, 1 x 1024": Subject(lambda *x: packed_attention(*x, [1024], SCALE), heads, keys, values),
         "loss": Subject(
@@ -123,7 +112,6 @@ def operations(dtype: torch.dtype) -> dict[str, tuple[Subject, Subject]]:
                              weight, bias),
         "SwiGLU": Subject(lambda gate, up: functional.silu(gate) * up, inner, up),
         "GEGLU": Subject(lambda gate, up: functional.gelu(gate, approximate="tanh") * up, inner, up),
-        "rotary": Subject(lambda x: rotary_of_modules(x, cos, sin), heads),
         "attention, 4 x 256": Subject(lambda *x: attention_of_modules(*x, 4), heads, keys, values),
         "attention, 1 x 1024": Subject(lambda *x: attention_of_modules(*x, 1), heads, keys, values),
         "loss": Subject(lambda x: loss_of_modules(x, vocabulary, targets), x),

@@ -161,7 +161,7 @@ def library() -> Any:
             decode.restype, encode.restype = size, None
             decode.argtypes = [pointer, pointer, pointer, pointer, size, size, pointer, number]
             encode.argtypes = [pointer, pointer, pointer, size, size, pointer, pointer, number]
-            for name in ("norm", "gate", "rotate", "softmax", "cross_entropy", "walsh"):
+            for name in ("norm", "gate", "softmax", "cross_entropy", "walsh"):
                 run_pass = getattr(found, f"tailorbird_{name}")
                 run_pass.restype = None
                 run_pass.argtypes = [pointer, number, number]

@@ -346,14 +346,13 @@ struct TrainingVersion {
   void (*norm)(const NormPass&, std::int64_t, std::int64_t);
   void (*norm_weight)(const NormPass&, std::int64_t, std::int64_t);
   void (*gate)(const GatePass&, std::int64_t, std::int64_t);
-  void (*rotary)(const RotaryPass&, std::int64_t, std::int64_t);
   void (*loss)(const LossPass&, std::int64_t, std::int64_t);
   void (*attention)(const AttentionPass&, std::int64_t, std::int64_t);
   void (*walsh)(const WalshPass&, std::int64_t, std::int64_t);
 };
 
 TrainingVersion training_version_of(int version) {
-#define PASSES(v) {v::pass_norm, v::pass_norm_weight, v::pass_gate, v::pass_rotary, v::pass_loss, v::pass_attention, v::pass_walsh}
+#define PASSES(v) {v::pass_norm, v::pass_norm_weight, v::pass_gate, v::pass_loss, v::pass_attention, v::pass_walsh}
 #if defined(__x86_64__)
   if (version == 1) return PASSES(avx2);
   if (version == 2 || version == 5) return PASSES(avx512);
@@ -579,13 +578,6 @@ void tailorbird_gate(const void* pass, int threads, int version) {
   const GatePass& p = *static_cast<const GatePass*>(pass);
   const auto run = training_version_of(version).gate;
   share_out(p.rows, threads, [&](auto first, auto last) { run(p, first, last); });
-}
-
-void tailorbird_rotate(const void* pass, int threads, int version) {
-  using namespace tailorbird;
-  const RotaryPass& p = *static_cast<const RotaryPass*>(pass);
-  const auto run = training_version_of(version).rotary;
-  share_out(p.tokens, threads, [&](auto first, auto last) { run(p, first, last); });
 }
 
 void tailorbird_softmax(const void* pass, int threads, int version) {

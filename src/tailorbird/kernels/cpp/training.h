@@ -1,4 +1,4 @@
-// What a step of tuning does beside products: norms, gates, rotary angles and the loss, forward and backward. Tensors
+// What a step of tuning does beside products: norms, gates and the loss, forward and backward. Tensors
 // belong to the caller; activations are bfloat16 or float32, what is summed over a row is float32.
 #pragma once
 
@@ -29,15 +29,6 @@ struct GatePass {
 };
 
 // Channel i of a head turns with channel half + i by the angle of its token; those from 2 * half on stay.
-struct RotaryPass {
-  const void* x;               // [tokens][heads][head_dim]
-  void* to;                    // the same, close together
-  const float *cosine, *sine;  // [tokens][half]
-  std::int64_t tokens, heads, head_dim, half, token_stride, head_stride, cosine_stride, sine_stride;
-  float direction;             // 1, or backward -1
-  std::int32_t bfloat16;
-};
-
 // The loss of each row of logits, which are replaced by its gradient where that is wanted.
 struct LossPass {
   void* logits;                 // [rows][vocabulary], close together
