@@ -405,6 +405,43 @@ def test_linears_are_counted_as_the_blocks_have_them(model: FusedModel) -> None:
         Adapter(model.blocks, {(5, 0): LinearAdapter()})
 
 
+def block_shape(model: FusedModel, number: int) -> tuple[int, int]:
+    """Rows and inputs of a linear of the first block, by its number there."""
+    block = model.blocks[0]
+    linear = (
+        block.attention_in[number] if number < 3 else block.attention_out if number == 3 else block.mlp_out
+    )
+    return linear.weight.rows, linear.weight.in_features
+
+
+def test_matrices_that_run_together_lie_side_by_side(model: FusedModel) -> None:
+    """All `down` of q, k and v, then all `up`; what several linears have stays where it is."""
+    ranks = {0: 3, 1: 5, 2: 4, 3: 2, 6: 7}
+    generator = torch.Generator().manual_seed(0)
+    shapes = {number: block_shape(model, number) for number in ranks}
+    low = {
+        number: (
+            torch.randn(rank, shapes[number][1], generator=generator),
+            torch.randn(shapes[number][0], rank, generator=generator),
+        )
+        for number, rank in ranks.items()
+    }
+    adapter = Adapter(model.blocks, {(0, number): LinearAdapter(*pair) for number, pair in low.items()})
+    ups = [adapter._table[0][number].up for number in (0, 1, 2, 3, 6)]
+    downs = [adapter._table[0][number].down for number in (0, 1, 2, 3, 6)]
+    order = [*downs[:3], *ups[:3], downs[3], ups[3], downs[4], ups[4]]
+    assert order == sorted(order)
+    assert all(address % 64 == 0 for address in order)
+    last = -(-shapes[6][0] // 16) * 16 * ranks[6] * 4
+    gaps = 64 * len(order)
+    assert order[-1] + last - order[0] <= adapter.nbytes + gaps
+
+    common, up = low[0][0], low[0][1]
+    shared = Adapter(model.blocks, {(i, 0): LinearAdapter(common, up) for i in range(2)})
+    assert {shared._table[i][0].down for i in range(2)} == {common.data_ptr()}
+    assert shared._table[0][0].up != shared._table[1][0].up
+
+
 @pytest.mark.parametrize(
     ("architecture", "kind"),
     [

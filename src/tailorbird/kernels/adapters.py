@@ -18,18 +18,23 @@ from __future__ import annotations
 
 import copy
 import ctypes
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from tailorbird.kernels.native import rows_by_tile
+from tailorbird.kernels.native import LANES, rows_by_tile, zeros_in_large_pages
 
 #: The linears of a block in the order of their structures: three for q, k and v (or one for all), and two for
 #: gate and up (or one).
 LINEARS = 7
+
+#: Which of them run together.
+_TOGETHER = (0, 0, 0, 1, 2, 2, 3)
 
 #: of matrices, in the order of `Matrix` in `cpp/block.h`
 _DTYPES = (torch.bfloat16, torch.float32, torch.int8)
@@ -68,15 +73,17 @@ class TiledRows:
 
     def to(self, device: torch.device) -> TiledRows:
         """The same on a device."""
-        if self.tiles.device == device:
-            return self
-        moved = copy.copy(self)
-        moved.tiles = self.tiles.to(device)
-        return moved
+        return self if self.tiles.device == device else self.moved(lambda tiles: tiles.to(device))
 
     def times(self, low: Tensor) -> Tensor:
         """``low @ matrix.T`` for ``low [tokens, rank]``, float32."""
         return torch.einsum("tr,nrl->tnl", low, self.tiles.float()).flatten(1)[:, : self.shape[0]]
+
+    def moved(self, take: Callable[[Tensor], Tensor]) -> TiledRows:
+        """The same with tiles in the memory that `take` copies them to."""
+        moved = copy.copy(self)
+        moved.tiles = take(self.tiles)
+        return moved
 
 
 class BasisPart(TiledRows):
@@ -185,6 +192,9 @@ class LinearAdapter:
 class Adapter:
     """An adapter laid out for the blocks of one model, which it doesn't change.
 
+    Matrices that belong to one linear alone are copied to one piece of memory, in the order in which blocks
+    read them: many adapters in a batch are read once a step each, as fast as memory allows.
+
     Parameters
     ----------
     blocks : array of BlockStructure
@@ -219,6 +229,7 @@ class Adapter:
                 raise ValueError(
                     f"{where}: factors for inputs that other linears of the block read, too; expected none"
                 )
+        for (block, number), linear in _side_by_side(linears).items():
             self._table[block][number] = linear.described(self._kept)
             self.rank = max(self.rank, self._table[block][number].rank)
 
@@ -233,6 +244,43 @@ class Adapter:
     def address(self) -> int:
         """Of the structures, one for each block."""
         return ctypes.addressof(self._table)
+
+
+def _side_by_side(linears: Mapping[tuple[int, int], LinearAdapter]) -> dict[tuple[int, int], LinearAdapter]:
+    """The same, with the matrices that no other linear has in one piece of memory.
+
+    Linears of a block that run together have theirs together: first all `down`, then all `up`.
+    """
+    users = Counter(linear.down.data_ptr() for linear in linears.values() if linear.down is not None)
+    # what is tiled already is there for other adapters, too, and so is what it goes with
+    own = {at: one for at, one in linears.items() if not isinstance(one.up, TiledRows)}
+    ups = {at: one.up.detach() for at, one in own.items() if isinstance(one.up, Tensor)}
+    downs = {at: one.down.detach() for at, one in own.items() if one.down is not None}
+    downs = {at: matrix for at, matrix in downs.items() if users[matrix.data_ptr()] == 1}
+    sizes = [matrix.nbytes for matrix in downs.values()]
+    sizes += [-(-len(matrix) // LANES) * LANES * matrix.nbytes // len(matrix) for matrix in ups.values()]
+    memory, used = zeros_in_large_pages(sum(map(_whole_lines, sizes))), 0
+
+    def take(matrix: Tensor) -> Tensor:
+        nonlocal used
+        start, used = used, used + _whole_lines(matrix.nbytes)
+        return memory[start : start + matrix.nbytes].view(matrix.dtype).view(matrix.shape).copy_(matrix)
+
+    placed = dict(linears)
+    for _, together in groupby(sorted(linears), key=lambda at: (at[0], _TOGETHER[at[1]])):
+        group = list(together)
+        for at in group:
+            if at in downs:
+                placed[at] = replace(placed[at], down=take(downs[at]))
+        for at in group:
+            if at in ups:
+                placed[at] = replace(placed[at], up=TiledRows(ups[at]).moved(take))
+    return placed
+
+
+def _whole_lines(size: int) -> int:
+    """Bytes of the lines of a cache that `size` bytes take."""
+    return -(-size // 64) * 64
 
 
 class LaidOut(Protocol):

@@ -228,16 +228,16 @@ def forget(tensor: Tensor) -> None:
 def zeros_in_large_pages(size: int) -> Tensor:
     """Bytes, all 0, that begin where a large page does; memory that isn't written to isn't taken.
 
-    The system is free to ignore the advice.
+    What is left behind the last whole large page lies in small ones. The system is free to ignore the advice.
     """
     if not hasattr(mmap, "MAP_PRIVATE") or size < LARGE_PAGE:
         return torch.zeros(size, dtype=torch.uint8, device="cpu")
     mapped = mmap.mmap(-1, size + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a system built without them
-            mapped.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(mapped, dtype=torch.uint8)
     start = -whole.data_ptr() % LARGE_PAGE
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system built without them
+            mapped.madvise(mmap.MADV_HUGEPAGE, start, size // LARGE_PAGE * LARGE_PAGE)
     return whole[start : start + size]
 
 
