@@ -1,5 +1,6 @@
-// Products, blocks and rows of embeddings of NEON's version against those of the portable one, bit for bit: both sum in
-// the same order, and both multiply and add at once. Every width, with zero points and without, odd shapes, few tokens and many.
+// Products, what is added to them, blocks and rows of embeddings of NEON's version against those of the portable one,
+// bit for bit: both sum in the same order, and both multiply and add at once. Every width, with zero points and without,
+// a codebook and tables, odd shapes, few tokens and many.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -27,8 +28,9 @@ struct Weights {
   std::deque<std::vector<std::uint32_t>> codes;
   std::deque<std::vector<std::uint16_t>> scales;
   std::deque<std::vector<std::uint8_t>> zeros;
+  std::uint8_t book[16];
 
-  Weight add(std::int64_t rows, std::int64_t in_features, int bits, bool symmetric, bool half) {
+  Weight add(std::int64_t rows, std::int64_t in_features, int bits, bool symmetric, bool half, bool with_book = false) {
     const std::int64_t steps = (in_features + STEP - 1) / STEP, tiles = (rows + LANES - 1) / LANES;
     const std::int64_t group_steps = between(1, 6), groups = (steps + group_steps - 1) / group_steps;
     std::vector<std::uint8_t> stored(rows * ((in_features * bits + 7) / 8));
@@ -39,8 +41,9 @@ struct Weights {
     for (auto& scale : scales.back()) scale = (half ? 0x2c00 : 0x3d00) + between(0, 100);  // about 1 / 16 to 1 / 32
     for (auto& zero : zeros.back()) zero = between(0, (1 << bits) - 1);
     tailorbird_lay_out(stored.data(), rows, in_features, bits, codes.back().data(), between(1, 3));
+    for (auto& level : book) level = random_bits();
     return {codes.back().data(), scales.back().data(), symmetric ? nullptr : zeros.back().data(), rows, in_features,
-            steps * STEP, groups, group_steps * STEP, bits, half};
+            steps * STEP, groups, group_steps * STEP, with_book ? 8 : bits, half, with_book ? book : nullptr};
   }
 };
 
@@ -48,15 +51,82 @@ bool same(const std::vector<float>& a, const std::vector<float>& b) {
   return std::memcmp(a.data(), b.data(), 4 * a.size()) == 0;
 }
 
-bool product(int bits, bool symmetric, bool int8) {
+bool product(int bits, bool symmetric, bool int8, bool book) {
   Weights weights;
   const std::int64_t rows = between(1, 70), in_features = between(1, 300), tokens = between(1, 29);
-  const Weight weight = weights.add(rows, in_features, bits, symmetric, between(0, 1));
+  const Weight weight = weights.add(rows, in_features, bits, symmetric, between(0, 1), book);
   const std::vector<float> x = floats(tokens * in_features);
   std::vector<float> expected(tokens * rows, NAN), found(tokens * rows, NAN);
   tailorbird_linear(&weight, x.data(), expected.data(), tokens, 0, int8, 1, PORTABLE);
   tailorbird_linear(&weight, x.data(), found.data(), tokens, 0, int8, between(1, 3), NEON);
   return same(expected, found) && expected[0] == expected[0];
+}
+
+// Products with a table of values for each row.
+bool table_product(int bits) {
+  const std::int64_t rows = between(1, 40), in_features = between(1, 200), tokens = between(1, 11);
+  const std::int64_t columns = (in_features + STEP - 1) / STEP * STEP;
+  std::vector<std::uint8_t> codes(rows * ((in_features * bits + 7) / 8) + 8);
+  for (auto& byte : codes) byte = random_bits();
+  std::vector<float> tables = floats(rows * LANES);
+  for (std::int64_t i = 0; i < rows * LANES; ++i) {
+    if (i % LANES >= 1 << bits) tables[i] = tables[i - (1 << bits)];
+  }
+  const std::vector<float> x = floats(tokens * in_features);
+  std::vector<float> expected(tokens * rows, NAN), found(tokens * rows, NAN);
+  Weight w{};
+  w.codes = reinterpret_cast<const std::uint32_t*>(codes.data());
+  w.rows = rows, w.in_features = in_features, w.columns = columns, w.groups = 1, w.group_columns = columns;
+  w.bits = bits, w.tables = tables.data();
+  tailorbird_table_linear(&w, x.data(), expected.data(), tokens, 1, PORTABLE);
+  tailorbird_table_linear(&w, x.data(), found.data(), tokens, between(1, 3), NEON);
+  return same(expected, found) && expected[0] == expected[0];
+}
+
+// What an adapter makes of random outputs, with matrices of each kind, and then what a sparse part adds.
+bool additions() {
+  const std::int64_t rows = between(1, 70), in_features = between(1, 300), tokens = between(1, 9);
+  const std::int64_t rank = between(1, 40), tiles = (rows + LANES - 1) / LANES;
+  const auto kind = static_cast<Matrix>(between(0, 2));
+  std::vector<float> down = floats(rank * in_features), up = floats(rank * tiles * LANES);
+  if (kind != Matrix::float32) {
+    auto fill = [&](std::vector<float>& matrix, std::int64_t count) {
+      for (std::int64_t i = 0; i < count; ++i) {
+        if (kind == Matrix::int8) {
+          reinterpret_cast<std::int8_t*>(matrix.data())[i] = between(-127, 127);
+        } else {
+          reinterpret_cast<std::uint16_t*>(matrix.data())[i] = 0x3d00 + between(0, 100) + (between(0, 1) << 15);
+        }
+      }
+    };
+    fill(down, rank * in_features);
+    fill(up, rank * tiles * LANES);
+  }
+  const std::vector<float> core = floats(rank * rank), ranks = floats(rank);
+  const std::vector<float> outputs = floats(rows), bias = floats(rows);
+  const LinearAdapter adapter{down.data(), up.data(), between(0, 1) ? core.data() : nullptr,
+                              between(0, 1) ? ranks.data() : nullptr, nullptr, between(0, 1) ? outputs.data() : nullptr,
+                              between(0, 1) ? bias.data() : nullptr, rank, 0.3f, kind, kind};
+  std::vector<std::int64_t> offsets(rows + 1);
+  std::vector<std::uint16_t> columns, values;
+  for (std::int64_t row = 0; row < rows; ++row) {
+    for (std::int64_t count = between(0, 9); count > 0; --count) {
+      columns.push_back(between(0, in_features - 1));
+      values.push_back(0x3800 + between(0, 0x3ff));
+    }
+    offsets[row + 1] = columns.size();
+  }
+  const SparseRows sparse{offsets.data(), columns.data(), values.data(), rows, in_features, 0, between(0, 1) != 0};
+  const std::vector<float> x = floats(tokens * in_features), before = floats(tokens * rows);
+  auto run = [&](int version) {
+    std::vector<float> y = before;
+    const int threads = between(1, 3);
+    tailorbird_adapt(&adapter, x.data(), in_features, y.data(), rows, tokens, threads, version);
+    tailorbird_add_sparse(&sparse, x.data(), y.data(), tokens, threads, version);
+    return y;
+  };
+  const std::vector<float> expected = run(PORTABLE);
+  return same(expected, run(NEON)) && !same(expected, before);
 }
 
 // Rows of an embedding, packed in groups of 32 columns, rounded to each kind of values.
@@ -159,12 +229,15 @@ int main(int, char** arguments) {
   random_bits.seed(std::atoi(arguments[1]));
   for (int round = 0; round < std::atoi(arguments[2]); ++round) {
     if (!weights()) return std::puts("weights of logits differ"), 1;
+    if (!additions()) return std::puts("adapters or sparse parts differ"), 1;
+    if (!table_product(2 + round % 3)) return std::puts("products with tables differ"), 1;
     for (const int bits : {2, 3, 4, 5, 6, 8}) {
       for (const int kind : {0, 1, 2, 3}) {
         const bool symmetric = kind & 1, int8 = kind & 2;
         const auto activation = static_cast<Activation>(round % 4);
-        const char* wrong = !product(bits, symmetric, int8) ? "product" : nullptr;
-        if (!rows_looked_up(bits, symmetric, bits == 4 && symmetric && int8)) wrong = "row";
+        const bool book = bits == 4 && symmetric;
+        const char* wrong = !product(bits, symmetric, int8, book && round % 2) ? "product" : nullptr;
+        if (!rows_looked_up(bits, symmetric, book && int8)) wrong = "row";
         if (round % 4 == 0 && !block(bits, symmetric, int8, activation)) wrong = "block";
         if (wrong != nullptr) {
           std::printf("a %s of %d bits differs, symmetric %d, int8 %d\n", wrong, bits, symmetric, int8);

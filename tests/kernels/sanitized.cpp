@@ -311,7 +311,7 @@ int main(int, char** arguments) {
   for (int round = 0; round < std::atoi(arguments[2]); ++round) {
     const bool book = random() % 7 == 0;
     const int bits = book ? 4 : widths[random() % 6];
-    int version = random() % 5;
+    int version = random() % 6;
     if (!tailorbird_runs_version(version)) version = 0;
     if (!dequantizes(random, bits, version) || !looks_up(random, bits, version)) return 1;
     if (!chooses(random, version) || !codes_exponents(random)) return 1;

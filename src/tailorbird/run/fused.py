@@ -116,9 +116,9 @@ class FusedModel:
         """The seconds that blocks have taken, if they are taken: a number that changes with each of them."""
         return 0.0 if self.seconds is None else float(self.seconds.sum())
 
-    def pages(self, sequences: int) -> Pages:
-        """Room for keys and values of so many sequences."""
-        return Pages(self.page_shapes, self.cache_dtype, sequences)
+    def pages(self, sequences: int, positions: int = 0) -> Pages:
+        """Room for keys and values of so many sequences, with `positions` foreseen of each."""
+        return Pages(self.page_shapes, self.cache_dtype, sequences, positions=positions)
 
     def adapter(self, linears: Mapping[tuple[int, str], LinearAdapter]) -> Adapter:
         """An adapter for segments of a batch.

@@ -233,13 +233,13 @@ def decode(model: Any, capacity: int | None = None) -> Decoding:
     model : transformers.PreTrainedModel
     capacity : int, optional
         Most tokens of a sequence. Where it is given, the modules of a model on a CUDA device are replayed
-        from a graph (`graphs`), and longer sequences refused.
+        from a graph (`graphs`), and longer sequences refused; compiled blocks make room for it beforehand.
     """
     if capacity is not None and _on_one_gpu(model):
         return GraphDecoding(model, capacity)
     reason = obstacle(model)
     if reason is None:
-        return FusedDecoding(FusedModel(model))
+        return FusedDecoding(FusedModel(model), capacity or 0)
     logger.info("decoding through the model's modules: %s", reason)
     return ModuleDecoding(model)
 
@@ -251,10 +251,10 @@ def _on_one_gpu(model: Any) -> bool:
 
 
 class FusedDecoding:
-    """Decoding through compiled blocks."""
+    """Decoding through compiled blocks, of sequences of which so many tokens are foreseen."""
 
-    def __init__(self, model: FusedModel) -> None:
-        self.model = model
+    def __init__(self, model: FusedModel, capacity: int = 0) -> None:
+        self.model, self.capacity = model, capacity
         self.pages: Pages | None = None
         self.length = 0
         # of single tokens, which read keeps from step to step
@@ -264,7 +264,7 @@ class FusedDecoding:
         """See `Decoding`."""
         sequences, tokens = ids.shape
         if self.pages is None:
-            self.pages = self.model.pages(sequences)
+            self.pages = self.model.pages(sequences, self.capacity)
             self._positions = torch.empty(sequences, dtype=torch.int32, device="cpu")
             self._sequences = torch.arange(sequences, dtype=torch.int32, device="cpu")
         start, self.length = self.length, self.length + tokens
