@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from compressed import save_compressed
 from tailorbird.formats.packed import Coding, IntegerCoding
+from tailorbird.model.layout import ModelLayout
 from tailorbird.run.fused import FusedModel
 from tailorbird.run.generate import FusedDecoding, ModuleDecoding
 from tailorbird.serve.engine import Engine
@@ -31,9 +33,20 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-def served(directory: Path, architecture: str = "llama", coding: Coding = FOUR_BITS, **config: Any) -> str:
-    """A compressed model with a tokenizer."""
-    save_compressed(directory, make_model(architecture, **config), coding)
+def served(
+    directory: Path,
+    architecture: str = "llama",
+    coding: Coding = FOUR_BITS,
+    rounds: bool = False,
+    **config: Any,
+) -> str:
+    """A compressed model with a tokenizer; with `rounds` its linears round their inputs to bytes."""
+
+    def layout(stated: ModelLayout) -> ModelLayout:
+        modules = {name: replace(module, rounds=rounds) for name, module in stated.modules.items()}
+        return replace(stated, modules=modules)
+
+    save_compressed(directory, make_model(architecture, **config), coding, layout=layout)
     byte_tokenizer().save_pretrained(directory)
     return str(directory)
 
