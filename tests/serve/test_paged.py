@@ -13,7 +13,8 @@ import torch
 from compressed import save_compressed
 from engines import OTHERS, saved
 from peft_adapters import save, wrapped
-from tailorbird.formats.packed import IntegerCoding
+from tailorbird.formats.packed import BinaryCoding, Coding, IntegerCoding
+from tailorbird.kernels import native
 from tailorbird.run.generate import ModuleDecoding
 from tailorbird.run.parts import Unsuited
 from tailorbird.serve import runner
@@ -136,6 +137,26 @@ def test_packed_models_without_compiled_blocks_write_the_same(
     byte_tokenizer().save_pretrained(tmp_path / "m")
     made = engine(str(tmp_path / "m"), max_sequences=4, step_tokens=24)
     check_random_schedule(made, record_property, seed=2, requests=6)
+
+
+@pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
+@pytest.mark.parametrize(
+    ("coding", "ordered", "said"),
+    [
+        (BinaryCoding(32), False, "a linear of coding binary g32"),
+        (IntegerCoding(4, 32), True, "a linear with reordered inputs"),
+    ],
+    ids=["binary", "reordered"],
+)
+def test_formats_that_compiled_blocks_do_not_run_write_the_same(
+    coding: Coding, ordered: bool, said: str, tmp_path: Path, record_property: Record
+) -> None:
+    save_compressed(
+        tmp_path / "m", make_model("llama"), coding, ordered=ordered, tokenizer=byte_tokenizer()
+    )
+    made = engine(str(tmp_path / "m"), max_sequences=4, step_tokens=24)
+    assert said in made.info["note"]
+    check_random_schedule(made, record_property, seed=3, requests=6)
 
 
 def test_a_trained_model_with_heads_of_eight_channels_writes_its_stories(
