@@ -16,6 +16,7 @@ from tailorbird.model.layout import ModelLayout
 from tailorbird.run.fused import FusedModel
 from tailorbird.run.generate import FusedDecoding, ModuleDecoding
 from tailorbird.serve.engine import Engine
+from tailorbird.serve.guess.tree import Guess
 from tailorbird.serve.interface import EngineOptions
 from tailorbird.serve.request import Output, Request, Sampling
 from tiny import BASE, DECODER, byte_tokenizer, make_model
@@ -70,7 +71,7 @@ def engine(path: str, **options: Any) -> Engine:
 
 
 class Watched:
-    """An engine, all that it said, and the logits after each token of each text."""
+    """An engine, all that it said, and the logits after each token of each text, guesses that branch too."""
 
     def __init__(self, made: Engine) -> None:
         self.engine = made
@@ -83,10 +84,9 @@ class Watched:
         def watched(pieces: Any) -> list[Tensor]:
             found = step(pieces)
             for piece, rows in zip((p for p in pieces if p.chooses), found, strict=True):
-                for depth, row in enumerate(rows):
-                    at = len(piece.sequence.tokens) + depth
-                    right = piece.sequence.tokens + list(piece.drafts[:depth])
-                    self.logits[piece.sequence.request.id, at, hash(tuple(right))] = row.clone()
+                for node, row in enumerate(rows, -1):
+                    text = piece.sequence.tokens + _path(piece.guess, node)
+                    self.logits[piece.sequence.request.id, len(text), hash(tuple(text))] = row.clone()
             return found
 
         made.runner.step = watched  # type: ignore[method-assign]
@@ -105,6 +105,11 @@ class Watched:
                 return
             self.step()
         raise AssertionError("it doesn't end")
+
+
+def _path(guess: Guess, node: int) -> list[int]:
+    """Tokens from a sequence's last one, which is -1, to a guess and with it."""
+    return [] if node < 0 else [*_path(guess, guess.parent(node)), guess.tokens[node]]
 
 
 def alone(made: Engine, prompt: tuple[int, ...], count: int) -> tuple[list[int], list[Tensor]]:
