@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compressed import save_compressed
 from tailorbird.formats.packed import Coding, IntegerCoding
-from tailorbird.model.layout import ModelLayout
+from tailorbird.model.layout import BlockLayout, ModelLayout
 from tailorbird.run.fused import FusedModel
 from tailorbird.run.generate import FusedDecoding, ModuleDecoding
 from tailorbird.serve.engine import Engine
@@ -49,6 +49,18 @@ def served(
 
     save_compressed(directory, make_model(architecture, **config), coding, layout=layout)
     byte_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+def pruned(directory: Path) -> str:
+    """A compressed model whose second block has half the heads of its first, with a tokenizer."""
+    model = make_model("llama")
+    attention = model.model.layers[1].self_attn
+    attention.q_proj = nn.Linear(64, 32, bias=False)
+    attention.k_proj, attention.v_proj = (nn.Linear(64, 16, bias=False) for _ in range(2))
+    attention.o_proj = nn.Linear(32, 64, bias=False)
+    blocks = {1: BlockLayout(num_attention_heads=2, num_key_value_heads=1)}
+    save_compressed(directory, model.eval(), FOUR_BITS, blocks=blocks, tokenizer=byte_tokenizer())
     return str(directory)
 
 

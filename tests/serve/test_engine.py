@@ -12,7 +12,7 @@ import torch
 
 from compressed import save_compressed
 from compressing import compress
-from engines import Watched, alone, engine, greedy, served
+from engines import Watched, alone, engine, greedy, pruned, served
 from guessed import guess_always
 from results import text_file
 from tailorbird.errors import BudgetError, SettingsError
@@ -147,6 +147,14 @@ def test_what_stands_beside_codes_serves_the_bits_of_generate(
     assert any(getattr(linear, PARTS[recipe]) is not None for linear in packed_linears(made))
     assert any(linear.rounds for linear in packed_linears(made)) == (activations == "auto")
     check_random_schedule(made, seed=2, requests=8)
+
+
+def test_a_checkpoint_whose_blocks_have_heads_of_their_own_is_served(tmp_path: Path) -> None:
+    made = engine(pruned(tmp_path / "m"), max_sequences=4, step_tokens=24)
+    assert made.info["path"] == "fused"
+    assert made.model.model.layers[1].self_attn.k_proj.out_features == 16
+    assert made.model.model.layers[0].self_attn.k_proj.out_features == 32
+    check_random_schedule(made, seed=4, requests=8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

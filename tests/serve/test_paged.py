@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from compressed import save_compressed
-from engines import OTHERS, saved
+from engines import OTHERS, pruned, saved
 from peft_adapters import save, wrapped
 from tailorbird.formats.packed import BinaryCoding, Coding, IntegerCoding
 from tailorbird.kernels import native
@@ -115,10 +115,12 @@ def check_random_schedule(
     check_ties(record_property, ties, places)
 
 
+def refuse(model: Any) -> None:
+    raise Unsuited("no compiled blocks here")
+
+
 @pytest.mark.parametrize("architecture", sorted(OTHERS))
-def test_every_text_is_written_as_alone(
-    architecture: str, tmp_path: Path, record_property: Record
-) -> None:
+def test_every_text_is_written_as_alone(architecture: str, tmp_path: Path, record_property: Record) -> None:
     path = saved(tmp_path / "m", architecture)
     made = engine(path, max_sequences=4, step_tokens=24)
     check_random_schedule(made, record_property, seed=1, requests=8)
@@ -129,14 +131,19 @@ def test_every_text_is_written_as_alone(
 def test_packed_models_without_compiled_blocks_write_the_same(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
-    def refuse(model: Any) -> None:
-        raise Unsuited("no compiled blocks here")
-
     monkeypatch.setattr(runner, "FusedModel", refuse)
     save_compressed(tmp_path / "m", make_model(architecture), IntegerCoding(4, 32))
     byte_tokenizer().save_pretrained(tmp_path / "m")
     made = engine(str(tmp_path / "m"), max_sequences=4, step_tokens=24)
     check_random_schedule(made, record_property, seed=2, requests=6)
+
+
+def test_a_checkpoint_whose_blocks_have_heads_of_their_own_writes_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
+) -> None:
+    monkeypatch.setattr(runner, "FusedModel", refuse)
+    made = engine(pruned(tmp_path / "m"), max_sequences=4, step_tokens=24)
+    check_random_schedule(made, record_property, seed=4, requests=6)
 
 
 @pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
@@ -151,9 +158,7 @@ def test_packed_models_without_compiled_blocks_write_the_same(
 def test_formats_that_compiled_blocks_do_not_run_write_the_same(
     coding: Coding, ordered: bool, said: str, tmp_path: Path, record_property: Record
 ) -> None:
-    save_compressed(
-        tmp_path / "m", make_model("llama"), coding, ordered=ordered, tokenizer=byte_tokenizer()
-    )
+    save_compressed(tmp_path / "m", make_model("llama"), coding, ordered=ordered, tokenizer=byte_tokenizer())
     made = engine(str(tmp_path / "m"), max_sequences=4, step_tokens=24)
     assert said in made.info["note"]
     check_random_schedule(made, record_property, seed=3, requests=6)
@@ -231,8 +236,7 @@ def test_texts_of_a_step_have_adapters_of_their_own(
     run(made, found)
     texts = texts_in(found)
     ties = sum(
-        check_greedy(models[request.adapter], request.prompt, texts[id, 0], 6)
-        for id, request in sent.items()
+        check_greedy(models[request.adapter], request.prompt, texts[id, 0], 6) for id, request in sent.items()
     )
     check_ties(record_property, ties, 6 * len(sent))
     plain, adapted = (torch.tensor(made.embed((1, 2, 3), name)) for name in (None, "a"))
