@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -130,6 +131,21 @@ def test_wrong_searches(server: Any, path: str, body: dict[str, Any], wrong: dic
 )  # fmt: skip
 def test_wrong_completions(server: Any, wrong: dict[str, Any]) -> None:
     check(server.post(COMPLETIONS, PLAIN | wrong))
+
+
+def test_a_prompt_longer_than_the_context_is_told_both_lengths(server: Any) -> None:
+    chat = [{"role": "user", "content": "word " * 600}]
+    told = server.post("/tokenize", {"messages": chat}).json()
+    for path, body, length in (
+        (CHAT, HELLO | {"messages": chat}, told["count"]),
+        (COMPLETIONS, PLAIN | {"prompt": [1] * 600}, 600),
+    ):
+        answer = server.post(path, body)
+        error = check(answer)
+        assert answer.status_code == 400
+        assert length > told["max_model_len"]
+        assert {str(length), str(told["max_model_len"])} <= set(re.findall(r"\d+", error["message"]))
+        assert server.supervisor.submitted == []
 
 
 def test_halves_of_surrogate_pairs_are_refused_wherever_they_stand(server: Any) -> None:
