@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compressed import save_compressed
 from tailorbird.formats.packed import Coding, IntegerCoding
+from tailorbird.model.layout import BlockLayout, ModelLayout
 from tailorbird.run.fused import FusedModel
 from tailorbird.run.generate import FusedDecoding, ModuleDecoding
 from tailorbird.serve.engine import Engine
+from tailorbird.serve.guess.tree import Guess
 from tailorbird.serve.interface import EngineOptions
 from tailorbird.serve.request import Output, Request, Sampling
 from tiny import BASE, DECODER, byte_tokenizer, make_model
@@ -31,10 +34,33 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-def served(directory: Path, architecture: str = "llama", coding: Coding = FOUR_BITS, **config: Any) -> str:
-    """A compressed model with a tokenizer."""
-    save_compressed(directory, make_model(architecture, **config), coding)
+def served(
+    directory: Path,
+    architecture: str = "llama",
+    coding: Coding = FOUR_BITS,
+    rounds: bool = False,
+    **config: Any,
+) -> str:
+    """A compressed model with a tokenizer; with `rounds` its linears round their inputs to bytes."""
+
+    def layout(stated: ModelLayout) -> ModelLayout:
+        modules = {name: replace(module, rounds=rounds) for name, module in stated.modules.items()}
+        return replace(stated, modules=modules)
+
+    save_compressed(directory, make_model(architecture, **config), coding, layout=layout)
     byte_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+def pruned(directory: Path) -> str:
+    """A compressed model whose second block has half the heads of its first, with a tokenizer."""
+    model = make_model("llama")
+    attention = model.model.layers[1].self_attn
+    attention.q_proj = nn.Linear(64, 32, bias=False)
+    attention.k_proj, attention.v_proj = (nn.Linear(64, 16, bias=False) for _ in range(2))
+    attention.o_proj = nn.Linear(32, 64, bias=False)
+    blocks = {1: BlockLayout(num_attention_heads=2, num_key_value_heads=1)}
+    save_compressed(directory, model.eval(), FOUR_BITS, blocks=blocks, tokenizer=byte_tokenizer())
     return str(directory)
 
 
@@ -57,7 +83,7 @@ def engine(path: str, **options: Any) -> Engine:
 
 
 class Watched:
-    """An engine, all that it said, and the logits after each token of each text."""
+    """An engine, all that it said, and the logits after each token of each text, guesses that branch too."""
 
     def __init__(self, made: Engine) -> None:
         self.engine = made
@@ -70,10 +96,9 @@ class Watched:
         def watched(pieces: Any) -> list[Tensor]:
             found = step(pieces)
             for piece, rows in zip((p for p in pieces if p.chooses), found, strict=True):
-                for depth, row in enumerate(rows):
-                    at = len(piece.sequence.tokens) + depth
-                    right = piece.sequence.tokens + list(piece.drafts[:depth])
-                    self.logits[piece.sequence.request.id, at, hash(tuple(right))] = row.clone()
+                for node, row in enumerate(rows, -1):
+                    text = piece.sequence.tokens + _path(piece.guess, node)
+                    self.logits[piece.sequence.request.id, len(text), hash(tuple(text))] = row.clone()
             return found
 
         made.runner.step = watched  # type: ignore[method-assign]
@@ -92,6 +117,11 @@ class Watched:
                 return
             self.step()
         raise AssertionError("it doesn't end")
+
+
+def _path(guess: Guess, node: int) -> list[int]:
+    """Tokens from a sequence's last one, which is -1, to a guess and with it."""
+    return [] if node < 0 else [*_path(guess, guess.parent(node)), guess.tokens[node]]
 
 
 def alone(made: Engine, prompt: tuple[int, ...], count: int) -> tuple[list[int], list[Tensor]]:

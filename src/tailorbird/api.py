@@ -497,6 +497,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     keys: Sequence[str] = (),
+    admin_keys: Sequence[str] = (),
     adapters: Mapping[str, str] | None = None,
     adapter_directory: str | None = None,
     adapter_bits: int | None = None,
@@ -524,6 +525,8 @@ def serve(
         Where to listen; port 0 lets the system choose.
     keys : sequence of str
         API keys; none lets in everybody who reaches the port.
+    admin_keys : sequence of str
+        API keys that alone may load, unload, publish and roll back adapters; with none all may.
     adapters : mapping of str to str, optional
         Name -> directory.
     adapter_directory : str, optional
@@ -564,7 +567,7 @@ def serve(
     )
     options = replace(options, adapter_directory=adapter_directory, draft=draft)
     return server.serve(
-        options, host, port, keys=keys, queue=queue, timeout=timeout,
+        options, host, port, keys=keys, admin_keys=admin_keys, queue=queue, timeout=timeout,
         requests_per_minute=requests_per_minute, hang_limit=hang_limit,
     )  # fmt: skip
 

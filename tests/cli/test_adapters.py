@@ -21,7 +21,7 @@ from tailorbird.serve.api.text import Texts
 from tailorbird.serve.interface import EngineOptions
 from tailorbird.serve.server import listen
 
-KEY = "secret"
+KEY, TALKS = "secret", "talks"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def url(folder: Path) -> Iterator[str]:
     metrics = Metrics(dict, lambda: True, lambda: 0)
     texts = Texts(load_tokenizer("demo"))
     service = Service(supervisor, texts, metrics, "demo", adapter_directory=folder / "allowed")
-    app = create_app(service, [KEY], log=lambda *_, **__: None)
+    app = create_app(service, [TALKS], log=lambda *_, **__: None, admin_keys=[KEY])
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", ws="none"))
     with listen("127.0.0.1", 0) as listening:
         listening.listen()  # who comes before the server waits
@@ -54,7 +54,8 @@ def url(folder: Path) -> Iterator[str]:
 
 @pytest.fixture
 def adapters(command: Any, url: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("TAILORBIRD_API_KEY", KEY)
+    monkeypatch.setenv("TAILORBIRD_API_KEY", TALKS)
+    monkeypatch.setenv("TAILORBIRD_ADMIN_KEY", KEY)
     return lambda *arguments: command("adapters", *arguments, "--url", url)
 
 
@@ -82,6 +83,7 @@ def test_a_version_is_published_refused_listed_and_rolled_back(adapters: Any, fo
         (["publish", "x", "../..", "--held-out", "held.jsonl"], "leads out of"),
         (["rollback", "unknown"], "no model `unknown`"),
         (["list", "--key", "wrong"], "give it with --key"),
+        (["rollback", "x", "--key", TALKS], "a key without the right to change adapters"),
     ],
 )
 def test_mistakes_are_named(

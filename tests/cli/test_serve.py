@@ -10,11 +10,12 @@ import pytest
 
 def test_flags_reach_the_call(command: Any, api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAILORBIRD_API_KEY", "third")
+    monkeypatch.setenv("TAILORBIRD_ADMIN_KEY", "fifth")
     flags = (
         "--host 0.0.0.0 --port 0 --api-key one --api-key two --adapter a=x/y=z --adapter b=y --memory 4GiB "
         "--adapter-directory d --max-sequences 3 --context 99 --threads 1 --queue 0 --timeout 2.5 "
         "--requests-per-minute 30 --swap-memory 1GiB --swap-disk 2GiB --hang-limit 90 --draft d2 "
-        "--adapter-bits 8 --bits 6"
+        "--adapter-bits 8 --bits 6 --admin-key fourth"
     )
     done = command("serve", "m", *flags.split())
     assert done.status == 0
@@ -23,7 +24,7 @@ def test_flags_reach_the_call(command: Any, api: Any, monkeypatch: pytest.Monkey
         "adapters": {"a": "x/y=z", "b": "y"}, "adapter_directory": "d", "max_sequences": 3, "context": 99,
         "draft": "d2", "threads": 1, "queue": 0, "timeout": 2.5, "requests_per_minute": 30.0,
         "hang_limit": 90.0, "device": "cpu", "swap_memory": "1GiB", "swap_disk": "2GiB", "adapter_bits": 8,
-        "bits": 6,
+        "bits": 6, "admin_keys": ["fourth", "fifth"],
     }  # fmt: skip
     for fact in ("http://127.0.0.1:8000", "1234", "1 min"):
         assert fact in done.out
@@ -32,9 +33,11 @@ def test_flags_reach_the_call(command: Any, api: Any, monkeypatch: pytest.Monkey
 def test_nothing_said_lets_in_only_this_machine(
     command: Any, api: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("TAILORBIRD_API_KEY", raising=False)
+    for variable in ("TAILORBIRD_API_KEY", "TAILORBIRD_ADMIN_KEY"):
+        monkeypatch.delenv(variable, raising=False)
     command("serve", "m")
-    assert (api.arguments["host"], api.arguments["keys"]) == ("127.0.0.1", [])
+    assert api.arguments["host"] == "127.0.0.1"
+    assert api.arguments["keys"] == api.arguments["admin_keys"] == []
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,24 @@ import pytest
 import torch
 
 from compressed import save_compressed
-from engines import Watched, alone, engine, greedy, served
+from compressing import compress
+from engines import Watched, alone, engine, greedy, pruned, served
 from guessed import guess_always
+from results import text_file
 from tailorbird.errors import BudgetError, SettingsError
 from tailorbird.evaluate.speed import linear_paths
-from tailorbird.formats.packed import CodebookCoding, Coding, IntegerCoding
+from tailorbird.formats.modules import CompressedLinear
+from tailorbird.formats.packed import (
+    CodebookCoding,
+    Coding,
+    DoubleCoding,
+    EntropyCoding,
+    FloatCoding,
+    IntegerCoding,
+    ScaledCoding,
+    TableCoding,
+    VectorCoding,
+)
 from tailorbird.kernels import native
 from tailorbird.run.generate import ModuleDecoding
 from tailorbird.run.parts import ARCHITECTURES
@@ -25,16 +38,31 @@ from tiny import byte_tokenizer, make_model, save_model
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
 
-CODINGS: list[Coding] = [
+#: codes whose groups have a scale each, by which inputs may be rounded to bytes
+SCALED: list[ScaledCoding] = [
     *(IntegerCoding(bits, 32, symmetric=bits % 2 == 0) for bits in (2, 3, 4, 5, 6, 8)),
-    CodebookCoding("nf4", 32),
-    CodebookCoding("gauss3", 32),
+    *(CodebookCoding(codebook, 32) for codebook in ("nf4", "fp4", "gauss2", "gauss3", "gauss4")),
+    *(VectorCoding(codebook, 32) for codebook in ("gauss2x2", "gauss2x4", "gauss3x2", "gauss4x2")),
 ]
+CODINGS: list[Coding] = [*SCALED, DoubleCoding("nf4", 32), *(TableCoding(bits) for bits in (2, 3, 4))]
+#: weights of 16 bits; an entropy coding's bytes follow from the weights
+PLAIN: list[Coding] = [FloatCoding("bfloat16"), EntropyCoding(1)]
+#: what stands beside codes, and the tensor by which a linear has it
+PARTS = {
+    "spqr:bits=3,group=32,outliers=0.03": "values",
+    "llm-int8:bits=8,group=32,symmetric=true,outliers=0.07": "values",
+    "gptq+eora:bits=3,group=32,eora.rank=4": "up",
+    "higgs:codebook=gauss3,group=32,block=16": "signs",
+}
+
+
+def packed_linears(made: Engine) -> list[CompressedLinear]:
+    return [module for module in made.model.modules() if isinstance(module, CompressedLinear)]
 
 
 def check_random_schedule(made: Engine, seed: int, requests: int) -> None:
     """Requests at random moments, some cancelled; every text and its logits as they are alone."""
-    rng, run = random.Random(seed), Watched(made)
+    rng, run, held = random.Random(seed), Watched(made), made.pool.used
     openings = [tuple(rng.randrange(256) for _ in range(rng.randrange(1, 90))) for _ in range(3)]
     sent, gone = {}, set()
     for number in range(requests):
@@ -50,7 +78,7 @@ def check_random_schedule(made: Engine, seed: int, requests: int) -> None:
             gone.add(victim)
             made.cancel(victim)
     run.run()
-    assert made.pool.used == 0
+    assert made.pool.used == held
     for id, request in sent.items():
         if id in gone:
             continue
@@ -72,10 +100,61 @@ def test_every_architecture_serves_the_bits_of_generate(architecture: str, tmp_p
     check_random_schedule(made, seed=1, requests=8)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt_neox", "qwen2"])
+def test_random_schedules_with_few_pages_serve_the_bits_of_generate(
+    architecture: str, seed: int, tmp_path: Path
+) -> None:
+    rng, path = random.Random(seed), served(tmp_path / "m", architecture)
+    made = engine(path, max_sequences=rng.choice([1, 3, 6]), step_tokens=rng.choice([7, 24, 60]))
+    made.pool.take(made.pool.pages - rng.choice([4, 6, 30]))  # hold the others
+    check_random_schedule(made, seed, requests=16)
+
+
 @pytest.mark.parametrize("coding", CODINGS, ids=lambda coding: coding.label)
 def test_every_coding_serves_the_bits_of_generate(coding: Coding, tmp_path: Path) -> None:
     made = engine(served(tmp_path / "m", coding=coding), max_sequences=6, step_tokens=40)
+    assert made.info["path"] == "fused"
     check_random_schedule(made, seed=2, requests=8)
+
+
+@pytest.mark.parametrize("coding", SCALED, ids=lambda coding: coding.label)
+def test_inputs_rounded_to_bytes_serve_the_bits_of_generate(coding: Coding, tmp_path: Path) -> None:
+    made = engine(served(tmp_path / "m", coding=coding, rounds=True), max_sequences=6, step_tokens=40)
+    assert made.info["path"] == "fused"
+    assert all(linear.rounds for linear in packed_linears(made))
+    check_random_schedule(made, seed=2, requests=8)
+
+
+@pytest.mark.parametrize("coding", PLAIN, ids=lambda coding: coding.label)
+def test_weights_of_16_bits_serve_the_bits_of_generate(coding: Coding, tmp_path: Path) -> None:
+    path = served(tmp_path / "m", coding=coding, dtype=torch.bfloat16)
+    made = engine(path, max_sequences=6, step_tokens=40)
+    assert (made.info["path"], made.model.dtype) == ("fused", torch.bfloat16)
+    check_random_schedule(made, seed=2, requests=8)
+
+
+@pytest.mark.parametrize("activations", ["exact", "auto"])
+@pytest.mark.parametrize("recipe", PARTS)
+def test_what_stands_beside_codes_serves_the_bits_of_generate(
+    recipe: str, activations: str, tmp_path: Path
+) -> None:
+    source = save_model(tmp_path / "source")
+    compress(source, text_file(tmp_path), tmp_path / "m", recipe, activations=activations)
+    made = engine(str(tmp_path / "m"), max_sequences=6, step_tokens=40)
+    assert made.info["path"] == "fused"
+    assert any(getattr(linear, PARTS[recipe]) is not None for linear in packed_linears(made))
+    assert any(linear.rounds for linear in packed_linears(made)) == (activations == "auto")
+    check_random_schedule(made, seed=2, requests=8)
+
+
+def test_a_checkpoint_whose_blocks_have_heads_of_their_own_is_served(tmp_path: Path) -> None:
+    made = engine(pruned(tmp_path / "m"), max_sequences=4, step_tokens=24)
+    assert made.info["path"] == "fused"
+    assert made.model.model.layers[1].self_attn.k_proj.out_features == 16
+    assert made.model.model.layers[0].self_attn.k_proj.out_features == 32
+    check_random_schedule(made, seed=4, requests=8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

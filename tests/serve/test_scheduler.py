@@ -18,6 +18,7 @@ from tailorbird.serve.scheduler import Piece, Scheduler
 from tailorbird.serve.sequence import Sequence
 
 PAGE = 4
+QUICK_SEEDS, SEEDS = 60, 3000
 
 
 def next_token(tokens: list[int]) -> int:
@@ -84,7 +85,10 @@ def engine(pages: int, step_tokens: int = 12, most: int = 4, shares: bool = True
     return TableEngine(Scheduler(PagePool(pages), PAGE, step_tokens, most, shares))
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize(
+    "seed",
+    [*range(QUICK_SEEDS), *(pytest.param(n, marks=pytest.mark.full) for n in range(QUICK_SEEDS, SEEDS))],
+)
 def test_random_schedules_write_what_each_text_would_alone(seed: int) -> None:
     rng = random.Random(seed)
     pages, shares = rng.choice([8, 12, 30]), rng.random() < 0.8

@@ -7,13 +7,10 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,67 +18,15 @@ import httpx
 import openai
 import pytest
 
+from running import Running, running
 from tailorbird.errors import ResourceError, SettingsError
 from tailorbird.serve.server import check_settings, listen
-
-PROGRAM = """
-import sys
-from tailorbird.serve.interface import EngineOptions
-from tailorbird.serve.server import serve
-
-options = EngineOptions("demo", {"tuned": "somewhere"}, adapter_directory=sys.argv[1])
-served = serve(options, port=0, keys=["secret"], drain=float(sys.argv[2]), engine="fake_engine:paced")
-print(served.generated_tokens)
-"""
-TESTS = Path(__file__).parents[1]
-
-
-@dataclass
-class Running:
-    """A server in a process of its own."""
-
-    process: subprocess.Popen[str]
-    url: str
-    first: list[dict[str, Any]]
-
-    @property
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="secret", max_retries=0)
-
-    def stop(self) -> tuple[int, list[dict[str, Any]], str]:
-        """Wait for the end; exit status, what was logged since, and what was printed."""
-        out, err = self.process.communicate(timeout=20)
-        return self.process.returncode, [json.loads(line) for line in err.splitlines()], out
-
-
-@contextlib.contextmanager
-def running(directory: Path, drain: float = 20) -> Iterator[Running]:
-    paths = [str(TESTS), str(TESTS.parent / "src"), os.environ.get("PYTHONPATH", "")]
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(directory), str(drain)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    try:
-        lines: list[dict[str, Any]] = []
-        while not lines or lines[-1]["event"] != "ready":
-            line = process.stderr.readline()
-            assert line.startswith("{"), line
-            lines.append(json.loads(line))
-        yield Running(process, lines[-1]["url"], lines)
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with running(tmp_path_factory.mktemp("adapters")) as server:
-        # Logs are read, so that the pipe never fills.
-        threading.Thread(target=lambda: list(server.process.stderr or ()), daemon=True).start()
+        server.read_on()
         yield server
 
 

@@ -1,4 +1,4 @@
-"""Searches, adapters, swap, guesses, preemption and held-out text at once, with few pages: the same texts."""
+"""Searches, adapters, swap, guesses, preemption and held-out text at once, with few pages: the same bits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engines import Watched, engine, served
 from guessed import guess_always
@@ -22,6 +23,13 @@ from tiny import make_model
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
 
+#: architectures, and the linears that adapters change
+LINEARS = {
+    "gemma2": ["q_proj", "down_proj"],
+    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
+    "qwen2": ["q_proj", "down_proj"],
+}
+QUICK_SEEDS, SEEDS = 4, 12
 INVOCATION = [250, 251]
 SHAPE = {"max_position_embeddings": 256}
 #: Pages of the longest text, and those that adapters may take beside it: each takes one.
@@ -30,16 +38,14 @@ STEPS = 20_000
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model `m`, and adapters `0` to `3`, of which the odd ones must be invoked."""
     found = tmp_path_factory.mktemp("together")
-    served(found / "m", "qwen2", **SHAPE)
+    served(found / "m", request.param, **SHAPE)
     for seed in range(4):
         invoked = {"alora_invocation_tokens": INVOCATION} if seed % 2 else {}
-        config = peft.LoraConfig(
-            r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **invoked
-        )
-        save(wrapped(make_model("qwen2", **SHAPE), config, seed), found / "adapters" / str(seed))
+        config = peft.LoraConfig(r=4, target_modules=LINEARS[request.param], task_type="CAUSAL_LM", **invoked)
+        save(wrapped(make_model(request.param, **SHAPE), config, seed), found / "adapters" / str(seed))
     return found
 
 
@@ -81,7 +87,11 @@ def some_requests(rng: random.Random) -> list[Request]:
     return found
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("folder", LINEARS, indirect=True)
+@pytest.mark.parametrize(
+    "seed",
+    [*range(QUICK_SEEDS), *(pytest.param(n, marks=pytest.mark.full) for n in range(QUICK_SEEDS, SEEDS))],
+)
 def test_everything_at_once_writes_what_is_written_in_peace(seed: int, folder: Path) -> None:
     rng = random.Random(seed)
     requests = some_requests(rng)
@@ -115,6 +125,9 @@ def test_everything_at_once_writes_what_is_written_in_peace(seed: int, folder: P
         for index in range(request.n if request.id not in cancelled else 0):
             assert run.tokens[request.id, index] == peace.tokens[request.id, index]
             assert run.finish[request.id, index] == peace.finish[request.id, index]
+    chosen_from = {place: row for place, row in peace.logits.items() if place[0] not in cancelled}
+    assert chosen_from.keys() <= run.logits.keys()
+    assert all(torch.equal(run.logits[place], row) for place, row in chosen_from.items())
     assert run.engine.guessing.stats()["accepted_tokens"]
     assert run.engine.pool.used == held
     assert run.engine.store is not None

@@ -10,7 +10,7 @@ import typer
 
 from tailorbird.cli import deltas, options
 from tailorbird.cli.output import plain, print_facts, print_json, print_table, working
-from tailorbird.cli.serve import KEY_VARIABLE
+from tailorbird.cli.serve import ADMIN_KEY_VARIABLE, KEY_VARIABLE
 from tailorbird.errors import GateRefused
 from tailorbird.report.table import duration_text, number_text, size_text
 from tailorbird.serve.client import AdapterClient
@@ -25,7 +25,11 @@ Url = Annotated[str, typer.Option("--url", metavar="URL", help="Where the server
 Key = Annotated[
     str | None,
     typer.Option(
-        "--key", metavar="KEY", envvar=KEY_VARIABLE, help="One of the server's API keys.", show_envvar=True
+        "--key",
+        metavar="KEY",
+        envvar=[ADMIN_KEY_VARIABLE, KEY_VARIABLE],
+        help="One of the server's API keys; an admin key where it has any.",
+        show_envvar=True,
     ),
 ]
 URL = "http://127.0.0.1:8000"

@@ -14,8 +14,8 @@ from tailorbird.report.table import duration_text
 
 EXAMPLE = "Example: tailorbird serve out/demo --port 8000 --api-key secret"
 
-#: Where a key is looked for beside --api-key, so that it needn't be seen in the list of processes.
-KEY_VARIABLE = "TAILORBIRD_API_KEY"
+#: Where keys are looked for beside --api-key and --admin-key: the list of processes needn't show them.
+KEY_VARIABLE, ADMIN_KEY_VARIABLE = "TAILORBIRD_API_KEY", "TAILORBIRD_ADMIN_KEY"
 
 
 def serve(
@@ -33,6 +33,15 @@ def serve(
             "--api-key",
             metavar="KEY",
             help=f"A key that lets clients in; may be repeated. Also taken from {KEY_VARIABLE}.",
+        ),
+    ] = None,
+    admin_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--admin-key",
+            metavar="KEY",
+            help="A key that lets clients in and change adapters, as no other key may then; may be repeated. "
+            f"Also taken from {ADMIN_KEY_VARIABLE}.",
         ),
     ] = None,
     adapter: options.Adapters = None,
@@ -77,15 +86,17 @@ def serve(
     """Serve a model to many clients at once, by OpenAI's API and a page for browsers."""
     from tailorbird import api
 
-    keys = list(api_key or [])
-    if os.environ.get(KEY_VARIABLE):
-        keys.append(os.environ[KEY_VARIABLE])
+    keys, admin_keys = list(api_key or []), list(admin_key or [])
+    for variable, given in ((KEY_VARIABLE, keys), (ADMIN_KEY_VARIABLE, admin_keys)):
+        if os.environ.get(variable):
+            given.append(os.environ[variable])
     with working():
         result = api.serve(
             model,
             host=host,
             port=port,
             keys=keys,
+            admin_keys=admin_keys,
             adapters=parse_adapters(adapter or []),
             adapter_directory=adapter_directory,
             adapter_bits=adapter_bits,

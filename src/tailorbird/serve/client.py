@@ -99,10 +99,16 @@ def _error(status: int, body: dict[str, Any]) -> TailorbirdError:
         return SettingsError(
             "the server lets nobody in without a key of its own", "one of its API keys", "give it with --key"
         )
+    code = error.get("code") if isinstance(error, dict) else None
+    if code == "missing_right":
+        return SettingsError(
+            "a key without the right to change adapters",
+            "one of the server's admin keys",
+            "give it with --key",
+        )
     given, _, rest = message.partition(_EXPECTED)
     expected, _, remedy = rest.rpartition(_REMEDY)
-    refused = isinstance(error, dict) and error.get("code") == "gate_refused"
-    kind = GateRefused if refused else EngineError if status >= 500 else SettingsError
+    kind = GateRefused if code == "gate_refused" else EngineError if status >= 500 else SettingsError
     return kind(
         given,
         expected or "a request that the server can serve",

@@ -63,6 +63,7 @@ def serve(
     port: int = 8000,
     *,
     keys: Sequence[str] = (),
+    admin_keys: Sequence[str] = (),
     queue: int = 256,
     timeout: float = 600.0,
     requests_per_minute: float | None = None,
@@ -81,6 +82,8 @@ def serve(
         0 lets the system choose; the log says which.
     keys : sequence of str
         API keys; none lets in everybody who reaches the port.
+    admin_keys : sequence of str
+        API keys that alone may change adapters; with none everybody who is let in may.
     queue : int
         Continuations that may wait beside those that run.
     timeout : float
@@ -101,11 +104,12 @@ def serve(
     TailorbirdError
         The model can't be loaded.
     """
-    check_settings(keys, queue, timeout, requests_per_minute, hang_limit, options.adapter_directory)
+    all_keys = [*keys, *admin_keys]
+    check_settings(all_keys, queue, timeout, requests_per_minute, hang_limit, options.adapter_directory)
     supervisor = Supervisor(options, engine, lambda text: log_line("engine", text=text), hang_limit)
     with listen(host, port) as listening:
         return asyncio.run(
-            _run(options, supervisor, listening, keys, queue, timeout, requests_per_minute, drain)
+            _run(options, supervisor, listening, keys, admin_keys, queue, timeout, requests_per_minute, drain)
         )
 
 
@@ -182,6 +186,7 @@ async def _run(
     supervisor: Supervisor,
     listening: socket.socket,
     keys: Sequence[str],
+    admin_keys: Sequence[str],
     queue: int,
     timeout: float,
     requests_per_minute: float | None,
@@ -198,7 +203,7 @@ async def _run(
     starting = asyncio.create_task(start())
     try:
         service, app = await asyncio.to_thread(
-            _application, options, supervisor, keys, queue, timeout, requests_per_minute
+            _application, options, supervisor, keys, admin_keys, queue, timeout, requests_per_minute
         )
         loaded = await starting
         config = uvicorn.Config(
@@ -233,6 +238,7 @@ def _application(
     options: EngineOptions,
     supervisor: Supervisor,
     keys: Sequence[str],
+    admin_keys: Sequence[str],
     queue: int,
     timeout: float,
     requests_per_minute: float | None,
@@ -248,7 +254,7 @@ def _application(
     metrics = Metrics(lambda: supervisor.stats, lambda: supervisor.ready, lambda: supervisor.restarts)
     directory = None if options.adapter_directory is None else Path(options.adapter_directory)
     service = Service(supervisor, texts, metrics, options.model, queue, timeout, directory)
-    return service, create_app(service, keys, requests_per_minute)
+    return service, create_app(service, keys, requests_per_minute, admin_keys=admin_keys)
 
 
 def _told(info: dict[str, object]) -> dict[str, object]:

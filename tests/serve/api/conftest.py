@@ -72,10 +72,14 @@ def texts() -> Texts:
 
 @pytest.fixture
 def make(texts: Texts) -> Callable[..., Server]:
-    """Make a server; settings of the service, and `keys` and `per_minute`."""
+    """Make a server; settings of the service, and those of the API."""
 
     def build(
-        keys: tuple[str, ...] = (), per_minute: float | None = None, max_sequences: int = 4, **settings: Any
+        keys: tuple[str, ...] = (),
+        per_minute: float | None = None,
+        max_sequences: int = 4,
+        admin_keys: tuple[str, ...] = (),
+        **settings: Any,
     ) -> Server:
         directory: Path | None = settings.get("adapter_directory")
         options = EngineOptions("demo", {"tuned": "somewhere"}, max_sequences=max_sequences)
@@ -88,7 +92,7 @@ def make(texts: Texts) -> Callable[..., Server]:
         def log(event: str, **facts: Any) -> None:
             lines.append({"event": event} | facts)
 
-        return Server(service, create_app(service, keys, per_minute, log), supervisor, lines)
+        return Server(service, create_app(service, keys, per_minute, log, admin_keys), supervisor, lines)
 
     return build
 

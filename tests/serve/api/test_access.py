@@ -24,6 +24,24 @@ def test_each_key_is_a_tenant_of_its_own() -> None:
     assert Keys([]).tenant("Bearer any") == ""
 
 
+def test_admin_keys_are_let_in_and_they_alone_may_change_adapters() -> None:
+    keys = Keys(["one", "both"], ["admin", "both"])
+    assert [keys.tenant(f"Bearer {key}") for key in ("one", "both", "admin", "none")] == ["1", "2", "3", None]
+    may = {header: keys.may_change_adapters(header) for header in ("Bearer one", "Bearer both", None)}
+    assert may == {"Bearer one": False, "Bearer both": True, None: False}
+    assert keys.may_change_adapters(basic("any:admin"))
+    assert Keys(["one"]).may_change_adapters("Bearer one")
+    assert Keys([]).may_change_adapters(None)
+
+
+def test_admin_keys_alone_let_in_everybody_who_changes_nothing() -> None:
+    keys = Keys([], ["admin"])
+    assert [keys.tenant(header) for header in (None, "Bearer any", "Bearer admin")] == ["", "", "1"]
+    assert [keys.may_change_adapters(header) for header in (None, "Bearer any", "Bearer admin")] == [
+        False, False, True,
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "header",
     [

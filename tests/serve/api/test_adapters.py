@@ -75,6 +75,32 @@ def test_rights_are_those_of_loading(
     assert open_server.engine.names == {"tuned": "somewhere"}
 
 
+@pytest.mark.parametrize("keys", [("talks",), ()], ids=["keys", "everybody"])
+def test_only_admin_keys_change_adapters_where_there_are_any(
+    make: Callable[..., Any], folder: Path, keys: tuple[str, ...]
+) -> None:
+    server = make(keys=keys, admin_keys=("admin",), adapter_directory=folder)
+    server.headers = {"Authorization": "Bearer talks"}
+    assert len(adapters.router.routes) == 4
+    for route in adapters.router.routes:
+        answer = server.post(route.path, {})  # type: ignore[attr-defined]
+        error = answer.json()["error"]
+        assert (answer.status_code, error["type"]) == (403, "permission_error")
+        assert error["code"] == "missing_right"
+        assert "the right to change adapters is missing" in error["message"]
+    sent = {"lora_name": "x", "lora_path": "v"}
+    assert server.post("/v1/load_lora_adapter", sent).status_code == 403
+    assert server.engine.names == {"tuned": "somewhere"}
+    assert server.post("/v1/completions", {"model": "tuned", "prompt": "x"}).status_code == 200
+    assert server.get("/v1/models").status_code == 200
+    server.headers = {"Authorization": "Bearer admin"}
+    assert server.post("/v1/completions", {"model": "tuned", "prompt": "x"}).status_code == 200
+    assert server.post("/v1/load_lora_adapter", sent).status_code == 200
+    assert server.post(PUBLISH, body("v")).status_code == 200
+    assert server.post(ROLLBACK, {"name": "x"}).status_code == 200
+    assert server.post("/v1/unload_lora_adapter", {"lora_name": "x"}).status_code == 200
+
+
 def test_held_out_text_may_be_a_file_of_the_directory(open_server: Any, folder: Path) -> None:
     texts = open_server.service.texts
     lines = [{"text": "one two"}, {"prompt": "three", "completion": " four"}]

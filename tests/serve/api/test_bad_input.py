@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from running import running
 from tailorbird.serve.api import access
+from tailorbird.serve.interface import ENGINE
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = {"model": "demo", "messages": [{"role": "user", "content": "hello"}]}
@@ -19,6 +24,8 @@ POSTS = [
     CHAT, COMPLETIONS, "/v1/embeddings", "/v1/load_lora_adapter", "/v1/unload_lora_adapter",
     "/v1/adapters/publish", "/v1/adapters/rollback", "/tokenize", "/detokenize",
 ]  # fmt: skip
+#: tokens that drawn requests get from a model
+FEW = 8
 each_post = pytest.mark.parametrize("path", POSTS)
 
 
@@ -132,6 +139,21 @@ def test_wrong_completions(server: Any, wrong: dict[str, Any]) -> None:
     check(server.post(COMPLETIONS, PLAIN | wrong))
 
 
+def test_a_prompt_longer_than_the_context_is_told_both_lengths(server: Any) -> None:
+    chat = [{"role": "user", "content": "word " * 600}]
+    told = server.post("/tokenize", {"messages": chat}).json()
+    for path, body, length in (
+        (CHAT, HELLO | {"messages": chat}, told["count"]),
+        (COMPLETIONS, PLAIN | {"prompt": [1] * 600}, 600),
+    ):
+        answer = server.post(path, body)
+        error = check(answer)
+        assert answer.status_code == 400
+        assert length > told["max_model_len"]
+        assert {str(length), str(told["max_model_len"])} <= set(re.findall(r"\d+", error["message"]))
+        assert server.supervisor.submitted == []
+
+
 def test_halves_of_surrogate_pairs_are_refused_wherever_they_stand(server: Any) -> None:
     half = "\\ud800"
     for path, body in (
@@ -195,6 +217,41 @@ def test_requests_drawn_from_the_schema_make_no_route_fail(server: Any) -> None:
             assert case.call().status_code < 500
 
         answers()
+
+
+def few_tokens(body: Any) -> Any:
+    """A drawn body that asks for the model that there is, and for few tokens."""
+    if isinstance(body, dict) and "model" in body:
+        body["model"] = "demo"
+        body.setdefault("max_tokens", FEW)
+        for name in ("max_tokens", "max_completion_tokens"):
+            if isinstance(body.get(name), int):
+                body[name] = min(body[name], FEW)
+    return body
+
+
+@pytest.mark.full
+def test_requests_drawn_from_the_schema_do_an_engine_no_harm(tmp_path: Path) -> None:
+    """Over HTTP, by the demo model."""
+    import schemathesis
+
+    with running(tmp_path, engine=ENGINE, keys=()) as server, httpx.Client(base_url=server.url) as client:
+        server.read_on()
+        schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+        statuses: dict[str, set[int]] = {}
+        for operation in [found.ok() for found in schema.get_all_operations()]:
+
+            @given(operation.as_strategy())
+            @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+            def answers(case: Any) -> None:
+                case.body = few_tokens(case.body)
+                status = case.call().status_code
+                statuses.setdefault(case.operation.path, set()).add(status)
+                assert status < 500
+
+            answers()
+        assert 200 in statuses[CHAT] & statuses[COMPLETIONS]
+        assert "tailorbird_engine_restarts_total 0.0" in client.get("/metrics").text
 
 
 json_values = st.recursive(

@@ -74,30 +74,46 @@ class TokenBucket:
 
 
 class Keys:
-    """The API keys that are let in; none lets in everybody.
+    """The API keys that are let in, and what they may do.
 
     Parameters
     ----------
     keys : sequence of str
+        None lets in everybody.
+    admin_keys : sequence of str
+        These are let in, too, and only these may change adapters; with none everybody who is let in may.
     """
 
-    def __init__(self, keys: Sequence[str]) -> None:
-        self._digests = [_digest(key) for key in keys]
+    def __init__(self, keys: Sequence[str], admin_keys: Sequence[str] = ()) -> None:
+        self._open = not keys
+        self._admins = [_digest(key) for key in admin_keys]
+        self._digests = [*(_digest(key) for key in keys), *self._admins]
 
     def tenant(self, authorization: str | None) -> str | None:
-        """Who asks: the number of the key, from 1; empty where there are no keys, None for strangers.
+        """Who asks: the number of the key, from 1, admin keys after the others; None for strangers.
+
+        Without keys there are no strangers, and who gives no admin key is called by an empty text.
 
         Parameters
         ----------
         authorization : str or None
             The header: ``Bearer KEY``, or ``Basic`` with the key as password, as browsers send it.
         """
-        if not self._digests:
-            return ""
-        given = _digest(_key_of(authorization or ""))
-        # All are compared, so that the time tells nothing about which one was close.
-        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return str(matches.index(True) + 1) if any(matches) else None
+        matches = _matches(authorization, self._digests)
+        if any(matches):
+            return str(matches.index(True) + 1)
+        return "" if self._open else None
+
+    def may_change_adapters(self, authorization: str | None) -> bool:
+        """Whether who asks, by a header as `tenant` takes it, may load, unload, publish and roll back."""
+        return not self._admins or any(_matches(authorization, self._admins))
+
+
+def _matches(authorization: str | None, digests: Sequence[bytes]) -> list[bool]:
+    """Which of the keys a header has."""
+    given = _digest(_key_of(authorization or ""))
+    # All are compared, so that the time tells nothing about which one was close.
+    return [hmac.compare_digest(given, digest) for digest in digests]
 
 
 def _digest(key: str) -> bytes:
@@ -168,6 +184,9 @@ class Gate:
 
         try:
             scope["state"]["tenant"] = facts["tenant"] = self._admit(scope, headers)
+            scope["state"]["may_change_adapters"] = self._keys.may_change_adapters(
+                headers.get("authorization")
+            )
             await self._app(scope, await _whole_body(headers, receive), answer)
         except ApiError as error:
             response = JSONResponse(error.body(), error.status, error.headers)

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 
 from tailorbird.errors import SettingsError, TextError
@@ -25,7 +25,18 @@ from tailorbird.serve.api.schemas import (
 from tailorbird.serve.api.streaming import unless_gone
 from tailorbird.serve.held_out_file import read_file
 
-router = APIRouter()
+
+def _check_right(http: Request) -> None:
+    """Raise `ApiError` unless the key of a request may change adapters."""
+    if not http.state.may_change_adapters:
+        raise ApiError(
+            403,
+            "the right to change adapters is missing: only admin keys load, unload, publish and roll back",
+            "missing_right",
+        )
+
+
+router = APIRouter(dependencies=[Depends(_check_right)])
 
 
 @router.post("/v1/load_lora_adapter")

@@ -46,7 +46,11 @@ router = APIRouter()
 
 
 def create_app(
-    service: Service, keys: Sequence[str] = (), per_minute: float | None = None, log: Log = log_line
+    service: Service,
+    keys: Sequence[str] = (),
+    per_minute: float | None = None,
+    log: Log = log_line,
+    admin_keys: Sequence[str] = (),
 ) -> FastAPI:
     """The API over an engine.
 
@@ -60,12 +64,16 @@ def create_app(
         Requests that each key may send in a minute.
     log : callable
         As `log_line`.
+    admin_keys : sequence of str
+        As of `Keys`.
     """
     app = FastAPI(title="tailorbird", version=tailorbird.__version__, docs_url=None, redoc_url=None)
     app.state.service = service
     app.include_router(router)
     app.include_router(adapters.router)
-    app.add_middleware(Gate, keys=Keys(keys), per_minute=per_minute, log=log, count=service.metrics.count)
+    app.add_middleware(
+        Gate, keys=Keys(keys, admin_keys), per_minute=per_minute, log=log, count=service.metrics.count
+    )
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(TailorbirdError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_error)
