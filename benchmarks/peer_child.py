@@ -3,16 +3,21 @@
 Each engine has an environment of its own, so this file imports nothing of the project but in the branch that
 measures the project. A line in, `prefill N`, `decode PROMPT NEW` or `batch SEQUENCES PROMPT NEW`; a line out,
 the seconds that it took: of the prompt in the first case, of the tokens after it in the others. Logits are
-formed for the last position of every sequence, and the likeliest token is looked for.
+formed for the last position of every sequence, and the likeliest token is looked for. To the line `memory`
+the answer is JSON: bytes that were resident once the engine was imported, before its model was loaded, and
+the most that ever were.
 
     python peer_child.py ENGINE MODEL
 """
 
 from __future__ import annotations
 
+import importlib
+import json
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 THREADS = 2
@@ -24,10 +29,43 @@ ROOM = 8192
 Step = Callable[[int, int, int], Any]
 
 
-def transformers_step(model: str) -> Step:
+class Memory:
+    """Resident memory of this process, as Linux counts it.
+
+    Resident are all pages in RAM: the heap, whole large pages of which a part is used, and pages of mapped
+    files, which libraries are, and weights that safetensors maps, for as long as they aren't let go. So a
+    weight that is laid out anew counts twice while it is read. The peak is VmHWM and not what `getrusage`
+    calls the largest resident size, which begins with that of the process that started this one.
+    """
+
+    def __init__(self) -> None:
+        self.imports_bytes = 0
+
+    def imported(self) -> None:
+        """All that is imported is there, and nothing of the model."""
+        self.imports_bytes = self._bytes("VmRSS")
+
+    def report(self) -> str:
+        """What `memory` is answered with."""
+        return json.dumps({"imports_bytes": self.imports_bytes, "peak_bytes": self._bytes("VmHWM")})
+
+    def _bytes(self, field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
+
+
+def import_modules(model: str) -> None:
+    """Import what transformers would while it loads such a model."""
+    kind = json.loads((Path(model) / "config.json").read_text())["model_type"]
+    importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+
+
+def transformers_step(model: str, memory: Memory) -> Step:
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache
 
+    import_modules(model)
+    memory.imported()
     torch.set_num_threads(THREADS)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
     state: dict[str, Any] = {}
@@ -43,12 +81,14 @@ def transformers_step(model: str) -> Step:
     return step
 
 
-def tailorbird_step(model: str) -> Step:
+def tailorbird_step(model: str, memory: Memory) -> Step:
     import torch
 
     from tailorbird.model.load import load
     from tailorbird.run.generate import decode
 
+    import_modules(model)
+    memory.imported()
     torch.set_num_threads(THREADS)
     loaded = load(model)
     state: dict[str, Any] = {}
@@ -61,12 +101,13 @@ def tailorbird_step(model: str) -> Step:
     return step
 
 
-def llama_cpp_step(model: str) -> Step:
+def llama_cpp_step(model: str, memory: Memory) -> Step:
     import ctypes
 
     import llama_cpp as api
     import numpy as np
 
+    memory.imported()
     quiet = api.llama_log_callback(lambda *_: None)
     api.llama_log_set(quiet, ctypes.c_void_p())
     loaded = api.llama_model_load_from_file(model.encode(), api.llama_model_default_params())
@@ -106,11 +147,12 @@ def llama_cpp_step(model: str) -> Step:
     return step
 
 
-def openvino_step(model: str) -> Step:
+def openvino_step(model: str, memory: Memory) -> Step:
     import numpy as np
     import openvino
     from openvino import opset13 as ops
 
+    memory.imported()
     core = openvino.Core()
     graph = core.read_model(model + "/openvino_model.xml")
     head = graph.output("logits").get_node().input_value(0).get_node()
@@ -136,7 +178,7 @@ def openvino_step(model: str) -> Step:
     return step
 
 
-ENGINES: dict[str, Callable[[str], Step]] = {
+ENGINES: dict[str, Callable[[str, Memory], Step]] = {
     "transformers": transformers_step,
     "tailorbird": tailorbird_step,
     "llama.cpp": llama_cpp_step,
@@ -162,10 +204,12 @@ def main() -> None:
     engine, model = sys.argv[1:]
     out = sys.stdout
     sys.stdout = sys.stderr  # engines may print
-    step = ENGINES[engine](model)
+    memory = Memory()
+    step = ENGINES[engine](model, memory)
     print("ready", file=out, flush=True)
     for line in sys.stdin:
-        print(seconds(step, line.split()), file=out, flush=True)
+        words = line.split()
+        print(memory.report() if words == ["memory"] else seconds(step, words), file=out, flush=True)
 
 
 if __name__ == "__main__":

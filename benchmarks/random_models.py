@@ -33,6 +33,11 @@ class Shape:
     kv_heads: int
 
     @property
+    def kv_bytes(self) -> int:
+        """Of the keys and values of a token, in 16 bits."""
+        return 2 * 2 * self.blocks * self.width // self.heads * self.kv_heads
+
+    @property
     def weights(self) -> int:
         """Of the linears of all blocks."""
         keys = self.width // self.heads * self.kv_heads

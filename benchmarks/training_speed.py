@@ -1,10 +1,11 @@
 """Speed of training through packed weights on the CPU: the product, its input's gradient, and both.
 
-Every shape and width at 512 tokens in bfloat16, beside a dense bfloat16 linear of PyTorch, whose weight needs
-no gradient either, and the reference, which dequantizes by PyTorch's operators and keeps the dense weight for
-the gradient, in turns; medians. "Ordered" is a linear whose columns are stored in another order.
+Every width and NF4 in every shape, at 512 tokens in bfloat16, beside a dense bfloat16 linear of PyTorch,
+whose weight needs no gradient either, and the reference, which dequantizes by PyTorch's operators and keeps
+the dense weight for the gradient, in turns; medians. "Ordered" is a linear whose columns are stored in
+another order.
 
-    python benchmarks/training_speed.py [--rounds 9] [--tokens 512]
+    python benchmarks/training_speed.py [--rounds 9] [--tokens 512] [--name training_speed]
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rich.table import Table
 
 from machine import add_quiet_option, require_quiet, write_result
 from tailorbird.formats.modules import CompressedLinear
-from tailorbird.formats.packed import IntegerCoding, PackedWeight
+from tailorbird.formats.packed import CodebookCoding, GroupedCoding, IntegerCoding, PackedWeight
 from tailorbird.kernels import reference
 
 SHAPES = ((2048, 2048), (4096, 4096), (5632, 2048), (2048, 5632))
@@ -50,15 +51,17 @@ class Subject:
                 self.times[part].append(seconds)
 
 
-def packed_linear(bits: int, rows: int, columns: int, ordered: bool = False) -> CompressedLinear:
+def packed_linear(coding: GroupedCoding, rows: int, columns: int, ordered: bool = False) -> CompressedLinear:
     """A linear of random codes."""
-    generator = torch.Generator().manual_seed(bits)
+    most = 1 << coding.bits
+    generator = torch.Generator().manual_seed(coding.bits)
     groups = columns // GROUP
-    codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
-    zeros = torch.randint(0, 1 << bits, (rows, groups), generator=generator, dtype=torch.uint8)
+    codes = torch.randint(0, most, (rows, columns), generator=generator, dtype=torch.uint8)
+    zeros = None
+    if not coding.symmetric:
+        zeros = torch.randint(0, most, (rows, groups), generator=generator, dtype=torch.uint8)
     scales = torch.rand(rows, groups, generator=generator).bfloat16()
     order = torch.randperm(columns, generator=generator) if ordered else None
-    coding = IntegerCoding(bits, GROUP)
     return CompressedLinear.from_packed(PackedWeight.from_codes(codes, scales, zeros, coding, order))
 
 
@@ -74,12 +77,14 @@ def measure(rows: int, columns: int, tokens: int, rounds: int) -> list[dict[str,
     """Every width at one shape, beside the dense linear."""
     x = torch.randn(tokens, columns).bfloat16().requires_grad_()
     weight = torch.randn(rows, columns).bfloat16()
-    linears = {f"{bits} bits": packed_linear(bits, rows, columns) for bits in WIDTHS}
+    codings: dict[str, GroupedCoding] = {f"{bits} bits": IntegerCoding(bits, GROUP) for bits in WIDTHS}
+    codings["nf4"] = CodebookCoding("nf4", GROUP)
+    linears = {name: packed_linear(coding, rows, columns) for name, coding in codings.items()}
     assert all(linear.path(tokens, x.dtype, gradient=True) == "native-panels" for linear in linears.values())
     calls: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "dense": lambda x: torch.nn.functional.linear(x, weight),
         **linears,
-        "4 bits, ordered": packed_linear(4, rows, columns, ordered=True),
+        "4 bits, ordered": packed_linear(codings["4 bits"], rows, columns, ordered=True),
         "reference": by_reference(linears["4 bits"]),
     }
     subjects = {name: Subject(call, x, rows) for name, call in calls.items()}
@@ -100,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--name", default="training_speed", help="name of the result file")
     add_quiet_option(parser)
     arguments = parser.parse_args()
     busy = require_quiet(arguments.even_if_busy)
@@ -116,7 +122,7 @@ def main() -> None:
             table.add_row(f"{rows} x {columns}", row["linear"], *cells)
         found += measured
     console.print(table)
-    write_result("training_speed", {"others_cores": busy, "tokens": arguments.tokens, "linears": found})
+    write_result(arguments.name, {"others_cores": busy, "tokens": arguments.tokens, "linears": found})
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import machine
 from random_models import write_random_llama
+from tailorbird.hardware.probe import processor_name
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.load import load
 
@@ -44,6 +45,7 @@ def test_results_carry_machine_versions_and_date(monkeypatch: pytest.MonkeyPatch
     data = json.loads(machine.write_result("some", {"rows": [1]}).read_text())
     assert data["rows"] == [1]
     assert data["machine"]["cores"] >= 1
+    assert data["machine"]["processor"] == processor_name()
     assert data["versions"]["torch"] == torch.__version__
     assert data["date"].startswith("20")
 
