@@ -69,3 +69,13 @@ def laid_out(prepare: Callable[..., Any], packed: PackedWeight) -> Any:
         in_features=packed.in_features,
         **unpacking(packed.coding),
     )
+
+
+def at_odd_address(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values behind the first byte of a buffer."""
+    buffer = bytearray(tensor.nbytes + 1)
+    there = torch.frombuffer(buffer, dtype=torch.uint8, offset=1)
+    there.copy_(tensor.flatten().view(torch.uint8))
+    moved = torch.frombuffer(buffer, dtype=tensor.dtype, offset=1).view(tensor.shape)
+    assert moved.data_ptr() % 2
+    return moved

@@ -85,6 +85,10 @@ class ExportError(UserError):
     """The other tool's format cannot hold this model exactly."""
 
 
+class TensorError(TailorbirdError, ValueError):
+    """Tensors that compiled code can't take, or that don't go together; it wasn't called."""
+
+
 class GateRefused(TailorbirdError):
     """The result was made, but a quality check refused it; it was kept as ``OUT.rejected``."""
 

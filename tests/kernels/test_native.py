@@ -9,15 +9,19 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from packed_weights import laid_out, random_packed
+from packed_weights import at_odd_address, laid_out, random_packed
+from tailorbird.errors import TensorError
 from tailorbird.formats import codebooks
 from tailorbird.formats.modules import CompressedLinear
 from tailorbird.formats.packed import (
@@ -25,13 +29,16 @@ from tailorbird.formats.packed import (
     GroupedCoding,
     IntegerCoding,
     PackedWeight,
+    TableCoding,
+    VectorCoding,
     unpacking,
 )
-from tailorbird.kernels import dispatch, native, reference
+from tailorbird.kernels import dispatch, native, panels, reference
 from tailorbird.kernels.packing import BITS
 
 CPU = torch.device("cpu")
 NF4, FP4 = CodebookCoding("nf4", 64), CodebookCoding("fp4", 64)
+WITH_ZEROS = IntegerCoding(4, 32, symmetric=False)
 # the C structures point at them
 LEVELS = {name: levels.float() for name, levels in codebooks.LEVELS.items()}
 ROOT = Path(__file__).parents[2]
@@ -67,7 +74,7 @@ def activations(rows: int, columns: int) -> torch.Tensor:
 
 @built
 @given(
-    coding=codings_with([0, 32, 64, 96, 256]),
+    coding=codings_with([0, 32, 64, 96, 128, 256]),
     rows=st.sampled_from([1, 2, 4, 7, 8, 13, 40]),
     shape=st.tuples(st.sampled_from([1, 15, 16, 17, 130]), st.sampled_from([1, 31, 64, 172, 320, 4097])),
     version=versions,
@@ -87,7 +94,7 @@ def test_products_are_exact_up_to_rounding(
 
 @built
 @given(
-    coding=codings_with([0, 32, 64, 96, 160, 256]),
+    coding=codings_with([0, 32, 64, 96, 128, 160, 256]),
     rows=st.sampled_from([1, 2, 4, 7, 8, 13, 27, 40]),
     shape=st.tuples(st.sampled_from([1, 15, 16, 17, 130]), st.sampled_from([1, 31, 64, 172, 320, 4097])),
     version=versions,
@@ -151,18 +158,37 @@ def test_the_number_of_threads_changes_no_bit(coding: GroupedCoding, int8: bool,
 
 @built
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("coding", [IntegerCoding(4, 64), NF4], ids=lambda coding: coding.label)
-def test_what_is_not_finite_stays_in_its_row(coding: GroupedCoding, int8: bool) -> None:
+@pytest.mark.parametrize("rows", [7, 17])  # few tokens take another way than many
+@pytest.mark.parametrize("version", native.versions())
+@pytest.mark.parametrize(
+    "coding",
+    [IntegerCoding(8, 64), IntegerCoding(4, 64, symmetric=False), NF4],
+    ids=lambda coding: coding.label,
+)
+def test_what_is_not_finite_stays_in_its_row(
+    coding: GroupedCoding, version: int, rows: int, int8: bool
+) -> None:
     packed = random_packed(coding, (40, 128))
-    x = activations(4, 128)
-    clean = native.linear(x, layout_of(packed), int8)
-    x[1, 5], x[2, 7], x[3, 7] = float("nan"), float("inf"), -float("inf")
-    product = native.linear(x, layout_of(packed), int8)
-    assert torch.equal(product[0], clean[0])
-    assert product[1].isnan().all()
-    exact = x[2:] @ packed.dequantize().t()
-    assert torch.equal(product[2:].isnan(), exact.isnan())
-    assert torch.equal(product[2:].nan_to_num(0, 1, -1), exact.nan_to_num(0, 1, -1))
+    layout, x, infinite = layout_of(packed), activations(rows, 128), float("inf")
+    clean = native.linear(x, layout, int8, version)
+    x[1, 5], x[2, 7], x[3, 7] = float("nan"), infinite, -infinite
+    x[4, 7], x[4, 100] = infinite, -infinite  # of two groups
+    x[5, 7], x[5, 9] = infinite, -infinite  # of one
+    product, exact = native.linear(x, layout, int8, version), x @ packed.dequantize().t()
+    for row in (0, *range(6, rows)):
+        assert torch.equal(product[row], clean[row])
+    assert not product[1:6].isfinite().any()
+    assert not exact[1:6].isfinite().any()
+    # Of infinities that share a scale bytes keep the signs: the sum is then one infinity, or none.
+    some = slice(1, 5 if int8 else 6)
+    assert_same_infinities(product[some], exact[some])
+
+
+def assert_same_infinities(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """NaN where NaN is expected, else infinities of the same sign."""
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.isposinf(), expected.isposinf())
+    assert torch.equal(found.isneginf(), expected.isneginf())
 
 
 @pytest.mark.parametrize("group_size", [0, 40, 64, 256])
@@ -342,7 +368,7 @@ def assert_same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @built
 @given(
-    coding=codings_with([0, 32, 64, 96, 160, 256]),
+    coding=codings_with([0, 32, 64, 96, 128, 160, 256]),
     shape=st.tuples(st.sampled_from([1, 17, 130]), st.sampled_from([1, 31, 64, 172, 320, 1030])),
     dtype=dtypes,
     factor=st.sampled_from([1.0, 1.7, 64.0]),
@@ -417,5 +443,341 @@ def test_an_id_without_a_row_is_refused(id: int) -> None:
 @built
 @pytest.mark.parametrize("ids", [torch.zeros(2, dtype=torch.int32), torch.zeros(2), torch.zeros(1, 2).long()])
 def test_ids_of_another_kind_are_refused(ids: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="expected int64"):
+    with pytest.raises(TensorError, match=r"`ids` is .* expected: .* of torch.int64"):
         native.look_up(native.dense_embedding(torch.zeros(3, 4)), ids)
+
+
+@built
+@pytest.mark.parametrize("version", native.versions())
+@pytest.mark.parametrize(
+    "coding",
+    [
+        IntegerCoding(3, 32, symmetric=False),
+        IntegerCoding(5, 0),
+        IntegerCoding(8, 64),
+        CodebookCoding("nf4", 32),
+    ],
+    ids=lambda coding: coding.label,
+)
+def test_codes_at_an_odd_address_give_the_same_bits(
+    coding: GroupedCoding, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = random_packed(coding, (37, 172))
+    moved = {name: at_odd_address(t) if t.dtype == torch.uint8 else t for name, t in packed.tensors.items()}
+    other = PackedWeight(coding, 37, 172, moved)
+    layout = layout_of(packed)
+    words, numbers = at_odd_address(layout.codes), (37, 172, layout.described.group_columns)
+    monkeypatch.setattr(native, "best_version", lambda: version)
+    for x in (activations(3, 172), activations(14, 172).bfloat16()):
+        for int8 in (False, True):
+            expected = native.linear(x, layout, int8)
+            assert torch.equal(native.linear(x, layout_of(other), int8), expected)
+            found = torch.ops.tailorbird.packed_linear(
+                x, words, layout.scales, layout.zeros, layout.table, *numbers, int8
+            )
+            assert torch.equal(found, expected)
+    ids = torch.arange(37)
+    table, odd = (packed_table(one, torch.float32) for one in (packed, other))
+    assert_same_bits(native.look_up(odd, ids), native.look_up(table, ids))
+    whole = native.dequantize(odd.packed, 0, 0, torch.empty(37, 172))
+    assert torch.equal(whole, packed.dequantize())
+
+
+def stored(coding: GroupedCoding = WITH_ZEROS) -> dict[str, Any]:
+    """What entrances are told of a stored weight [40, 96]."""
+    packed = random_packed(coding, (40, 96))
+    tensors = {name: packed.tensors.get(name) for name in ("codes", "scales", "zeros")}
+    return {**tensors, "in_features": 96, **unpacking(coding)}
+
+
+def describe(codes: torch.Tensor, levels: torch.Tensor | None = None, **told: Any) -> native.StoredStructure:
+    return native.described_as_stored(codes, levels=None if levels is None else levels.float(), **told)
+
+
+def panel_product(width: int, operator: str) -> Callable[..., torch.Tensor]:
+    def multiply(**told: Any) -> torch.Tensor:
+        told = {"order": None, "levels": None} | told
+        return getattr(torch.ops.tailorbird, operator)(activations(5, width), **told)
+
+    return multiply
+
+
+OF_STORED = {
+    "tiles": native.tiles,
+    "described_as_stored": describe,
+    "panel_linear": panel_product(96, "panel_linear"),
+    "panel_linear_gradient": panel_product(40, "panel_linear_gradient"),
+}
+
+
+@built
+@pytest.mark.parametrize("entrance", OF_STORED)
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("codes", lambda codes: codes[:, :-1], r"`codes` is \[40, 47\] of torch.uint8 .* \[40, 48\]"),
+        ("codes", lambda codes: codes[:-1], r"`scales` is \[40, 3\] .* \[39, 3\]"),
+        ("codes", lambda codes: codes[0], r"`codes` is \[48\]"),
+        ("codes", lambda codes: codes.int(), r"`codes` is \[40, 48\] of torch.int32"),
+        ("scales", lambda scales: scales[:, :-1], r"`scales` is \[40, 2\]"),
+        ("scales", lambda scales: scales[:-1], r"`scales` is \[39, 3\]"),
+        ("scales", lambda scales: scales.float(), r"`scales` is \[40, 3\] of torch.float32"),
+        ("zeros", lambda zeros: zeros[:, :-1], r"`zeros` is \[40, 1\] .* \[40, 2\]"),
+        ("zeros", lambda zeros: zeros[:-1], r"`zeros` is \[39, 2\]"),
+        ("zeros", lambda zeros: zeros.short(), r"`zeros` is \[40, 2\] of torch.int16"),
+        ("bits", lambda bits: 8, r"`codes` is \[40, 48\] .* \[40, 96\]"),
+        ("bits", lambda bits: 7, "codes of 7 bits"),
+        ("group_size", lambda size: 48, "groups of 48 inputs"),
+        ("group_size", lambda size: 64, r"`scales` is \[40, 3\] .* \[40, 2\]"),
+        ("group_size", lambda size: -32, "groups of -32"),
+        ("in_features", lambda inputs: 128, r"`codes` is \[40, 48\] .* \[40, 64\]"),
+        ("in_features", lambda inputs: 0, "^0 inputs"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(
+    entrance: str, name: str, change: Callable[[Any], Any], words: str
+) -> None:
+    weight = stored()
+    OF_STORED[entrance](**weight)
+    weight[name] = change(weight[name])
+    with pytest.raises(TensorError, match=words):
+        OF_STORED[entrance](**weight)
+
+
+@built
+@pytest.mark.parametrize("entrance", OF_STORED)
+def test_levels_that_do_not_fit_are_refused(entrance: str) -> None:
+    weight = stored(CodebookCoding("nf4", 32))
+    OF_STORED[entrance](**weight)
+    for levels, words in (
+        (weight["levels"][:8], r"`levels` is \[8\] .* \[16\]"),
+        (weight["levels"].repeat(2), r"`levels` is \[32\]"),
+    ):
+        with pytest.raises(TensorError, match=words):
+            OF_STORED[entrance](**{**weight, "levels": levels})
+    six = stored(IntegerCoding(6, 32))
+    with pytest.raises(TensorError, match="codes of 6 bits beside `levels`"):
+        OF_STORED[entrance](**{**six, "levels": weight["levels"]})
+
+
+@built
+def test_points_that_do_not_fit_are_refused() -> None:
+    weight = stored(VectorCoding("gauss2x4", 32))
+    native.tiles(**weight)
+    for name, change, words in (
+        ("levels", weight["levels"][:-1], r"`levels` is \[255, 4\] .* \[256, 4\]"),
+        ("codes", weight["codes"][:, :-1], r"`codes` is \[40, 23\] .* \[40, 24\]"),
+    ):
+        with pytest.raises(TensorError, match=words):
+            native.tiles(**{**weight, name: change})
+
+
+def laid_out_weight(coding: GroupedCoding) -> dict[str, Any]:
+    """What the operator is told of a weight [40, 96] that was laid out."""
+    layout = layout_of(random_packed(coding, (40, 96)))
+    tensors = {name: getattr(layout, name) for name in ("codes", "scales", "zeros", "table")}
+    return {**tensors, "out_features": 40, "in_features": 96, "group_columns": 32}
+
+
+@built
+@pytest.mark.parametrize(
+    ("coding", "name", "change", "words"),
+    [
+        (WITH_ZEROS, "codes", lambda codes: codes[:-1], r"`codes` is \[2, 3, 4, 16\] .* \[3, 3, 4, 16\]"),
+        (WITH_ZEROS, "codes", lambda codes: codes[:, :-1], r"`codes` is \[3, 2, 4, 16\]"),
+        (WITH_ZEROS, "codes", lambda codes: codes[..., :-1], r"`codes` is \[3, 3, 4, 15\]"),
+        (WITH_ZEROS, "codes", lambda codes: codes.flatten(), r"`codes` is \[576\]"),
+        (WITH_ZEROS, "codes", lambda codes: codes.short(), "torch.int16"),
+        (WITH_ZEROS, "codes", lambda codes: codes.mT.contiguous().mT, "not contiguous"),
+        (WITH_ZEROS, "scales", lambda scales: scales[:-1], r"`scales` is \[2, 3, 16\] .* \[3, 3, 16\]"),
+        (WITH_ZEROS, "scales", lambda scales: scales[:, :-1], r"`scales` is \[3, 2, 16\]"),
+        (WITH_ZEROS, "scales", lambda scales: scales.float(), "torch.float32"),
+        (WITH_ZEROS, "zeros", lambda zeros: zeros[:, :-1], r"`zeros` is \[3, 2, 16\]"),
+        (WITH_ZEROS, "zeros", lambda zeros: zeros.short(), "torch.int16"),
+        (WITH_ZEROS, "table", lambda _: torch.zeros(8, dtype=torch.uint8), r"`table` is \[8\] .* \[16\]"),
+        (
+            IntegerCoding(5, 32),
+            "table",
+            lambda _: torch.zeros(16, dtype=torch.uint8),
+            "codes of 5 bits beside",
+        ),
+        (CodebookCoding("nf4", 32), "table", lambda table: table[:-1], r"`table` is \[15\]"),
+        (CodebookCoding("nf4", 32), "table", lambda table: table.float(), "torch.float32"),
+        (WITH_ZEROS, "out_features", lambda rows: 60, r"`codes` is \[3, 3, 4, 16\] .* \[4, 3, 4, 16\]"),
+        (WITH_ZEROS, "out_features", lambda rows: -40, r"a weight \[-40, 96\]"),
+        (WITH_ZEROS, "in_features", lambda inputs: 128, r"`codes` is .* \[3, 4, 4, 16\]"),
+        (WITH_ZEROS, "in_features", lambda inputs: 0, r"a weight \[40, 0\]"),
+        (WITH_ZEROS, "in_features", lambda inputs: 95, r"`x` is \[5, 96\] .* \[5, 95\]"),
+        (WITH_ZEROS, "group_columns", lambda columns: 64, r"`scales` is \[3, 3, 16\] .* \[3, 2, 16\]"),
+        (WITH_ZEROS, "group_columns", lambda columns: 48, "groups of 48 columns"),
+        (WITH_ZEROS, "group_columns", lambda columns: 0, "groups of 0 columns"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused(
+    coding: GroupedCoding, name: str, change: Callable[[Any], Any], words: str
+) -> None:
+    weight, x = laid_out_weight(coding), activations(5, 96)
+    torch.ops.tailorbird.packed_linear(x, **weight, int8=False)
+    weight[name] = change(weight[name])
+    for int8 in (False, True):
+        with pytest.raises(TensorError, match=words):
+            torch.ops.tailorbird.packed_linear(x, **weight, int8=int8)
+
+
+def products() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Products with weights [40, 96], by the entrances through which inputs come."""
+    weight, tables = stored(), random_packed(TableCoding(3), (40, 96))
+    layout, rows = (
+        native.tiles(**weight),
+        laid_out(partial(native.table_rows, tables=tables.tensors["tables"]), tables),
+    )
+    return {
+        "linear": partial(native.linear, layout=layout),
+        "linear of bytes": partial(native.linear, layout=layout, int8=True),
+        "table_linear": partial(native.table_linear, layout=rows),
+        "packed_linear": partial(native.traced_linear, layout=layout, int8=True),
+        "panel_linear": partial(panels.linear, weight=panels.StoredWeight(**weight)),
+    }
+
+
+@built
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x[:, :-1], r"`x` is \[5, 95\] .* \[5, 96\]"),
+        (lambda x: torch.cat([x, x], 1), r"`x` is \[5, 192\]"),
+        (lambda x: x[:0, :-1], r"`x` is \[0, 95\]"),
+        (lambda x: x[0, 0], r"`x` is \[\]"),
+        (lambda x: x.half(), r"`x` is \[5, 96\] of torch.float16"),
+        (lambda x: x.double(), r"`x` is \[5, 96\] of torch.float64"),
+        (lambda x: x.int(), r"`x` is \[5, 96\] of torch.int32"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(
+    change: Callable[[torch.Tensor], torch.Tensor], words: str
+) -> None:
+    x = activations(5, 96)
+    for name, multiply in products().items():
+        assert multiply(x).shape == (5, 40)
+        assert torch.equal(multiply(x.t().contiguous().t()), multiply(x)), name
+        with pytest.raises(TensorError, match=words):
+            multiply(change(x))
+        if name != "packed_linear":  # which takes any number of dimensions
+            with pytest.raises(TensorError, match=r"`x` is \[1, 5, 96\]"):
+                multiply(x[None])
+
+
+@built
+def test_a_gradient_or_an_order_that_does_not_fit_is_refused() -> None:
+    told = {"order": None, "levels": None} | stored()
+    for gradient in (activations(5, 39), activations(5, 40).half()):
+        with pytest.raises(TensorError, match=r"`gradient` is \[5, (39|40)\]"):
+            torch.ops.tailorbird.panel_linear_gradient(gradient, **told)
+    told["order"] = torch.zeros(1, dtype=torch.int32)
+    for operator, width in (("panel_linear", 96), ("panel_linear_gradient", 40)):
+        with pytest.raises(TensorError, match=r"`order` is \[1\] .* \[96\]"):
+            getattr(torch.ops.tailorbird, operator)(activations(5, width), **told)
+
+
+@built
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("codes", lambda codes: codes[:, :-1], r"`codes` is \[40, 35\] .* \[40, 36\]"),
+        ("codes", lambda codes: codes.int(), "torch.int32"),
+        ("tables", lambda tables: tables[:-1], r"`tables` is \[39, 8\] .* \[40, 8\]"),
+        ("tables", lambda tables: tables[:, :-1], r"`tables` is \[40, 7\]"),
+        ("tables", lambda tables: tables.double(), "torch.float64"),
+        ("bits", lambda bits: 5, "codes of 5 bits beside `tables`"),
+        ("in_features", lambda inputs: 0, "^0 inputs"),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused(name: str, change: Callable[[Any], Any], words: str) -> None:
+    tensors = random_packed(TableCoding(3), (40, 96)).tensors
+    weight = {**tensors, "scales": None, "zeros": None, "bits": 3, "group_size": 0, "in_features": 96}
+    weight[name] = change(weight[name])
+    with pytest.raises(TensorError, match=words):
+        native.table_rows(**weight)
+
+
+@built
+@pytest.mark.parametrize(
+    ("row", "column", "to", "words"),
+    [
+        (-1, 0, torch.empty(4, 32), "4 rows from -1"),
+        (37, 0, torch.empty(4, 32), r"4 rows from 37 .* expected: a part of \[40, 96\]"),
+        (0, 80, torch.empty(4, 32), "32 columns from 80"),
+        (0, 8, torch.empty(4, 32), "32 columns from 8"),
+        (0, -16, torch.empty(4, 32), "32 columns from -16"),
+        (0, 0, torch.empty(4, 32, dtype=torch.float16), r"`to` is \[4, 32\] of torch.float16"),
+        (0, 0, torch.empty(32, 4).t(), "not contiguous"),
+        (0, 0, torch.empty(32), r"`to` is \[32\]"),
+    ],
+)
+def test_a_rectangle_that_is_not_there_is_refused(
+    row: int, column: int, to: torch.Tensor, words: str
+) -> None:
+    weight = stored()
+    with pytest.raises(TensorError, match=words):
+        native.dequantize(describe(**weight), row, column, to)
+
+
+@built
+@pytest.mark.parametrize(
+    ("weight", "words"),
+    [
+        (torch.zeros(6, 4).t(), "not contiguous"),
+        (torch.zeros(6, 4, dtype=torch.float64), "torch.float64"),
+        (torch.zeros(6), r"`weight` is \[6\]"),
+        (torch.zeros(()), r"`weight` is \[\]"),
+    ],
+)
+def test_an_embedding_that_does_not_fit_is_refused(weight: torch.Tensor, words: str) -> None:
+    with pytest.raises(TensorError, match=words):
+        native.dense_embedding(weight)
+
+
+@built
+def test_a_packed_embedding_of_another_dtype_is_refused() -> None:
+    with pytest.raises(TensorError, match=r"rows of torch\.float64"):
+        native.packed_embedding(describe(**stored()), torch.float64)
+
+
+@pytest.fixture
+def other_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, int], None]]:
+    """Sets what the machine is called, and the best version that it runs."""
+
+    def become(machine: str, best: int) -> None:
+        library = SimpleNamespace(tailorbird_best_version=lambda: best)
+        monkeypatch.setattr(native, "library", lambda: library)
+        monkeypatch.setattr(native.platform, "machine", lambda: machine)
+
+    native.best_version.cache_clear()
+    yield become
+    native.best_version.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("machine", "best", "lacks"),
+    [("x86_64", 0, "avx2 with fma"), ("x86_64", 1, "avx512_vnni"), ("aarch64", 0, "asimddp")],
+)
+def test_what_a_processor_lacks_is_said_once(
+    machine: str,
+    best: int,
+    lacks: str,
+    other_processor: Callable[[str, int], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    other_processor(machine, best)
+    assert [native.best_version() for _ in range(3)] == [best] * 3
+    (said,) = caplog.records
+    assert lacks in said.getMessage()
+
+
+@pytest.mark.parametrize(("machine", "best"), [("x86_64", 2), ("AMD64", 3), ("aarch64", 4), ("x86_64", 5)])
+def test_of_a_processor_that_lacks_nothing_nothing_is_said(
+    machine: str, best: int, other_processor: Callable[[str, int], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    other_processor(machine, best)
+    assert native.best_version() == best
+    assert not caplog.records

@@ -10,8 +10,10 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import logging
 import math
 import mmap
+import platform
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -20,8 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tailorbird.kernels.packing import pack_codes, unpack_codes
+from tailorbird.errors import TensorError
+from tailorbird.kernels.operands import (
+    ACTIVATIONS,
+    OF_WEIGHT,
+    SCALES,
+    check,
+    check_inputs,
+    contiguous,
+)
+from tailorbird.kernels.packing import BITS, pack_codes, packed_width, unpack_codes
 from tailorbird.kernels.reference import group_layout, points_of
+
+logger = logging.getLogger("tailorbird")
 
 #: Rows of a tile, and columns of a step, of the layout in `cpp/layout.h`.
 LANES, STEP = 16, 32
@@ -29,6 +42,8 @@ LANES, STEP = 16, 32
 READ = 8
 #: Of a code that a table reads.
 CODEBOOK_BITS = 4
+#: Of stored codes that such a table has room for.
+NARROW = (2, 3, 4)
 #: Products of a code and an activation up to which one thread is faster than waking others.
 ONE_THREAD = 1 << 18
 #: Layouts that stay share pieces of memory of this size, in large pages where the system has them.
@@ -255,9 +270,29 @@ def fingerprint() -> str:
 
 @functools.cache
 def best_version() -> int:
-    """The fastest of `versions`."""
+    """The fastest of `versions`; that it is one without an instruction for products of bytes is logged."""
     found = library()
-    return 0 if found is None else int(found.tailorbird_best_version())
+    if found is None:
+        return 0
+    best = int(found.tailorbird_best_version())
+    if best in (0, 1):
+        _say_slow(best)
+    return best
+
+
+def _say_slow(version: int) -> None:
+    """Log what a faster version needs, by the names in /proc/cpuinfo."""
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        lacks = "asimddp"
+    elif version == 0:
+        lacks = "avx2 with fma"
+    else:
+        lacks = "avx_vnni, and avx512_vnni with avx512f, avx512bw, avx512vl and avx512dq"
+    logger.warning(
+        "compiled products run in %s, slowly: this processor lacks %s",
+        "AVX2" if version else "portable code",
+        lacks,
+    )
 
 
 def versions() -> tuple[int, ...]:
@@ -279,6 +314,75 @@ def serves(coding: Any, in_features: int) -> bool:
     return coding.kind != "binary" and (groups == 1 or size % STEP == 0)
 
 
+def _check_stored(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dimension: int = 1,
+) -> None:
+    """Raise TensorError unless these are all of a stored weight, with groups as in `serves`.
+
+    Arguments as in `reference.dequantize`; a code stands for `dimension` columns.
+    """
+    if bits not in BITS or in_features < 1 or group_size < 0:
+        raise TensorError(
+            f"{in_features} inputs in groups of {group_size} and codes of {bits} bits",
+            f"1 input or more, groups of 0 (a row) or more, {', '.join(map(str, BITS))} bits",
+            OF_WEIGHT,
+        )
+    groups, size = group_layout(in_features, group_size)
+    if groups > 1 and size % STEP:
+        raise TensorError(
+            f"groups of {size} inputs", f"a multiple of {STEP}, or one group a row",
+            "multiply by `reference.linear`",
+        )  # fmt: skip
+    width = packed_width(-(-in_features // dimension), bits)
+    check("`codes`", codes, (*codes.shape[:1], width), (torch.uint8,), OF_WEIGHT)
+    rows = codes.shape[0]
+    check("`scales`", scales, (rows, groups), SCALES, OF_WEIGHT)
+    if zeros is not None:
+        check("`zeros`", zeros, (rows, packed_width(groups, bits)), (torch.uint8,), OF_WEIGHT)
+
+
+def _check_bits(bits: int, allowed: tuple[int, ...], beside: str) -> None:
+    """Raise TensorError unless codes of so many bits can stand beside a tensor."""
+    if bits not in allowed:
+        raise TensorError(
+            f"codes of {bits} bits beside {beside}", f"{' or '.join(map(str, allowed))} bits", OF_WEIGHT
+        )
+
+
+def _check_laid_out(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    out_features: int,
+    in_features: int,
+    group_columns: int,
+) -> None:
+    """Raise TensorError unless tensors are as in `Tiles`, groups of so many columns."""
+    if in_features < 1 or out_features < 1 or group_columns < 1 or group_columns % STEP:
+        raise TensorError(
+            f"a weight [{out_features}, {in_features}] in groups of {group_columns} columns",
+            f"1 row and input or more, and groups of a multiple of {STEP}",
+            OF_WEIGHT,
+        )
+    count, steps = -(-out_features // LANES), -(-in_features // STEP)
+    groups = -(-steps * STEP // group_columns)
+    check("`codes`", codes, (count, steps, *codes.shape[2:3], LANES), (torch.int32,), OF_WEIGHT)
+    allowed, beside = (BITS, "no `table`") if table is None else ((CODEBOOK_BITS,), "`table`")
+    _check_bits(codes.shape[2], allowed, beside)
+    check("`scales`", scales, (count, groups, LANES), SCALES, OF_WEIGHT)
+    if zeros is not None:
+        check("`zeros`", zeros, (count, groups, LANES), (torch.uint8,), OF_WEIGHT)
+    if table is not None:
+        check("`table`", table, (1 << CODEBOOK_BITS,), (torch.uint8,), OF_WEIGHT)
+
+
 def tiles(
     codes: Tensor,
     scales: Tensor,
@@ -295,16 +399,27 @@ def tiles(
     Groups are one per row, or hold a multiple of `STEP` columns. With `arena` the codes lie there. Codes of
     a codebook take 4 bits, however few they are stored in; of a vector codebook there are bytes, a
     coordinate each.
+
+    Raises
+    ------
+    TensorError
+        For tensors and numbers that aren't those of one stored weight, or other groups.
     """
+    codes, scales, zeros = contiguous(codes, scales, zeros)
+    points = levels if levels is not None and levels.dim() == 2 else None
+    dimension = 1 if points is None else points.shape[1]
+    _check_stored(codes, scales, zeros, bits, group_size, in_features, dimension)
+    if levels is not None:
+        _check_bits(bits, NARROW if points is None else BITS, "`levels`")
+        check("`levels`", levels, (1 << bits, *levels.shape[1:2]), (torch.int8,), OF_WEIGHT)
     out_features = codes.shape[0]
     groups, size = group_layout(in_features, group_size)
     steps, count = -(-in_features // STEP), -(-out_features // LANES)
-    if levels is not None and levels.dim() == 2:
-        coordinates = points_of(codes, bits, in_features, (levels.short() + 128).to(torch.uint8))
-        codes, bits, levels = coordinates, 8, None
+    if points is not None:
+        coordinates = points_of(codes, bits, in_features, (points.short() + 128).to(torch.uint8))
+        codes, bits, levels = coordinates.contiguous(), 8, None
     if levels is not None and bits < CODEBOOK_BITS:
         codes, bits = pack_codes(unpack_codes(codes, bits, in_features), CODEBOOK_BITS), CODEBOOK_BITS
-    codes = codes.contiguous()
     shape = count, steps, bits, LANES
     words = (
         torch.empty(shape, dtype=torch.int32, device=codes.device) if arena is None else arena.empty(*shape)
@@ -361,8 +476,15 @@ def linear(x: Tensor, layout: Tiles, int8: bool = False, version: int | None = N
         Whether `x` is first rounded to bytes (`reference.to_bytes`), for products of integers.
     version : int, optional
         Instructions to use, one of `versions()`; the fastest by default.
+
+    Raises
+    ------
+    TensorError
+        `x` has another form.
     """
-    return _multiply(x, layout.described, int8, best_version() if version is None else version)
+    x, described = x.contiguous(), layout.described
+    check_inputs(x, (*x.shape[:1], described.in_features))
+    return _multiply(x, described, int8, best_version() if version is None else version)
 
 
 def table_rows(
@@ -380,7 +502,18 @@ def table_rows(
     """Lay a stored weight of tables out for `table_linear`; arguments as in `reference.dequantize`.
 
     There are no scales, zero points and levels, and a row is one group. With `arena` the codes lie there.
+
+    Raises
+    ------
+    TensorError
+        For tensors and numbers that aren't those of one stored weight.
     """
+    codes, tables = contiguous(codes, tables)
+    _check_bits(bits, NARROW, "`tables`")
+    if in_features < 1:
+        raise TensorError(f"{in_features} inputs", "1 or more", OF_WEIGHT)
+    check("`codes`", codes, (*codes.shape[:1], packed_width(in_features, bits)), (torch.uint8,), OF_WEIGHT)
+    check("`tables`", tables, (codes.shape[0], 1 << bits), tuple(KINDS), OF_WEIGHT)
     out_features, width = codes.shape
     words = -(-(codes.numel() + READ) // 4)
     kept = torch.empty(words, dtype=torch.int32, device=codes.device) if arena is None else arena.empty(words)
@@ -407,8 +540,15 @@ def table_linear(x: Tensor, layout: TableRows, version: int | None = None) -> Te
     layout : TableRows
     version : int, optional
         Instructions to use, one of `versions()`; the fastest by default.
+
+    Raises
+    ------
+    TensorError
+        `x` has another form.
     """
-    wide, described = x.float().contiguous(), layout.described
+    x, described = x.contiguous(), layout.described
+    check_inputs(x, (*x.shape[:1], described.in_features))
+    wide = x.float()
     y = torch.empty(len(x), described.rows, dtype=torch.float32, device=x.device)
     work = len(x) * described.in_features * described.rows
     library().tailorbird_table_linear(
@@ -431,7 +571,16 @@ def described_as_stored(
     """The C structure of a stored weight, for `dequantize`; its tensors must be contiguous and stay.
 
     Tensors are as in `reference.dequantize`, `levels` in float32.
+
+    Raises
+    ------
+    TensorError
+        For tensors and numbers that aren't those of one stored weight, or groups that aren't as in `serves`.
     """
+    _check_stored(codes, scales, zeros, bits, group_size, in_features)
+    if levels is not None:
+        _check_bits(bits, (CODEBOOK_BITS,), "`levels`")
+        check("`levels`", levels, (1 << CODEBOOK_BITS,), (torch.float32,), OF_WEIGHT)
     groups, size = group_layout(in_features, group_size)
     return StoredStructure(
         codes.data_ptr(), scales.data_ptr(), None if zeros is None else zeros.data_ptr(), codes.shape[0],
@@ -455,7 +604,22 @@ def dequantize(
     to : Tensor[rows, columns], float32 or bfloat16, contiguous
     version : int, optional
         Instructions to use, up to `best_version()`, which is the default.
+
+    Raises
+    ------
+    TensorError
+        `to` has another form, or the rectangle begins or ends elsewhere.
     """
+    shape: tuple[int | str, ...] = to.shape if to.dim() == 2 else ("rows", "columns")
+    check("`to`", to, shape, ACTIVATIONS, "give a matrix that can be filled")
+    rows, columns = to.shape
+    inside = 0 <= row <= weight.rows - rows and 0 <= column <= weight.in_features - columns
+    if not inside or column % LANES:
+        raise TensorError(
+            f"{rows} rows from {row} and {columns} columns from {column} on",
+            f"a part of [{weight.rows}, {weight.in_features}] from a multiple of {LANES} columns on",
+            "ask for a rectangle of the weight",
+        )
     library().tailorbird_dequantize(
         ctypes.addressof(weight), row, to.shape[0], column, to.shape[1], to.data_ptr(),
         to.dtype == torch.bfloat16, 1 if to.numel() <= ONE_THREAD else torch.get_num_threads(),
@@ -482,12 +646,11 @@ def look_up(table: EmbeddingStructure, ids: Tensor, version: int | None = None) 
     ------
     IndexError
         An id has no row.
-    ValueError
+    TensorError
         `ids` are of another dtype, device or number of dimensions.
     """
-    if ids.dtype != torch.int64 or not ids.is_cpu or ids.dim() != 1:
-        raise ValueError(f"ids {list(ids.shape)} of {ids.dtype} on {ids.device}; expected int64 on the CPU")
     ids = ids.contiguous()
+    check("`ids`", ids, (ids.numel(),), (torch.int64,), "give the ids of tokens one after the other")
     tokens = ids.shape[0]
     rows = torch.empty(tokens, table.width, dtype=torch.float32, device="cpu")
     missed = library().tailorbird_look_up(
@@ -508,7 +671,14 @@ def dense_embedding(weight: Tensor, factor: float = 1.0) -> EmbeddingStructure:
     weight : Tensor[rows, width], one of `KINDS`, on the CPU
     factor : float
         What rows are multiplied by, the products rounded to the dtype of `weight`.
+
+    Raises
+    ------
+    TensorError
+        For another tensor.
     """
+    shape: tuple[int | str, ...] = weight.shape if weight.dim() == 2 else ("rows", "width")
+    check("`weight`", weight, shape, tuple(KINDS), OF_WEIGHT)
     rows, width = weight.shape
     return EmbeddingStructure(weight.data_ptr(), StoredStructure(), rows, width, factor, KINDS[weight.dtype])
 
@@ -524,7 +694,14 @@ def packed_embedding(packed: StoredStructure, dtype: torch.dtype, factor: float 
         What its values are rounded to, one of `KINDS`.
     factor : float
         What rows are multiplied by afterwards, the products rounded again.
+
+    Raises
+    ------
+    TensorError
+        For another dtype.
     """
+    if dtype not in KINDS:
+        raise TensorError(f"rows of {dtype}", " or ".join(map(str, KINDS)), "look them up in such a dtype")
     return EmbeddingStructure(None, packed, packed.rows, packed.in_features, factor, KINDS[dtype])
 
 
@@ -538,7 +715,7 @@ def traced_linear(x: Tensor, layout: Tiles, int8: bool) -> Tensor:
 
 
 def _multiply(x: Tensor, described: WeightStructure, int8: bool, version: int) -> Tensor:
-    x = x.contiguous()
+    """The product for inputs that were checked, and are contiguous."""
     rows = x.shape[0]
     y = torch.empty(rows, described.rows, dtype=x.dtype, device=x.device)
     work = rows * described.in_features * described.rows
@@ -568,6 +745,9 @@ def _packed_linear(
     group_columns: int,
     int8: bool,
 ) -> Tensor:
+    _check_laid_out(codes, scales, zeros, table, out_features, in_features, group_columns)
+    x = x.contiguous()
+    check_inputs(x, (*x.shape[:-1], in_features))
     described = _described(codes, scales, zeros, table, out_features, in_features, group_columns)
     y = _multiply(x.reshape(-1, in_features), described, int8, best_version())
     return y.view(*x.shape[:-1], out_features)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tailorbird.kernels import native
+from tailorbird.kernels.operands import OF_WEIGHT, check, check_inputs, contiguous
 
 #: Size of the dequantized panel.
 PANEL_BYTES = 4 << 20
@@ -102,9 +103,11 @@ def _linear(
     group_size: int,
     in_features: int,
 ) -> Tensor:
-    x, codes, scales, zeros = _contiguous(_rearranged(x, order), codes, scales, zeros)
+    x, codes, scales, zeros, order = contiguous(x, codes, scales, zeros, order)
     table = None if levels is None else levels.float()
     weight = native.described_as_stored(codes, scales, zeros, bits, group_size, in_features, table)
+    check_inputs(x, (*x.shape[:1], in_features))
+    x = _rearranged(x, order)
     out_features = codes.shape[0]
     y = x.new_empty(len(x), out_features)
     step = min(_fitting(in_features, x.dtype), out_features)
@@ -131,10 +134,11 @@ def _linear_gradient(
 
     Where rows of the weight are cut too, each piece's sums are rounded to the dtype and added in float32.
     """
-    gradient, codes, scales, zeros = _contiguous(gradient, codes, scales, zeros)
+    gradient, codes, scales, zeros, order = contiguous(gradient, codes, scales, zeros, order)
     table = None if levels is None else levels.float()
     weight = native.described_as_stored(codes, scales, zeros, bits, group_size, in_features, table)
     out_features, dtype = codes.shape[0], gradient.dtype
+    check_inputs(gradient, (*gradient.shape[:1], out_features), "`gradient`")
     x = gradient.new_empty(len(gradient), in_features)
     length = min(out_features, _fitting(FEWEST_COLUMNS, dtype))
     step = min(_fitting(length, dtype), in_features)
@@ -151,12 +155,11 @@ def _linear_gradient(
 
 def _rearranged(x: Tensor, order: Tensor | None) -> Tensor:
     """Columns of `x` in another order."""
+    if order is None:
+        return x
+    check("`order`", order, (x.shape[1],), (torch.int32, torch.int64), OF_WEIGHT)
     # `gather` moves 16-bit values several times as fast as `index_select`
-    return x if order is None else x.gather(1, order.long().expand(x.shape))
-
-
-def _contiguous(*tensors: Any) -> Any:
-    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+    return x.gather(1, order.long().expand(x.shape))
 
 
 _WEIGHT = (
