@@ -1,9 +1,13 @@
 """One serving engine with one model in a process of its own, which runs the loads that it is told.
 
-Each engine has an environment of its own, so this file imports nothing of the project but in the branch that
-measures the project. A line of JSON in, a list of requests ``[arrival in seconds, prompt, new tokens]`` and
-the most that may run at once; a line out, for each request the seconds at which its tokens were there, from
-the beginning of the load on. Tokens are the likeliest ones, and no text ends early.
+Each engine has an environment of its own, so this file imports nothing of the project but in the branches
+that measure the project. A line of JSON in, a list of requests ``[arrival in seconds, prompt, new tokens]``
+and the most that may run at once; a line out: ``times``, for each request the seconds at which its tokens
+were there, from the beginning of the load on, and ``cached_tokens``, how many tokens of its prompts were
+found in a cache. Tokens are the likeliest ones, and no text ends early.
+
+`generate` is `tailorbird generate`'s own loop without text, one request after the other; `http` is
+`tailorbird serve`, of whose streams, one after the other, only the first and the last moment are told.
 
     python serve_child.py ENGINE MODEL SEQUENCES
 """
@@ -13,26 +17,36 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 THREADS = 2
 #: Tokens that a step reads at most, where an engine lets one choose.
 STEP = 512
-#: Keys and values of so many tokens have room.
-ROOM = 32_768
+#: Keys and values of so many tokens have room: of the long mix, all that run at once.
+ROOM = 36_864
 
 
-class Server(Protocol):
+class Server:
     """An engine that takes requests while it runs."""
 
     def add(self, number: int, prompt: list[int], new: int) -> None:
         """Begin a request."""
+        raise NotImplementedError
 
     def step(self) -> list[tuple[int, int]]:
         """Go on for a moment; numbers of requests that got tokens, and how many."""
+        raise NotImplementedError
+
+    def cached_tokens(self) -> int:
+        """Of all prompts so far, tokens that were found in a cache; 0 for good where the cache is off."""
+        return 0
+
+    def end(self) -> None:
+        """Let go of what runs beside, if anything does."""
 
 
-class Tailorbird:
+class Tailorbird(Server):
     def __init__(self, model: str, sequences: int) -> None:
         from tailorbird.serve.engine import Engine, EngineOptions
         from tailorbird.serve.request import Request, Sampling
@@ -50,8 +64,105 @@ class Tailorbird:
     def step(self) -> list[tuple[int, int]]:
         return [(int(output.id), len(output.tokens)) for output in self.engine.step()]
 
+    def cached_tokens(self) -> int:
+        return int(self.engine.stats()["cached_tokens"])
 
-class Transformers:
+
+class Generate(Server):
+    """The loop of `tailorbird.run.generate.generate` without its text."""
+
+    def __init__(self, model: str, sequences: int) -> None:
+        import torch
+
+        from tailorbird.model.load import load
+        from tailorbird.run.generate import decode, likeliest
+
+        torch.set_num_threads(THREADS)
+        self.model, self.decode, self.likeliest, self.tensor = load(model), decode, likeliest, torch.tensor
+        self.waiting: list[tuple[int, list[int], int]] = []
+        self.decoding: Any = None
+
+    def add(self, number: int, prompt: list[int], new: int) -> None:
+        self.waiting.append((number, prompt, new))
+
+    def step(self) -> list[tuple[int, int]]:
+        number, prompt, new = self.waiting[0]
+        if self.decoding is None:
+            self.decoding, self.left = self.decode(self.model, len(prompt) + new), new
+            self.fed = self.tensor([prompt])
+        token = int(self.likeliest(self.decoding.read(self.fed)))
+        self.fed, self.left = self.tensor([[token]]), self.left - 1
+        if self.left == 0:
+            del self.waiting[0]
+            self.decoding = None
+        return [(number, 1)]
+
+
+class Http(Server):
+    """A server in processes of its own, which guesses nothing."""
+
+    def __init__(self, model: str, sequences: int) -> None:
+        import subprocess
+
+        import httpx
+
+        options = f"{model!r}, max_sequences={sequences}, step_tokens={STEP}, threads={THREADS}"
+        code = (
+            "from tailorbird.serve.interface import EngineOptions\n"
+            "from tailorbird.serve.server import serve\n"
+            f"serve(EngineOptions({options}, speculative=False), port=0)\n"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        assert self.process.stderr is not None
+        said = (json.loads(line) for line in self.process.stderr)
+        ready = next((one for one in said if one["event"] == "ready"), None)
+        if ready is None:
+            raise SystemExit(f"the server ended with status {self.process.wait()}")
+        self.model, self.client = model, httpx.Client(base_url=ready["url"], timeout=600)
+        self.waiting: list[tuple[int, list[int], int]] = []
+        self.events: Iterator[dict[str, Any]] | None = None
+        self.cached = 0
+
+    def add(self, number: int, prompt: list[int], new: int) -> None:
+        self.waiting.append((number, prompt, new))
+
+    def stream(self, prompt: list[int], new: int) -> Iterator[dict[str, Any]]:
+        """What the server sends."""
+        body = {
+            "model": self.model, "prompt": prompt, "max_tokens": new, "temperature": 0, "ignore_eos": True,
+            "stream": True, "stream_options": {"include_usage": True},
+        }  # fmt: skip
+        with self.client.stream("POST", "/v1/completions", json=body) as answer:
+            answer.raise_for_status()
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    yield json.loads(line.removeprefix("data: "))
+
+    def step(self) -> list[tuple[int, int]]:
+        number, prompt, new = self.waiting[0]
+        if self.events is None:
+            self.events = self.stream(prompt, new)
+            next(self.events)
+            return [(number, 1)]
+        usage = [event["usage"] for event in self.events if event.get("usage")][-1]
+        if usage["completion_tokens"] != new:
+            raise SystemExit(f"the server wrote {usage['completion_tokens']} tokens instead of {new}")
+        self.cached += usage["prompt_tokens_details"]["cached_tokens"]
+        del self.waiting[0]
+        self.events = None
+        return [(number, new - 1)]
+
+    def cached_tokens(self) -> int:
+        return self.cached
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.communicate()
+
+
+class Transformers(Server):
     def __init__(self, model: str, sequences: int) -> None:
         import torch
         from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
@@ -74,7 +185,7 @@ class Transformers:
 
     def step(self) -> list[tuple[int, int]]:
         found = []
-        result = self.manager.get_result(timeout=0.05)
+        result = self.manager.get_result(timeout=0.005)
         while result is not None:
             number, have = int(result.request_id), len(result.generated_tokens)
             found.append((number, have - self.got.get(number, 0)))
@@ -84,8 +195,11 @@ class Transformers:
             raise SystemExit("the manager stopped")
         return found
 
+    def end(self) -> None:
+        self.manager.stop(block=True)
 
-class LlamaCpp:
+
+class LlamaCpp(Server):
     """Its batch interface: a step takes a token of each text that is being written, and prompts beside."""
 
     def __init__(self, model: str, sequences: int) -> None:
@@ -139,7 +253,7 @@ class LlamaCpp:
         return [(number, 1) for number, _ in writing]
 
 
-class OpenVino:
+class OpenVino(Server):
     def __init__(self, model: str, sequences: int) -> None:
         import numpy as np
         import openvino
@@ -173,7 +287,8 @@ class OpenVino:
 
 
 ENGINES = {
-    "tailorbird": Tailorbird, "transformers": Transformers, "llama.cpp": LlamaCpp, "openvino": OpenVino,
+    "tailorbird": Tailorbird, "generate": Generate, "http": Http, "transformers": Transformers,
+    "llama.cpp": LlamaCpp, "openvino": OpenVino,
 }  # fmt: skip
 
 
@@ -214,9 +329,11 @@ def main() -> None:
     print("ready", file=out, flush=True)
     for line in sys.stdin:
         requests, most = json.loads(line)
-        print(json.dumps(run(server, [tuple(request) for request in requests], most)), file=out, flush=True)
-    if engine == "transformers":
-        server.manager.stop(block=True)  # type: ignore[attr-defined]
+        before = server.cached_tokens()
+        times = run(server, [tuple(request) for request in requests], most)
+        found = {"times": times, "cached_tokens": server.cached_tokens() - before}
+        print(json.dumps(found), file=out, flush=True)
+    server.end()
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def test_one_that_begins_to_be_right_is_asked_again() -> None:
 
 def test_where_nobody_guesses_nothing_is_looked_up_or_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
-    monkeypatch.setattr("tailorbird.serve.guess.guessing.lookup", lambda *_: looked.append(1) or [])
+    monkeypatch.setattr("tailorbird.serve.guess.lookup.Past.lookup", lambda *_: looked.append(1) or [])
     clock = Clock()
     hidden = Steady("heads", clock, False, 0.2)
     hidden.wants_hidden = True
@@ -164,6 +164,7 @@ def test_what_the_text_itself_gives_is_used_where_it_is_right() -> None:
     assert stats["accepted_tokens/lookup"] == stats["drafted_tokens"] == written - 100 > 80
     guessing.forget(repeated)
     assert not guessing._records["lookup"].of
+    assert not guessing._pasts
 
 
 def test_no_more_is_guessed_than_may_be_written_or_read() -> None:

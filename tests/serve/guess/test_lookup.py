@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import random
 
-from tailorbird.serve.guess.lookup import LENGTHS, lookup
+from tailorbird.serve.guess.lookup import LENGTHS, SEARCHED, Past
+
+
+def lookup(tokens: list[int], most: int) -> list[int]:
+    """In a text that was never searched before."""
+    return Past().lookup(tokens, most)
 
 
 def test_a_text_that_repeats_itself_is_continued() -> None:
@@ -33,3 +38,20 @@ def test_guesses_always_stood_behind_what_the_text_ends_with() -> None:
             before = text[-min(LENGTHS) :]
             starts = range(len(before), len(text))
             assert any(text[at : at + len(guess)] == guess and text[at - 2 : at] == before for at in starts)
+
+
+def test_a_text_that_grows_is_searched_as_if_it_were_new() -> None:
+    rng = random.Random(1)
+    for _ in range(30):
+        past, text = Past(), [rng.randrange(-3, 3) << rng.choice([0, 8, 16]) for _ in range(5)]
+        for _ in range(40):
+            most = rng.randrange(7)
+            assert past.lookup(text, most) == lookup(text, most)
+            text += [rng.randrange(-3, 3) << rng.choice([0, 8, 16]) for _ in range(rng.randrange(4))]
+
+
+def test_what_stands_too_far_back_is_not_found() -> None:
+    once = [70_001, 70_002, 70_003]
+    between = list(range(SEARCHED - 4))
+    assert lookup([*once, *between, 70_001, 70_002], 1) == []
+    assert lookup([*once, *between[4:], 70_001, 70_002], 1) == [70_003]

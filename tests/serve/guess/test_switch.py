@@ -151,3 +151,34 @@ def test_nobody_guesses_for_a_number_of_sequences_of_which_nothing_is_known() ->
     simulated.steps(500)
     assert simulated.switch.way(4) == 0
     assert simulated.switch.way(9) is None
+
+
+@pytest.mark.parametrize("slow", [1.5, 3.0, 10.0])
+def test_slow_steps_before_a_trial_do_not_deceive_for_long(slow: float) -> None:
+    switch, seconds, unguessed = Switch(1), 0.0, 0.0
+    for number in range(1500):
+        plain = slow if number < PLAIN_RUN + 1 else 1.0
+        if switch.way(1) is None:
+            switch.plain(1, plain)
+            seconds += plain
+            unguessed += plain
+            continue
+        written = 2 if number % 5 == 0 else 1  # 1.2 in the mean
+        switch.guessed(1, 3, written, 1.7 * plain)
+        seconds += 1.7 * plain
+        unguessed += written * plain
+    assert seconds <= 1.05 * unguessed
+
+
+def test_a_trial_has_lost_what_its_few_dear_steps_took() -> None:
+    switch, seconds, guessed = Switch(3), 0.0, 0
+    for _ in range(3000):
+        if switch.way(1) is None:
+            switch.plain(1, 1.0)
+            seconds += 1
+            continue
+        guessed += 1
+        cost = 1.0 if guessed % 3 else 3.5
+        switch.guessed(1, 3, 1, cost)
+        seconds += cost
+    assert seconds <= 1.035 * 3000

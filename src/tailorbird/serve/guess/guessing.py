@@ -15,7 +15,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from tailorbird.serve.guess.lookup import lookup
+from tailorbird.serve.guess.lookup import Past
 from tailorbird.serve.guess.luck import RECOVERY, Luck
 from tailorbird.serve.guess.pace import Pace
 from tailorbird.serve.guess.switch import Switch
@@ -105,6 +105,7 @@ class Guessing:
         self._records = {name: _Record() for name in (LOOKUP, *(guesser.name for guesser in guessers))}
         self._loads: dict[int, _Load] = {}
         self._by: dict[Sequence, str] = {}  # whose guesses are being checked
+        self._pasts: dict[Sequence, Past] = {}  # of those in which something was looked for
         self._way: int | None = None  # of the last step in which sequences wrote
         self._asked = False  # whether this step
         self._caught_up = self._only_wrote = True
@@ -144,8 +145,9 @@ class Guessing:
         by = self._ways[self._way]
         places = [min(MOST_PLACES, left(sequence) - 1) for sequence in sequences]
         found = [
-            lookup(sequence.tokens, most) for sequence, most in zip(sequences, places, strict=True)
-        ]  # fmt: skip
+            self._pasts.setdefault(sequence, Past()).lookup(sequence.tokens, most)
+            for sequence, most in zip(sequences, places, strict=True)
+        ]
         if load.switch.begins:
             self._begin_trial(load, by)
         if by is None and not any(found):
@@ -284,6 +286,7 @@ class Guessing:
     def forget(self, sequence: Sequence) -> None:
         """A sequence ended."""
         self._by.pop(sequence, None)
+        self._pasts.pop(sequence, None)
         for record in self._records.values():
             record.of.pop(sequence, None)
         for guesser in self.guessers:

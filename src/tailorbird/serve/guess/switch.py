@@ -18,9 +18,12 @@ WINDOW, LEAST_SEEN = 9, 4
 #: Steps of a trial, if it doesn't fail before: those with guesses, those without, where none were found, and
 #: those in which the guesser read what it must know first.
 TRIAL, IN_VAIN, READINGS = 24, 64, 32
-#: While a way is used, after so many steps there are some without guesses. The first of these isn't counted:
-#: what it needs has been driven from the caches.
-PLAIN_EVERY, PLAIN_RUN = 128, 5
+#: While a way is used, after so many steps there are some without guesses: the first time, since what was
+#: known of these when it won may have been chance, and at most. The first of these isn't counted: what it
+#: needs has been driven from the caches.
+FIRST_PLAIN, PLAIN_EVERY, PLAIN_RUN = 16, 128, 5
+#: By how much these must differ from those before for being believed more than them.
+DRIFT = 1.25
 #: Steps until a way that lost is tried again: the first time, and at most.
 PAUSE, LONGEST_PAUSE = 64, 4096
 #: What ways that lost may have lost before another is tried, as a share of all that was spent.
@@ -66,7 +69,10 @@ class Switch:
         self._used: int | None = None  # the way that pays
         self._chosen: int | None = None  # that of the next step: the one that pays, one on trial, or none
         self._steps = self._steps_since_plain = 0
+        self._plain_every = FIRST_PLAIN
         self._run = 0  # of how many steps without guesses this is the end
+        self._fresh: dict[int, list[float]] = {}  # the seconds of these, but the first
+        self._drifts: list[float] = []  # how many times what was expected of them
         self._spent = self._lost = 0.0
         self._next_trial = 0.0
         self._worth = self._cost = 1.0  # of what is used, of its last steps most
@@ -96,15 +102,36 @@ class Switch:
         self._spent += 1
         self._run += 1
         if self._run > 1:
-            seen = self._plain.get(sequences)
-            if seen is None:
-                seen = self._plain[sequences] = deque(maxlen=WINDOW)
-            seen.append(seconds)
+            self._see(sequences, seconds)
+        if self._run == PLAIN_RUN:
+            self._plain_every = min(2 * self._plain_every, PLAIN_EVERY)
+            self._follow_drift()
         if self._run >= PLAIN_RUN and not self.trying:
             self._steps_since_plain = 0
             self._chosen = self._used
             if self._steps >= self._next_trial:
                 self._try_another()
+
+    def _see(self, sequences: int, seconds: float) -> None:
+        """A step without guesses counts."""
+        seen = self._plain.setdefault(sequences, deque(maxlen=WINDOW))
+        if self._run <= PLAIN_RUN:
+            fresh = self._fresh.setdefault(sequences, [])
+            if len(seen) > len(fresh):
+                expected = median(list(seen)[: len(seen) - len(fresh)])
+                self._drifts.append(seconds / max(expected, 1e-9))
+            fresh.append(seconds)
+        seen.append(seconds)
+
+    def _follow_drift(self) -> None:
+        """Where steps without guesses take clearly longer or shorter than before, all of before do."""
+        drift = median(self._drifts) if self._drifts else 1.0
+        if 1 / DRIFT <= drift <= DRIFT:
+            return
+        for sequences, seen in self._plain.items():
+            fresh = self._fresh.get(sequences, [])
+            before = list(seen)[: len(seen) - len(fresh)]
+            self._plain[sequences] = deque([*(drift * one for one in before), *fresh], WINDOW)
 
     def guessed(self, sequences: int, guesses: int, written: int, seconds: float, ready: bool = True) -> None:
         """A step of the way that was chosen took so long, with all that it needed.
@@ -120,7 +147,7 @@ class Switch:
         cost, worth = seconds / self.plain_seconds(sequences), written / sequences
         self._steps += 1
         self._steps_since_plain += 1
-        self._run = 0
+        self._run, self._fresh, self._drifts = 0, {}, []
         self._spent += cost
         if not self.trying:
             self._judge_use(worth, cost)
@@ -150,9 +177,7 @@ class Switch:
         usual = median(self._costs)
         costs = self._rate * sum(min(cost, MOST_TIMES * usual) for cost in self._costs)
         if lost or sum(self._worths) <= BETTER * costs:
-            # the median: a trial that ended early for something else's steps hasn't lost these
-            ours = self._rate * usual * len(self._costs)
-            self._drop(self._chosen, self._read + max(0.0, ours - sum(self._worths)))
+            self._drop(self._chosen, self._read + max(0.0, costs - sum(self._worths)))
         else:
             self._use(self._chosen)
 
@@ -162,7 +187,7 @@ class Switch:
         self._cost += cost - FADING * self._cost
         if self._balance < -STAKE:
             self._give_up()
-        elif self._steps_since_plain >= PLAIN_EVERY:
+        elif self._steps_since_plain >= self._plain_every:
             self._chosen = None
         elif self._steps >= self._next_trial:
             self._try_another()
@@ -172,6 +197,7 @@ class Switch:
         if self._used is not None:
             self._ways[self._used].due = self._steps + PAUSE
         self._before, self._used = self._used, way
+        self._steps_since_plain, self._plain_every = 0, FIRST_PLAIN
         self._worth, self._cost = sum(self._worths), sum(self._costs)
         self._judge_anew(trying=False)
         self._plan()
