@@ -43,7 +43,7 @@ RANKS = {"lora r1": 1, "lora r2": 2, "lora r32": 32}
 #: Rates of `full` with these optimizers, at which 40 steps move the loss; at its own, 1e-5, they hardly do.
 RATES: dict[str, float] = {
     "adamw": 3e-4, "adamw8bit": 3e-4, "lion": 3e-5, "adafactor": 3e-4, "soap": 3e-4, "lamb": 3e-3,
-    "lars": 10.0,
+    "lars": 1.0,
     "galore": 3e-3, "galore-dct": 1e-3, "apollo": 3e-3, "apollo-mini": 3e-3, "grass": 1e-3, "sgg": 3e-4,
 }  # fmt: skip
 LOW_RANK = {"rank": 32}
