@@ -8,6 +8,9 @@ program source, haven't seen. It is merged, and the share of its gain that survi
 - merged: as `adapters merge` does, calibrated with the text that the adapter was trained on,
 - with a residual adapter of rank 8.
 
+Bytes are the most that the process held while the adapter was trained by PEFT, and while it was merged, which
+is a process for each model and width.
+
     python benchmarks/merge_quality.py [--assets DIR] [--bits N ...] [--steps N] [--processes N]
 """
 
@@ -43,6 +46,7 @@ from tailorbird.compress.pipeline import Pipeline
 from tailorbird.errors import GateRefused
 from tailorbird.evaluate.checkpoint import HELD_OUT_TOKENS
 from tailorbird.formats.packed import IntegerCoding
+from tailorbird.hardware.memory import peak_resident_bytes, reset_peak, trim_heap
 from tailorbird.linear.quantize.gptq import Gptq
 from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.model.anatomy import read_anatomy
@@ -77,7 +81,7 @@ def main() -> None:
     }  # fmt: skip
     rows: list[dict[str, Any]] = []
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
+    with ProcessPoolExecutor(arguments.processes, mp_context=context, max_tasks_per_child=1) as pool:
         for done in as_completed([pool.submit(row_of, *job) for job in jobs]):
             rows.append(done.result())
             rows.sort(key=lambda row: (row["model"], -row["bits"]))
@@ -97,8 +101,17 @@ def row_of(name: str, bits: int, steps: int, assets: Path) -> dict[str, Any]:
         place = Path(folder)
         trained, measured = texts(assets, place)
         base = pack(source, calibration, place / "base", bits)
+        begin_peak()
         adapter = train(base, trained, place / "lora", steps)
-        return {"model": name, "bits": bits, **compare(base, adapter, trained, measured, place)}
+        peak = peak_resident_bytes()
+        found = compare(base, adapter, trained, measured, place)
+        return {"model": name, "bits": bits, "tuning_peak_bytes": peak, **found}
+
+
+def begin_peak() -> None:
+    """Let the peak be that of what follows, as far as the heap gives back what was freed."""
+    trim_heap()
+    reset_peak()
 
 
 def texts(assets: Path, folder: Path) -> tuple[Path, Path]:
@@ -154,7 +167,8 @@ def train(base: Path, text: Path, output: Path, steps: int) -> Path:
 
 
 def compare(base: Path, adapter: Path, trained: Path, measured: Path, place: Path) -> dict[str, Any]:
-    """Losses, and the share that survives each way of merging."""
+    """Losses, the share that survives each way of merging, and the memory that merging takes."""
+    begin_peak()
     try:
         merge_adapter(
             str(base), adapter, place / "merged", str(measured), str(trained),
@@ -163,6 +177,7 @@ def compare(base: Path, adapter: Path, trained: Path, measured: Path, place: Pat
         result = place / "merged"
     except GateRefused:
         result = place / "merged.rejected"
+    peak = peak_resident_bytes()
     trials = json.loads((result / MANIFEST).read_text())["trials"]
     ours, last = (Survival(**trial["survival"]) for trial in (trials[0], trials[-1]))
     nearest = rounded_to_nearest(base, adapter, measured, place)
@@ -176,6 +191,7 @@ def compare(base: Path, adapter: Path, trained: Path, measured: Path, place: Pat
             for way, found in (("nearest", nearest), ("merged", ours), ("with_residual", last))
         },
         "residual_rank": trials[-1]["rank"],
+        "merging_peak_bytes": peak,
     }
 
 
@@ -207,12 +223,14 @@ def rounded_to_nearest(base: Path, adapter: Path, measured: Path, place: Path) -
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    table = Table("model", "bits", "base", "adapter", "nearest", "merged", "with residual", "rank")
+    columns = ("model", "bits", "base", "adapter", "nearest", "merged", "with residual", "rank")
+    table = Table(*columns, "MB, tuning", "MB, merging")
     for row in rows:
         table.add_row(
             row["model"], str(row["bits"]), f"{row['loss_base']:.3f}", f"{row['loss_adapter']:.3f}",
             *(f"{row[way]['gain_kept']:.1%}" for way in ("nearest", "merged", "with_residual")),
             str(row["residual_rank"]),
+            *(f"{row[which] / 1e6:.0f}" for which in ("tuning_peak_bytes", "merging_peak_bytes")),
         )  # fmt: skip
     Console(width=110).print(table)
 

@@ -3,9 +3,10 @@
 The model's linears are rounded to nearest at 2 and 3 bits, embedding and head stay. A cell is one start on
 one of them, in a process of its own, with the same rows in the same order for all. As a start that learns
 reads about as much as the tuning itself, plain LoRA stands there with twice the steps, too. Each finished
-cell is a file of its own below `results/quantized_starts`; what is there isn't run again.
+cell is a file of its own below `results/quantized_starts`, with what its numbers depend on; what is there
+isn't run again, unless it is of other conditions and `--refresh` is given.
 
-    python benchmarks/quantized_starts.py [--model demo] [--bits 2 3] [--start plain eora ...]
+    python benchmarks/quantized_starts.py [--model demo] [--bits 2 3] [--start plain eora ...] [--refresh]
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rich.table import Table
 
 from machine import RESULTS, write_result
 from packed_models import round_plainly
-from tune_methods import BATCH, LENGTH, STEPS, prepare, run_cell
+from tune_methods import BATCH, LENGTH, STEPS, conditions, prepare, run_cell, to_run
 
 CELLS = "quantized_starts"
 GROUP = 64
@@ -43,8 +44,8 @@ def settings_of(cell: str, model: str) -> dict[str, Any]:
     return {"steps": STEPS, "evaluate_every": STEPS // 2, "init": cell, "source": model}
 
 
-def run_cells(model: str, bits: int, chosen: list[str], again: bool) -> None:
-    """Those of one packed model that aren't there, or all that are asked for."""
+def run_cells(model: str, bits: int, chosen: list[str], again: bool, refresh: bool) -> None:
+    """Those of one packed model that aren't there or are of other conditions, or all that are asked for."""
     from tailorbird.model.location import locate
 
     with tempfile.TemporaryDirectory() as name:
@@ -53,19 +54,21 @@ def run_cells(model: str, bits: int, chosen: list[str], again: bool) -> None:
         learned, held_out = prepare("bodies", model, Path(), folder)
         for cell in chosen:
             label = f"{CELLS}/{Path(model).name}/{bits}-bits/{cell}"
-            if (RESULTS / f"{label}.json").exists() and not again:
-                continue
             output = folder / cell
             settings = {
                 "model": str(packed), "data": str(learned), "validation": str(held_out),
                 "output": str(output), "batch": BATCH, "length": LENGTH, **settings_of(cell, model),
             }  # fmt: skip
+            rounded = f"{Path(model).name}, {bits} bits, groups of {GROUP}"
+            now = conditions(settings, rounded, (learned, held_out))
+            if not again and not to_run(label, now, refresh):
+                continue
             found = run_cell(settings)
             if "failed" not in found:
                 looks = json.loads((output / "history.json").read_text())["looks"]
                 found["loss_at_start"] = looks[0]["loss"]
             (RESULTS / label).parent.mkdir(parents=True, exist_ok=True)
-            write_result(label, {"bits": bits, "group_size": GROUP, **found})
+            write_result(label, {"bits": bits, "group_size": GROUP, "conditions": now, **found})
             print(label, found.get("loss_at_start"), found.get("loss_after", found.get("failed")), flush=True)
 
 
@@ -88,9 +91,11 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3])
     parser.add_argument("--start", nargs="+", help="cells to run; all that aren't there if not given")
+    parser.add_argument("--refresh", action="store_true", help="run cells of other conditions anew, too")
     arguments = parser.parse_args()
     for bits in arguments.bits:
-        run_cells(arguments.model, bits, arguments.start or starts(), again=bool(arguments.start))
+        chosen = arguments.start or starts()
+        run_cells(arguments.model, bits, chosen, bool(arguments.start), arguments.refresh)
         show(arguments.model, bits)
 
 

@@ -1,17 +1,24 @@
 """Every method of tuning on two real tasks: held-out loss beside memory, time and bytes.
 
 A cell is one method on one task and model, in a process of its own, with the same rows in the same order for
-all. Each finished cell is a file of its own below `results/tune_methods`, so that the table grows over time;
-what is there isn't run again. LoRA stands there with several ranks, to compare at equal numbers of learned
-parameters. `--draw` makes the figures of `docs/images` from all cells.
+all. Each finished cell is a file of its own below `results/tune_methods`, so that the table grows over time,
+with what its numbers depend on: settings, examples, processor, threads, versions, and a fingerprint of these.
+What is there isn't run again; where it is of other conditions than those of now, a line says so, and
+`--refresh` runs it anew. LoRA stands there with several ranks, to compare at equal numbers of learned
+parameters, and `full` with several optimizers, each at a rate that moves the loss in so few steps. `qzo`
+learns scales of the model rounded to 4 bits. `--draw` makes the figures of `docs/images` from all cells.
 
-    python benchmarks/tune_methods.py [--model demo] [--task bodies sums] [--method lora dora ...]
+No cell is scored: completing 64 prompts twice takes several times as long as 40 steps, after which none of
+these models answers rightly.
+
+    python benchmarks/tune_methods.py [--model demo] [--task bodies sums] [--method lora dora ...] [--refresh]
     python benchmarks/tune_methods.py --draw
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 import subprocess
@@ -23,7 +30,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from machine import RESULTS, add_quiet_option, require_quiet, write_result
+from machine import RESULTS, add_quiet_option, describe, require_quiet, versions, write_result
 from tuning_tasks import bodies, sums, write_task
 
 CELLS = "tune_methods"
@@ -33,6 +40,21 @@ LONGEST_SECONDS = 300
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 #: LoRA at other ranks, by the names of their cells.
 RANKS = {"lora r1": 1, "lora r2": 2, "lora r32": 32}
+#: Rates of `full` with these optimizers, at which 40 steps move the loss; at its own, 1e-5, they hardly do.
+RATES: dict[str, float] = {
+    "adamw": 3e-4, "adamw8bit": 3e-4, "lion": 3e-5, "adafactor": 3e-4, "soap": 3e-4, "lamb": 3e-3,
+    "lars": 1.0,
+    "galore": 3e-3, "galore-dct": 1e-3, "apollo": 3e-3, "apollo-mini": 3e-3, "grass": 1e-3, "sgg": 3e-4,
+}  # fmt: skip
+LOW_RANK = {"rank": 32}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("galore", "galore-dct", "apollo", "grass"), LOW_RANK),
+    "sgg": {"inner": "adamw", "interval": 10},
+}
+#: Of the model that `qzo` learns on.
+BITS, GROUP = 4, 64
+#: Arguments that say where something lies, not what it is.
+PLACES = ("data", "validation", "output")
 
 
 def methods() -> dict[str, dict[str, Any]]:
@@ -47,13 +69,69 @@ def methods() -> dict[str, dict[str, Any]]:
         for name, rank in RANKS.items()
     }
     found["lora+"] = {"method": "lora", "rate_ratio": 16.0}
+    for name, rate in RATES.items():
+        found[f"full {name}"] = {
+            "method": "full", "rate": rate, "optimizer": name,
+            "optimizer_settings": OPTIMIZERS.get(name, {}),
+        }  # fmt: skip
     for name in ("ist", "density"):
         if name in found:
             found[name]["method_settings"] = {"method": "lora"}
     found["vblora"]["method_settings"] = {"length": 64}
     found.pop("eigenlorax")  # it needs adapters that were learned before
-    found.pop("qzo")  # it needs a packed model
     return found
+
+
+def conditions(settings: dict[str, Any], model: str, files: tuple[Path, Path]) -> dict[str, Any]:
+    """What the numbers of a cell depend on, and a fingerprint of it.
+
+    Parameters
+    ----------
+    settings : dict
+        Arguments of `tailorbird.tune`.
+    model : str
+        What the model is, whatever it is called on this disk.
+    files : (Path, Path)
+        The examples.
+    """
+    machine = describe()
+    found: dict[str, Any] = {
+        "settings": {key: value for key, value in settings.items() if key not in PLACES} | {"model": model},
+        "examples": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest(),
+        "processor": machine["processor"], "threads": machine["threads"], "versions": versions(),
+    }  # fmt: skip
+    return found | {"fingerprint": hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()}
+
+
+def to_run(label: str, now: dict[str, Any], refresh: bool) -> bool:
+    """Whether a cell is missing, or of other conditions and to be refreshed; tells of one that is kept so."""
+    path = RESULTS / f"{label}.json"
+    if not path.exists():
+        return True
+    before = json.loads(path.read_text()).get("conditions")
+    if before is None:
+        others = "conditions that it doesn't state"
+    elif before["fingerprint"] == now["fingerprint"]:
+        return False
+    else:
+        others = "other " + ", ".join(
+            key for key in now if key != "fingerprint" and before.get(key) != now[key]
+        )
+    print(
+        f"{label} is of {others}: " + ("run anew" if refresh else "kept; --refresh runs it anew"), flush=True
+    )
+    return refresh
+
+
+def packed(model: str, folder: Path) -> Path:
+    """The model rounded to nearest, which `qzo` needs; made once."""
+    from packed_models import round_plainly
+    from tailorbird.model.location import locate
+
+    output = folder / "packed"
+    if not output.exists():
+        round_plainly(Path(locate(model)), output, BITS, GROUP, int8=False, ends=False)
+    return output
 
 
 def run_child(settings: dict[str, Any]) -> dict[str, Any]:
@@ -109,6 +187,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--task", nargs="+", choices=["bodies", "sums"], default=["bodies", "sums"])
     parser.add_argument("--method", nargs="+", help="cells to run; all that aren't there if not given")
+    parser.add_argument("--refresh", action="store_true", help="run cells of other conditions anew, too")
     parser.add_argument("--assets", type=Path, default=Path(__file__).parents[2] / "shared" / "assets")
     parser.add_argument("--draw", action="store_true", help="draw the figures from the cells; run none")
     add_quiet_option(parser)
@@ -124,16 +203,22 @@ def main() -> None:
             learned, held_out = prepare(task, arguments.model, arguments.assets, folder)
             for cell in arguments.method or every:
                 label = f"{CELLS}/{Path(arguments.model).name}/{task}/{cell.replace(' ', '-')}"
-                if (RESULTS / f"{label}.json").exists() and not arguments.method:
-                    continue
+                name_of_model = Path(arguments.model).name + (f", {BITS} bits" if cell == "qzo" else "")
                 settings = {
                     "model": arguments.model, "data": str(learned), "validation": str(held_out),
                     "output": str(folder / f"{task}-{cell}"), "steps": STEPS, "batch": BATCH,
                     "length": LENGTH, "evaluate_every": STEPS // 2, **every[cell],
                 }  # fmt: skip
+                now = conditions(settings, name_of_model, (learned, held_out))
+                if not arguments.method and not to_run(label, now, arguments.refresh):
+                    continue
+                if cell == "qzo":
+                    settings["model"] = str(packed(arguments.model, folder))
                 found = run_cell(settings)
                 (RESULTS / label).parent.mkdir(parents=True, exist_ok=True)
-                write_result(label, {"others_cores": others, "settings": every[cell], **found})
+                write_result(
+                    label, {"others_cores": others, "settings": every[cell], "conditions": now, **found}
+                )
                 print(label, found.get("loss_after", found.get("failed")), flush=True)
             show(arguments.model, task)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+from tailorbird.adapt.methods.registry import KNOWN
+from tailorbird.adapt.optimizers.registry import OPTIMIZERS
 from tailorbird.cli.main import app
 
 ROOT = Path(__file__).parents[1]
@@ -51,3 +53,16 @@ def test_every_flag_of_every_command_is_documented_and_no_other(name: str) -> No
         known |= spellings | set(parameter.secondary_opts)
         assert not spellings or spellings & (documented | in_common), spellings
     assert documented <= known
+
+
+def test_the_readme_counts_what_the_registries_have() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    methods, optimizers = re.findall(r"what the (\d+) methods\s+and (\d+) optimizers are", text)[0]
+    assert (int(methods), int(optimizers)) == (len(KNOWN), len(OPTIMIZERS))
+
+
+def test_every_method_of_tuning_has_a_row() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert [
+        name for name in (*KNOWN, *OPTIMIZERS) if not re.search(rf"^\| `{name}` \|", text, re.MULTILINE)
+    ] == []

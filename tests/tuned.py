@@ -23,6 +23,7 @@ SHAPES = {"q": (12, 8), "up": (16, 8), "down": (8, 16)}
 #: settings that fit the shapes above
 SMALL: dict[str, dict[str, Any]] = {
     "lora": {"rank": 3},
+    "rslora": {"rank": 3},
     "lora-xs": {"rank": 3},
     "nora": {"rank": 5, "inner_rank": 2},
     "lamda": {"rank": 4},

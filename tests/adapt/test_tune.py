@@ -453,6 +453,32 @@ def test_too_little_memory_is_told_with_what_it_takes(model: str, data: Data, tm
     assert list(tmp_path.iterdir()) == []
 
 
+class Noting(Silent):
+    """Keeps the remarks."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_what_was_chosen_for_the_memory_is_told_before_it_begins(
+    model: str, data: Data, tmp_path: Path
+) -> None:
+    settings = TuneSettings(**{**vars(SHORT), "steps": 1, "memory": 16 << 30})
+    told = preview_tuning(model, data, settings).why
+    assert len(told) == 1
+    assert re.fullmatch(
+        r"chosen: \d+ tokens at a time, no block computed again, which takes .* of 16.00 GiB \(measured\)",
+        told[0],
+    )
+    listening = Noting()
+    tune(model, data, tmp_path / "out", settings, progress=listening)
+    assert any(line.startswith("chosen: ") for line in listening.notes)
+    assert preview_tuning(model, data, SHORT).why == []
+
+
 def test_wrong_examples_leave_nothing(model: str, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "completion": "b"}\nnot json\n')

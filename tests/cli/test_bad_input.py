@@ -9,7 +9,12 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +27,7 @@ from safetensors.torch import load_file, save_file
 import tailorbird
 from tailorbird.cli.main import run
 from tailorbird.errors import CheckpointError
+from tailorbird.progress import Silent
 from tiny import DECODER, byte_tokenizer, save_model
 
 FIT = (
@@ -39,6 +45,7 @@ FIT = (
     "32",
 )
 COMPRESS = ("compress", "MODEL", "-o", "out", "--calibration", "TEXT", "--sequences", "4", "--length", "32")
+TUNE = ("tune", "MODEL", "--data", "TEXT", "-o", "out", "--steps", "4", "--batch", "1", "--save-every", "1")
 Q = "model.layers.1.self_attn.q_proj.weight"
 
 
@@ -141,6 +148,7 @@ LEAST = {
     "speed": ("speed", "MODEL"),
     "generate": ("generate", "MODEL", "alpha"),
     "export": ("export", "MODEL", "--to", "dense", "-o", "out"),
+    "tune": TUNE,
 }
 
 
@@ -706,3 +714,154 @@ def test_unfinished_work_of_another_kind_is_left_alone(refused: Any) -> None:
     Path("out.partial").mkdir()
     (Path("out.partial") / "notes.txt").write_text("mine")
     refused(*FIT, says=("out.partial", "no record", "remove it or choose another --output"))
+
+
+# --- tuning --------------------------------------------------------------------------------------
+
+GOOD = (
+    b'{"prompt": "one plus one is ", "completion": "two"}\n'
+    b'{"prompt": "two plus two is ", "completion": "four"}\n'
+)
+EXAMPLES: dict[str, tuple[bytes, tuple[str, ...]]] = {
+    "broken line": (GOOD + b'{"prompt": "three', ("data.jsonl, line 3", "not JSON", "correct or remove it")),
+    "no fields that are known": (GOOD + b'{"question": "three"}', ("data.jsonl, line 3", "question")),
+    "a number for a text": (GOOD + b'{"prompt": 3, "completion": "four"}', ("data.jsonl, line 3", "prompt")),
+    "two kinds": (GOOD + b'{"text": "three"}', ("data.jsonl, line 3", "one kind in all of the data")),
+    "no UTF-8": (GOOD + b'{"prompt": "\xff", "completion": "x"}', ("data.jsonl, line 3", "UTF-8")),
+    "empty": (b"", ("data.jsonl is empty", "some examples")),
+    "blank": (b"\n \n", ("data.jsonl is empty",)),
+    "one example alone": (GOOD.splitlines()[0], ("nothing that could be held out", "--validation")),
+    "conversation without a template": (
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+        ("data.jsonl, line 1", "no chat template", "--chat-template"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EXAMPLES)
+def test_examples_that_cannot_be_learned(refused: Any, tmp_path: Path, case: str) -> None:
+    content, says = EXAMPLES[case]
+    (tmp_path / "data.jsonl").write_bytes(content)
+    refused(*TUNE, "--data", str(tmp_path / "data.jsonl"), says=says)
+
+
+LEARNED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "method": (("--method", "loro"), ("loro", "did you mean `lora`")),
+    "setting": (("--set", "rang=3"), ("`rang`", "did you mean `rank`")),
+    "value of a setting": (("--set", "rank=high"), ("rank 'high' of lora", "whole number")),
+    "target": (("--targets", "q_prj"), ("`q_prj`", "did you mean `q_proj`", "down_proj")),
+    "rank": (
+        ("--set", "rank=65"),
+        ("rank 65 of lora for `model.layers.0.self_attn.q_proj`", "at most 64", "lower the rank"),
+    ),
+    "optimizer": (("--optimizer", "adamv"), ("adamv", "did you mean `adamw`")),
+    "memory": (("--memory", "1MiB"), ("1.00 MiB of memory, but tuning takes", "set --memory higher")),
+    "length": (("--length", "4096"), ("4096 tokens", "context of 128", "--length")),
+    "template": (("--chat-template", "none.jinja"), ("none.jinja", "check the path")),
+    "data": (("--data", "nowhere.jsonl"), ("nowhere.jsonl does not exist", "check the path")),
+    "held-out data": (("--validation", "nowhere.jsonl"), ("nowhere.jsonl does not exist",)),
+    "nothing to resume": (("--resume",), ("nothing to resume", "without --resume")),
+}
+
+
+@pytest.mark.parametrize("case", LEARNED)
+def test_a_tuning_that_cannot_be(refused: Any, case: str) -> None:
+    arguments, says = LEARNED[case]
+    refused(*TUNE, *arguments, says=says)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of another model."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    other = save_model(folder / "model", "llama", seed=5, intermediate_size=96)
+    tailorbird.tune(str(other), str(text), folder / "adapter", steps=1, batch=1)
+    return folder / "adapter"
+
+
+def test_an_adapter_of_another_base_is_none_to_learn_from(refused: Any, elsewhere: Path) -> None:
+    settings = ("--set", f'adapters=["{elsewhere}"]', "--set", "components=2")
+    refused(*TUNE, "--method", "eigenlorax", *settings, says=("96 features", "160", "adapters of this model"))
+
+
+def test_an_adapter_of_another_base_is_not_merged(refused: Any, elsewhere: Path) -> None:
+    says = (str(elsewhere), "on which it was tuned")
+    refused("adapters", "merge", "MODEL", str(elsewhere), "-o", "out", "--data", "TEXT", says=says)
+
+
+class Interrupting(Silent):
+    """Asks the tuning to stop once a step is done."""
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        if note.startswith("loss"):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_unfinished_tuning_goes_on_with_the_same_settings_alone(
+    command: Any, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        tailorbird.tune(
+            str(model), str(text), "out", steps=4, batch=1, save_every=1, progress=Interrupting()
+        )  # fmt: skip
+    states = Path("out.partial/.job/states")
+    before = tree(states)
+    assert before
+    done = command(*filled((*TUNE, "--rate", "0.01", "--set", "rank=2"), model, text))
+    assert (done.status, done.out) == (2, "")
+    for words in ("settings.rate: null -> 0.01", "settings.method_settings.rank: null -> 2", "what to do: "):
+        assert words in done.err
+    assert tree(states) == before
+    assert command(*filled((*TUNE, "--resume"), model, text)).status == 0
+
+
+@pytest.mark.parametrize(
+    ("output", "says"),
+    [
+        ("there", ("there exists already", "choose another --output")),
+        ("there/precious/out", ("precious can't be written to", "--output")),
+        ("o" * 300, ("too long", "--output")),
+    ],
+)
+def test_a_tuning_whose_output_cannot_be(refused: Any, output: str, says: tuple[str, ...]) -> None:
+    Path("there").mkdir()
+    (Path("there") / "precious").write_text("data")
+    refused(*TUNE, "-o", output, says=says)
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of other processes are Linux's")
+def test_a_state_for_which_there_is_no_room_leaves_the_one_before(
+    command: Any, model: Path, text: Path, tmp_path: Path
+) -> None:
+    """The limit of files' sizes is set under a running tuning, as a disk fills up under it."""
+    arguments = [*filled(TUNE, model, text), "--steps", "60"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "NO_COLOR": "1"}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "tailorbird", *arguments, "-o", str(out)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    states, end = tmp_path / "out.partial" / ".job" / "states", time.monotonic() + 60
+    try:
+        while not (states / "step-000000003").exists() and child.poll() is None:
+            assert time.monotonic() < end
+            time.sleep(0.001)
+        resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (1000, 1000))
+        _, said = child.communicate(timeout=60)
+    finally:
+        child.kill()
+        child.wait()
+    assert child.returncode == 2, said
+    for words in ("state.safetensors cannot be written", "File too large", "ulimit -f"):
+        assert words in said
+    kept = sorted(path.name for path in states.iterdir())
+    assert len(kept) == 2
+    assert all(re.fullmatch(r"step-0{6}\d{3}", name) for name in kept)
+    assert kept[0] >= "step-000000002"
+    assert not out.exists()
+    for target in (out, whole):
+        assert command(*arguments, "-o", str(target)).status == 0
+    assert (out / "adapter_model.safetensors").read_bytes() == (
+        whole / "adapter_model.safetensors"
+    ).read_bytes()

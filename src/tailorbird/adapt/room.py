@@ -4,11 +4,13 @@ What costs least time comes first: smaller passes down to a size at which produc
 blocks that are computed again (a third more work at most), then passes shorter than an example, which is read
 chunk by chunk. How memory grows with the tokens of a pass is measured on short passes, with and without
 blocks computed again; what is chosen is run on the longest examples, and on the row that takes most of
-attention's memory, before the first step.
+attention's memory, before the first step. Every way that was looked at on the way there is kept with what it
+takes, so that a user is told why this one.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +28,26 @@ SHORT, LONGER = 128, 384
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A way to read a step, and what it takes.
+
+    Attributes
+    ----------
+    pass_tokens, recomputed : int
+        As of `Room`.
+    bytes : int
+        Of the process once tuning is under way.
+    measured : bool
+        Whether the worst pass was run; else the bytes are foreseen from short ones.
+    """
+
+    pass_tokens: int
+    recomputed: int
+    bytes: int
+    measured: bool
+
+
+@dataclass(frozen=True)
 class Room:
     """What was chosen.
 
@@ -37,11 +59,38 @@ class Room:
         Blocks that are computed again, the first ones.
     cost : Cost
         Of the longest pass.
+    memory : int or None
+        The budget; None where there is none.
+    refused : tuple of Trial
+        Ways that cost less time and didn't fit, in the order in which they were looked at.
+    bytes : int
+        Of the process once tuning is under way this way; 0 without a budget, where nobody asks.
     """
 
     pass_tokens: int
     recomputed: int
     cost: Cost
+    memory: int | None = None
+    refused: tuple[Trial, ...] = ()
+    bytes: int = 0
+
+    @property
+    def why(self) -> list[str]:
+        """What was tried, what it would take, and the choice: a line for each count of blocks, and one."""
+        if self.memory is None:
+            return []
+        most = format_size(self.memory)
+        lines = [
+            f"{_kept(recomputed)}, more than {most}: "
+            + ", ".join(
+                f"{format_size(one.bytes)} for {one.pass_tokens:,} tokens at a time"
+                + (" (measured)" if one.measured else "")
+                for one in trials
+            )
+            for recomputed, trials in itertools.groupby(self.refused, key=lambda one: one.recomputed)
+        ]
+        chosen = f"{self.pass_tokens:,} tokens at a time, {_kept(self.recomputed)}"
+        return [*lines, f"chosen: {chosen}, which takes {format_size(self.bytes)} of {most} (measured)"]
 
 
 def find_room(
@@ -93,26 +142,36 @@ def find_room(
     least = LEAST if chunks else longest
     if one_pass:
         least = most
-    tried: list[int] = []
+    refused: list[Trial] = []
     for pass_tokens, recomputed in _ways(most, least, blocks):
         share = recomputed / blocks if blocks else 0.0
         expected = sum(
             part * (fixed + slope * pass_tokens)
             for part, (fixed, slope) in ((1 - share, kept), (share, again))
         )
-        if expected + states <= memory * 1.02:
+        needed, fits = int(expected) + states, expected + states <= memory * 1.02
+        if fits:
             rows = [worst_row(row, max(pass_tokens, longest)) for row in worst]
             cost = measure(step_of(pass_tokens, recomputed), rows)
-            if cost.peak_bytes + states <= memory:
-                return Room(pass_tokens, recomputed, cost)
-            tried.append(cost.peak_bytes)
+            needed = cost.peak_bytes + states
+            if needed <= memory:
+                return Room(pass_tokens, recomputed, cost, memory, tuple(refused), needed)
+        refused.append(Trial(pass_tokens, recomputed, needed, measured=fits))
     fixed, slope = again
-    needed = min(tried, default=int(fixed + slope * least)) + states
+    measured = [one.bytes for one in refused if one.measured]
+    needed = min(measured, default=int(fixed + slope * least) + states)
     raise BudgetError(
         f"{format_size(memory)} of memory, but tuning takes {format_size(needed)} at least",
         f"{format_size(needed)} or more",
         "set --memory higher, choose a method that learns less, or fit the model to fewer bits first",
     )
+
+
+def _kept(recomputed: int) -> str:
+    """How blocks are computed, in words."""
+    if not recomputed:
+        return "no block computed again"
+    return f"{recomputed} block{'s' if recomputed > 1 else ''} computed again"
 
 
 def _ways(most: int, least: int, blocks: int) -> Iterator[tuple[int, int]]:

@@ -274,6 +274,8 @@ def tune(
         work = _open(model, checkpoint, data, settings, job.work / "data", progress, offload, to_merge)
         stack.enter_context(work.in_place())
         room = work.room()
+        for line in room.why:
+            progress.note(line)
         learned = work.trained_parameters
         history = _loop(work, room, job, progress, board).run()
         learned = max(learned, work.trained_parameters)  # methods may give up some, or begin with few
@@ -363,11 +365,13 @@ def preview_tuning(
         rows = work.order.rows_summary()
         example = preview(work.training, checkpoint.tokenizer())
         progress.done()
-        why = [] if settings.init is None else [f"time and memory of the start `{settings.init}` come on top"]
+        why = [*work.warnings, *room.why]
+        if settings.init is not None:
+            why.append(f"time and memory of the start `{settings.init}` come on top")
         return TunePreview(
             model, settings.method, asdict(work.training.facts), asdict(rows), example, work.steps,
             work.trained_parameters, room.pass_tokens, room.recomputed,
-            room.cost.peak_bytes + work.states_bytes, work.seconds(room.cost), work.warnings + why,
+            room.cost.peak_bytes + work.states_bytes, work.seconds(room.cost), why,
         )  # fmt: skip
 
 

@@ -157,6 +157,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
         remedy = {
             errno.ENOSPC: "free some space or choose another disk",
             errno.EDQUOT: "free some space or choose another disk",
+            errno.EFBIG: "raise the limit of files' sizes (ulimit -f) or choose another disk",
             errno.ENOENT: "create the directory first",
         }.get(error.errno or 0, "choose a directory that you may write to")
         raise ResourceError(

@@ -31,6 +31,7 @@ CHOOSING = {"goat", "mixlora"}
 #: learned numbers of one linear, by the paper's count
 COUNTS: dict[str, Callable[[int, int], int]] = {
     "lora": lambda o, i: 3 * (o + i),
+    "rslora": lambda o, i: 3 * (o + i),
     "lora-xs": lambda o, i: 3 * 3,
     "nora": lambda o, i: 2 * 5 * 2,
     "lamda": lambda o, i: 4 * (o + 4),

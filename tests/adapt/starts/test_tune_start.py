@@ -118,8 +118,8 @@ def test_a_preview_says_what_it_doesnt_count(packed: str, source: str, data: Dat
     ("changed", "message"),
     [
         ({"init": "loft"}, "did you mean `loftq`"),
-        ({"method": "hydra"}, "`lora`, `lora-pro`, `allora`"),
-        ({"method": "ia3", "method_settings": {}}, "`lora`, `lora-pro`, `allora`"),
+        ({"method": "hydra"}, "`lora`, `rslora`, `lora-pro`, `allora`"),
+        ({"method": "ia3", "method_settings": {}}, "`lora`, `rslora`, `lora-pro`, `allora`"),
     ],
 )
 def test_mistakes_are_told_before_work(

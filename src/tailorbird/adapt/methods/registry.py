@@ -36,6 +36,7 @@ from tailorbird.adapt.methods.peft import OF_PEFT
 from tailorbird.adapt.methods.prefix_tuning import PrefixTuning
 from tailorbird.adapt.methods.prompt_tuning import PromptTuning
 from tailorbird.adapt.methods.qdylora import Qdylora
+from tailorbird.adapt.methods.rslora import RsLora
 from tailorbird.adapt.methods.signal_to_noise import Spectrum
 from tailorbird.adapt.methods.slimfit import SlimFit
 from tailorbird.adapt.methods.triadaptlora import Triadaptlora
@@ -48,6 +49,7 @@ METHODS: dict[str, type] = {
     kind.name: kind
     for kind in (
         Lora,
+        RsLora,
         LoraXs,
         Nora,
         Lamda,

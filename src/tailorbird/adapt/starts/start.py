@@ -24,7 +24,7 @@ from tailorbird.errors import SettingsError
 from tailorbird.linear.low_rank import Factors
 
 #: methods whose additions are plain products, which a start can set
-WORKS_WITH = ("lora", "lora-pro", "allora")
+WORKS_WITH = ("lora", "rslora", "lora-pro", "allora")
 #: components shorter than this, relative to the longest, are nothing
 NOTHING = 1e-6
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from compressed import save_compressed
 from tailorbird.adapt.methods.low_rank import Lora, LowRank
+from tailorbird.adapt.methods.rslora import RsLora
 from tailorbird.adapt.places import places_of
 from tailorbird.adapt.save import write_adapter
 from tailorbird.adapt.wrap import attached
@@ -18,6 +19,7 @@ from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.load import load
 from tiny import make_model, save_model
+from tuning import merge
 
 peft = pytest.importorskip("peft")
 
@@ -52,3 +54,39 @@ def test_peft_computes_the_same(base: str, tmp_path: Path) -> None:
         torch.testing.assert_close(addition.down.grad, down, rtol=1e-3, atol=1e-6)
         # what is written has the scaling in `up`
         torch.testing.assert_close(addition.up.grad, addition.scaling * up, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 9])
+def test_rslora_is_what_peft_trains_with_use_rslora(rank: int, tmp_path: Path) -> None:
+    save_model(tmp_path / "m")
+    model = load(str(tmp_path / "m")).requires_grad_(False)
+    places = places_of(model, read_anatomy(open_checkpoint(str(tmp_path / "m"))))
+    method = RsLora(rank, alpha=3.0).attach(places, torch.Generator().manual_seed(0))
+    config = peft.LoraConfig(r=rank, lora_alpha=3.0, use_rslora=True, target_modules=list(places))
+    made = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    with torch.no_grad():
+        for path in places:
+            addition, layer = method.addition(path), made.base_model.model.get_submodule(path)
+            assert isinstance(addition, LowRank)
+            addition.up.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(path)))
+            layer.lora_A["default"].weight.copy_(addition.down)
+            layer.lora_B["default"].weight.copy_(addition.up)
+    expected = made(input_ids=IDS, use_cache=False).logits
+    with attached(model, places, method):
+        found = model(input_ids=IDS, use_cache=False).logits
+        functional.cross_entropy(found[0, :-1], IDS[0, 1:]).backward()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    functional.cross_entropy(expected[0, :-1], IDS[0, 1:]).backward()
+    for path in places:
+        addition, layer = method.addition(path), made.base_model.model.get_submodule(path)
+        assert isinstance(addition, LowRank)
+        down, up = layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad
+        torch.testing.assert_close(addition.down.grad, down, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(addition.up.grad, up, rtol=1e-3, atol=1e-6)
+    (tmp_path / "a").mkdir()
+    write_adapter(tmp_path / "a", places, method, list(places), "base", {})
+    read = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a").eval()
+    torch.testing.assert_close(read(input_ids=IDS, use_cache=False).logits, found, rtol=1e-5, atol=1e-5)
+    merge(places, method)
+    merged = model(input_ids=IDS, use_cache=False).logits
+    torch.testing.assert_close(merged, made.merge_and_unload()(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
