@@ -133,14 +133,15 @@ def fit(
     resume : bool
         Insist that there is unfinished work to continue.
     measure_speed : bool
-        Time source and result at batch 1 in a process of their own.
+        Time source and result in a process of their own, with as many sequences as `concurrency` states,
+        where there is memory for both.
     measure_spread : bool
         Compress with either half of the calibration text too, where that takes a minute or less each, and
         report how far the two lead apart.
     activations : {"auto", "exact"}
         Whether linears may round their inputs to bytes where that costs little and is faster.
     allow_slower : bool
-        Accept a result that decodes slower than its source on this machine.
+        Accept a result that decoded slower than its source in every round that was timed here.
 
     Returns
     -------

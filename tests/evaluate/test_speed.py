@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from compressed import save_compressed
 from tailorbird.errors import SettingsError
 from tailorbird.evaluate import foreseen
 from tailorbird.evaluate import speed as speed_module
@@ -22,6 +23,7 @@ from tailorbird.evaluate.speed import (
     speed,
     step_bytes,
 )
+from tailorbird.formats.modules import CompressedLinear
 from tailorbird.formats.packed import IntegerCoding, PackedWeight
 from tailorbird.hardware.cost import AttentionTimes, KernelTimes
 from tailorbird.kernels.blocks import STEPS
@@ -144,6 +146,35 @@ def test_a_step_of_a_packed_model_reads_what_is_stored(packed: Path) -> None:
 
 def test_paths_of_a_dense_model() -> None:
     assert linear_paths(make_model("gpt2", dtype=torch.bfloat16), 1) == {"bf16 · dense": 2 * 4 + 1}
+
+
+def test_paths_tell_rounded_inputs_from_exact_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a checkpoint some of whose linears may round theirs: in compiled blocks, and outside of them."""
+
+    def round_some(layout: ModelLayout) -> ModelLayout:
+        names = [name for name in layout.modules if name.endswith(("up_proj", "down_proj"))]
+        rounded = {name: replace(layout.modules[name], rounds=True) for name in names}
+        return replace(layout, modules=layout.modules | rounded)
+
+    def some(name: str) -> IntegerCoding | None:
+        return None if name.endswith(("lm_head", "1.mlp.gate_proj")) else CODING
+
+    monkeypatch.setattr(speed_module, "foresee", lambda *_: None)
+    save_compressed(tmp_path / "mixed", make_model("llama"), some, layout=round_some)
+    found = speed(tmp_path / "mixed", prompt_tokens=8, new_tokens=2, rounds=1).paths
+    label = CODING.label
+    assert found == {f"{label} · fused float": 9, f"{label} · fused int8": 4, "fp32 · fused dense": 2}
+    model = load(tmp_path / "mixed")
+    model.register_forward_hook(lambda *_: None)
+    apart = linear_paths(model, 1)
+    assert apart.pop("fp32 · dense") == 2
+    assert sorted(apart.values()) == [4, 9]
+    paths = {
+        module.rounds: module.path(1, torch.float32)
+        for module in model.modules()
+        if isinstance(module, CompressedLinear)
+    }
+    assert apart == {f"{label} · {paths[False]}": 9, f"{label} · {paths[True]}": 4}
 
 
 def test_comparison_takes_turns_and_takes_medians(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
+import mmap
 import random
 import threading
 from collections.abc import Callable
@@ -11,31 +15,40 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from compressed import save_compressed
-from readings import LENGTH, by_modules, in_pieces, tokens
+from readings import LENGTH, by_modules, in_pieces, in_random_pieces, tokens
 from tailorbird.formats.modules import CompressedLinear
 from tailorbird.formats.packed import CodebookCoding, GroupedCoding, IntegerCoding
 from tailorbird.kernels import blocks, native
+from tailorbird.kernels.blocks import PAGE
 from tailorbird.model.anatomy import read_anatomy
 from tailorbird.model.checkpoint import open_checkpoint
 from tailorbird.model.layout import ModelLayout
 from tailorbird.model.load import load
 from tailorbird.run.fused import FusedModel, Trees, obstacle
 from tailorbird.run.generate import FusedDecoding, ModuleDecoding, decode
+from tailorbird.run.pages import Pages, SharedPages
 from tailorbird.run.parts import Unsuited, linear_shape
 from tiny import ARCHITECTURES, make_model
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a C++ compiler")
 
 INT4, NF4 = IntegerCoding(4, 32), CodebookCoding("nf4", 32)
+#: a linear that isn't packed in models some of whose linears aren't
+DENSE = "model.layers.1.self_attn.o_proj"
 
 
 def compressed(
     directory: Path,
     architecture: str,
-    coding: GroupedCoding = INT4,
+    coding: GroupedCoding | Callable[[str], GroupedCoding | None] = INT4,
     rounds: bool = False,
     dtype: torch.dtype = torch.float32,
     **config: Any,
@@ -145,6 +158,55 @@ def test_a_token_has_the_same_bits_whatever_runs_beside_it(
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("version", native.versions())
+@pytest.mark.parametrize(
+    ("rounds", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)]
+)
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2", "falcon"])
+def test_what_is_not_finite_stays_in_its_own_sequence(
+    architecture: str,
+    rounds: bool,
+    dtype: torch.dtype,
+    version: int,
+    value: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Others beside it, and one that gets its pages later, have the bits that they have alone."""
+    model = compressed(tmp_path / "m", architecture, rounds=rounds, dtype=dtype)
+    monkeypatch.setattr("tailorbird.kernels.blocks.best_version", lambda: version)
+    fused, ids, spoilt, place = FusedModel(model), tokens(5), 2, 20
+
+    def read(rows: list[int], cache: Pages | SharedPages, value: float | None = None) -> Tensor:
+        found = []
+        for start, stop in itertools.pairwise((0, 40, 41, LENGTH)):
+            positions = torch.arange(start, stop, dtype=torch.int32).repeat(len(rows))
+            owners = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(stop - start)
+            hidden = fused.embed(ids[rows, start:stop].reshape(-1), positions)
+            if value is not None and start <= place < stop:
+                hidden.view(len(rows), stop - start, -1)[rows.index(spoilt), place - start, 3] = value
+            left = fused.run(hidden, positions, owners, cache)
+            found.append(fused.logits(left).view(len(rows), stop - start, -1))
+        return torch.cat(found, dim=1)
+
+    def pages(sequences: int) -> Pages:
+        made = fused.pages(sequences)
+        made.reach(LENGTH)
+        return made
+
+    cache = pages(5)
+    together = read([0, 1, 2, 3, 4], cache, value)
+    # With a window, tokens further on see nothing of it.
+    assert not torch.isfinite(together[spoilt, place : place + 16]).all(-1).any()
+    for row in (0, 1, 3, 4):
+        alone = read([row], pages(1))
+        assert torch.isfinite(alone).all()
+        assert torch.equal(together[row], alone[0])
+    cache.tables = cache.tables[spoilt : spoilt + 1].contiguous()
+    assert torch.equal(read([3], cache)[0], together[3])
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt_neox", "falcon", "olmo2"])
 def test_hidden_states_after_every_block_are_those_of_the_modules(architecture: str, tmp_path: Path) -> None:
     model = compressed(tmp_path / "m", architecture, num_hidden_layers=3)
@@ -208,6 +270,76 @@ def test_unlike_lengths_run_in_one_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(
             logits[i], by_modules(model, ids[i : i + 1, :n])[0, -1], atol=2e-5, rtol=1e-4
         )
+
+
+@pytest.fixture(scope="module")
+def packed_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, GroupedCoding], Any]:
+    """Small models by architecture and coding, each made once."""
+    folder = tmp_path_factory.mktemp("models")
+
+    @functools.cache
+    def make(architecture: str, coding: GroupedCoding) -> Any:
+        return compressed(folder / f"{architecture} {coding.label}", architecture, coding)
+
+    return make
+
+
+CODINGS: list[GroupedCoding] = [
+    *(
+        IntegerCoding(bits, group, symmetric)
+        for bits in (2, 3, 4, 5, 6, 8)
+        for group in (32, 64, 0)
+        for symmetric in (False, True)
+    ),
+    *(CodebookCoding(name, group) for name in ("nf4", "gauss3") for group in (32, 64, 0)),
+]
+
+
+@given(
+    architecture=st.sampled_from(sorted(ARCHITECTURES)),
+    coding=st.sampled_from(CODINGS),
+    rounds=st.booleans(),
+    shared=st.sampled_from([0, 0, PAGE, 2 * PAGE]),
+    lengths=st.lists(st.integers(1, 45), min_size=1, max_size=4),
+    seed=st.integers(0, 1 << 30),
+)
+@settings(max_examples=200, deadline=None)
+def test_any_batch_of_any_coding_agrees_with_the_modules(
+    packed_model: Callable[[str, GroupedCoding], Any],
+    architecture: str,
+    coding: GroupedCoding,
+    rounds: bool,
+    shared: int,
+    lengths: list[int],
+    seed: int,
+) -> None:
+    """Texts of any lengths, in pieces of any lengths, some of which begin with pages of the first.
+
+    Both sides round inputs of linears to bytes, or neither does. Where they do, a value between two bytes may
+    fall to either side, which in a short text can weigh more than half of what rounding changes. Blocks that
+    round by no rule, or by another, would differ by all of it.
+    """
+    model, rng = packed_model(architecture, coding), random.Random(seed)
+    ids = torch.randint(
+        0, 256, (len(lengths), shared + max(lengths)), generator=torch.Generator().manual_seed(seed)
+    )
+    ids[:, :shared] = ids[0, :shared].clone()
+    texts = [row[: shared + length] for row, length in zip(ids, lengths, strict=True)]
+
+    def all_by_modules(rounds: bool) -> Tensor:
+        for module in model.modules():
+            if isinstance(module, CompressedLinear):
+                module.rounds = rounds
+        found = [by_modules(model, text[None])[0] for text in texts]
+        return torch.cat([found[0], *(logits[shared:] for logits in found[1:])])
+
+    exact, expected = all_by_modules(False), all_by_modules(rounds)
+    assert obstacle(model) is None
+    logits = torch.cat(in_random_pieces(FusedModel(model), texts, shared, rng))
+    if rounds:
+        assert float((logits - expected).norm()) < 0.9 * float((exact - expected).norm())
+    else:
+        torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("coding", [IntegerCoding(3, 32), NF4], ids=lambda c: c.label)
@@ -429,6 +561,43 @@ def test_what_is_stored_can_still_be_read(tmp_path: Path) -> None:
         assert torch.equal(linear.codes, codes)
 
 
+def pages_in_memory(tensor: Tensor) -> tuple[int, int]:
+    """How many whole pages of a tensor this process has in memory, and how many there are.
+
+    `mincore` would tell what the system's cache holds of the file, wherever it is mapped.
+    """
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE)
+    count = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE - first
+    with open("/proc/self/pagemap", "rb", buffering=0) as file:
+        file.seek(8 * first)
+        entries = torch.frombuffer(bytearray(file.read(8 * count)), dtype=torch.int64)
+    return int((entries < 0).sum()), count  # the highest bit is that of a page in memory
+
+
+@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="this system doesn't tell of its pages")
+def test_file_pages_of_what_was_laid_out_leave_memory(tmp_path: Path) -> None:
+    """All but those beside tensors that are read, which the system maps along with them, 64 KiB at a time."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 1}
+    model = compressed(tmp_path / "m", "llama", **sizes)
+    linears = [module for module in model.modules() if isinstance(module, CompressedLinear)]
+    changed = linears[0]
+    changed.codes[0, 0] ^= 1
+    for linear in linears:
+        assert int(linear.codes.sum()) != 0
+        in_memory, count = pages_in_memory(linear.codes)
+        assert in_memory == count > 0
+    for _ in range(2):  # layouts are made by the first decoding
+        decode(model).read(tokens(1))
+        in_memory, counts = zip(
+            *(pages_in_memory(linear.codes) for linear in linears if linear is not changed), strict=True
+        )
+        beside = 2 * (1 << 16) // mmap.PAGESIZE
+        assert all(part <= beside for part in in_memory)
+        assert sum(in_memory) < 0.2 * sum(counts)
+        stays, count = pages_in_memory(changed.codes)
+        assert stays == count
+
+
 def wrap(model: Any) -> None:
     class Wrapped(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
@@ -447,30 +616,190 @@ def narrow_angles(model: Any) -> None:
     model.model.rotary_emb.rope_type = "dynamic"
 
 
+def reweigh(model: Any) -> None:
+    norm = model.model.layers[1].post_attention_layernorm
+    model.model.layers[1].post_attention_layernorm = Qwen2RMSNorm(len(norm.weight), norm.variance_epsilon)
+
+
+def adapt(model: Any) -> None:
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+def parametrize_as(path: str, tensor: str) -> Callable[[Any], None]:
+    return lambda model: parametrize.register_parametrization(
+        model.get_submodule(path), tensor, nn.Identity()
+    )
+
+
 @pytest.mark.parametrize(
     "change",
     [
         wrap,
         replace_forward,
         narrow_angles,
-        lambda model: model.train(),
+        reweigh,
+        adapt,
         lambda model: model.model.norm.register_forward_hook(lambda *_: None),
         lambda model: model.model.layers[0].register_forward_pre_hook(lambda *_: None),
-        lambda model: setattr(model.model.layers[0], "input_layernorm", nn.Identity().eval()),
-        lambda model: setattr(model.model.layers[0].self_attn, "q_proj", nn.Identity().eval()),
+        lambda model: model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda *_: None),
+        lambda model: model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: None),
+        lambda model: model.model.layers[0].self_attn.q_proj.register_full_backward_hook(lambda *_: None),
+        lambda model: model.model.layers[0].mlp.register_full_backward_pre_hook(lambda *_: None),
+        lambda model: setattr(model.model.layers[0], "input_layernorm", nn.Identity()),
+        lambda model: setattr(model.model.layers[0].self_attn, "q_proj", nn.Identity()),
+        lambda model: setattr(model.model.layers[1].mlp, "act_fn", nn.ReLU()),
         lambda model: setattr(model.config, "_attn_implementation_internal", "my_attention"),
+        parametrize_as(DENSE, "weight"),
+        parametrize_as("model.layers.1.self_attn.q_proj", "scales"),
+        parametrize_as("model.layers.1.input_layernorm", "weight"),
+        parametrize_as("model.norm", "weight"),
+        parametrize_as("model.embed_tokens", "weight"),
+        lambda model: nn.utils.weight_norm(model.get_submodule(DENSE)),
+        lambda model: nn.utils.weight_norm(model.model.norm),
+        lambda model: nn.utils.parametrizations.weight_norm(model.get_submodule(DENSE)),
+        lambda model: nn.utils.parametrizations.weight_norm(model.model.norm),
+        lambda model: nn.utils.parametrizations.spectral_norm(model.get_submodule(DENSE)),
     ],
 )
 def test_a_model_that_was_touched_runs_through_its_modules(
     change: Callable[[Any], Any], tmp_path: Path
 ) -> None:
-    model = compressed(tmp_path / "m", "llama")
+    model = compressed(tmp_path / "m", "llama", lambda name: None if name == DENSE else INT4)
     assert obstacle(model) is None
     change(model)
+    model.eval()  # new modules are in training mode, which alone would stand in the way
     assert obstacle(model)
     assert isinstance(decode(model), ModuleDecoding)
     with pytest.raises(Unsuited):
         FusedModel(model)
+
+
+@pytest.mark.parametrize("part", ["", "model.layers.1", "model.layers.0.self_attn.q_proj"])
+def test_a_model_in_training_runs_through_its_modules_whatever_needs_gradients(
+    part: str, tmp_path: Path
+) -> None:
+    model = compressed(tmp_path / "m", "llama")
+    assert any(parameter.requires_grad for parameter in model.parameters())
+    for required in (True, False):
+        model.requires_grad_(required)
+        assert obstacle(model) is None
+        model.get_submodule(part).train()
+        assert obstacle(model) == "the model is in training mode"
+        assert isinstance(decode(model), ModuleDecoding)
+        model.eval()
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+        nn.modules.module.register_module_full_backward_hook,
+        nn.modules.module.register_module_full_backward_pre_hook,
+    ],
+)
+def test_where_all_modules_are_hooked_models_run_through_them(
+    register: Callable[[Callable[..., None]], RemovableHandle], tmp_path: Path
+) -> None:
+    model = compressed(tmp_path / "m", "llama")
+    handle = register(lambda *_: None)
+    try:
+        assert obstacle(model) == "there are hooks on all modules"
+        assert isinstance(decode(model), ModuleDecoding)
+    finally:
+        handle.remove()
+    assert isinstance(decode(model), FusedDecoding)
+
+
+def test_classes_with_another_forward_are_not_what_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = compressed(tmp_path / "m", "llama")
+    monkeypatch.setattr(type(model.model.norm), "forward", lambda self, hidden: hidden)
+    assert "the forward of LlamaRMSNorm" in str(obstacle(model))
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "llama"])
+def test_packed_embeddings_may_be_scaled_by_a_hook_and_have_no_other(
+    architecture: str, tmp_path: Path
+) -> None:
+    save_compressed(tmp_path / "m", make_model(architecture), embedding=INT4)
+    model = load(str(tmp_path / "m"))
+    assert obstacle(model) is None
+    for register in (model.model.embed_tokens.register_forward_hook, model.lm_head.register_forward_hook):
+        handle = register(lambda *_: None)
+        assert "has hooks" in str(obstacle(model))
+        handle.remove()
+    assert obstacle(model) is None
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
+def test_gradients_flow_after_a_decoding_in_blocks_as_if_there_had_been_none(
+    architecture: str, rounds: bool, tmp_path: Path
+) -> None:
+    """A model that is called runs through its modules; what these made for the blocks gives none."""
+    ids = tokens(2)
+
+    def gradients(model: Any) -> dict[str, Tensor | None]:
+        assert torch.is_grad_enabled()
+        model(ids, use_cache=False).logits.square().mean().backward()
+        return {name: tensor.grad for name, tensor in model.named_parameters() if tensor.requires_grad}
+
+    expected = gradients(compressed(tmp_path / "m", architecture, rounds=rounds))
+    model = load(str(tmp_path / "m"))
+    decoding = decode(model)
+    assert isinstance(decoding, FusedDecoding)
+    decoding.read(ids)
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient is not None
+        assert float(gradient.abs().sum()) > 0
+        torch.testing.assert_close(found[name], gradient, atol=1e-7, rtol=1e-4)
+
+
+def test_a_bias_can_be_trained_alone_after_a_decoding_in_blocks(tmp_path: Path) -> None:
+    """Nothing that enters its linear needs a gradient, so that this runs as fast as any."""
+    model = compressed(tmp_path / "m", "qwen2").requires_grad_(False)
+    decode(model).read(tokens(1))
+    bias = model.model.layers[0].self_attn.v_proj.bias.requires_grad_(True)
+    model(tokens(1), use_cache=False).logits.square().mean().backward()
+    assert bias.grad is not None
+    assert float(bias.grad.abs().min()) > 0
+
+
+def test_blocks_give_no_gradients_and_refuse_those_who_ask(tmp_path: Path) -> None:
+    model = compressed(tmp_path / "m", "gpt2")
+    fused, ids = FusedModel(model), tokens(1)[0]
+    positions, owner = torch.arange(LENGTH, dtype=torch.int32), torch.zeros(LENGTH, dtype=torch.int32)
+    pages = fused.pages(1)
+    pages.reach(LENGTH)
+    assert torch.is_grad_enabled()
+    assert all(tensor.requires_grad for tensor in (fused.parts.norm.weight, fused.parts.places))
+    hidden = fused.embed(ids, positions)
+    results = [
+        hidden, fused.read(ids, positions, owner, pages), fused.run(hidden, positions, owner, pages),
+        fused.normed(hidden), fused.logits(hidden), fused.last_hidden(ids, positions, owner, pages),
+        fused.step(ids, positions, owner, pages), decode(model).read(ids[None]),
+    ]  # fmt: skip
+    for result in results:
+        assert not result.requires_grad
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            result.sum().backward()
+    learned = hidden.clone().requires_grad_(True)
+    for ask in (
+        lambda: fused.run(learned, positions, owner, pages),
+        lambda: fused.read_embedded(learned, positions, owner, pages),
+        lambda: fused.normed(learned),
+        lambda: fused.logits(learned),
+        lambda: fused.logits_of_normed(learned),
+    ):
+        with pytest.raises(ValueError, match=r"need a gradient.*call the model itself"):
+            ask()
+        with torch.no_grad():
+            ask()
 
 
 @pytest.mark.parametrize(

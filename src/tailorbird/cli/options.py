@@ -79,7 +79,8 @@ AllowSlower = Annotated[
     bool,
     typer.Option(
         "--allow-slower",
-        help="Accept a result that decodes slower than its source here; else it is refused.",
+        help="Accept a result that decoded slower than its source in every round timed here; "
+        "else it is refused.",
     ),
 ]
 Adapters = Annotated[

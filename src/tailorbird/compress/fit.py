@@ -322,8 +322,8 @@ def add_speed(
     """Tokens per second of source and result, where both fit into memory at once.
 
     They are measured in a process of their own, so that neither the peak nor the caches of this one count,
-    with as many sequences as the budget states. A result that is slower than its source in every round
-    isn't accepted unless `allow_slower`.
+    with as many sequences as the budget states. A result that decodes slower than its source in every
+    round isn't accepted unless `allow_slower`. Where they don't fit, a warning says so and none is refused.
     """
     needed = 2 * (work.checkpoint.weights.total_bytes + result.weight_bytes) + (1 << 30)
     if needed > available_bytes():

@@ -240,8 +240,18 @@ def run_attention(
     return outputs
 
 
+def check_no_gradient(hidden: Tensor) -> None:
+    """Raise ValueError where a gradient by `hidden` is asked for, of which compiled code knows nothing."""
+    if hidden.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "hidden states that need a gradient, which compiled blocks don't compute: call the model itself, "
+            "or go on under torch.no_grad()"
+        )
+
+
 def _check_hidden(hidden: Tensor) -> None:
     """What the compiled code takes for granted."""
+    check_no_gradient(hidden)
     if hidden.dtype != torch.float32 or hidden.device.type != "cpu" or not hidden.is_contiguous():
         raise ValueError(
             f"hidden states of {hidden.dtype} on {hidden.device}, not contiguous float32 on the CPU"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -98,10 +98,15 @@ def _dense_rows(weight: Tensor, factor: float = 1.0) -> Rows | None:
     return Rows(native.dense_embedding(weight, factor), weight.dtype, (weight,))
 
 
+def scales_rows(hook: Any) -> TypeGuard[partial[Tensor]]:
+    """Whether a hook is the one by which packed embeddings of Gemma are scaled."""
+    return isinstance(hook, partial) and hook.func is scale_output
+
+
 def _packed_rows(module: CompressedEmbedding) -> Rows | None:
     factor, dtype = 1.0, module.compute_dtype
     for hook in module._forward_hooks.values():
-        if not isinstance(hook, partial) or hook.func is not scale_output or len(module._forward_hooks) > 1:
+        if not scales_rows(hook) or len(module._forward_hooks) > 1:
             return None
         factor = float(torch.tensor(hook.args[0], dtype=dtype, device="cpu"))
     if module.scales is None or isinstance(module.coding, EntropyCoding | DoubleCoding | VectorCoding):

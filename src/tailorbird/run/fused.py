@@ -72,6 +72,10 @@ class Trees:
 class FusedModel:
     """The compiled blocks of a model, and the pages in which it keeps keys and values.
 
+    It computes no gradients, whatever parameters require: nothing that it returns requires one, so that a
+    loss made of that can't be differentiated, and where gradients are enabled, embeddings and hidden states
+    that require one are refused. Training goes through the model itself, which is left as it is.
+
     Parameters
     ----------
     model : transformers.PreTrainedModel
@@ -219,12 +223,15 @@ class FusedModel:
         """What enters the first block, float32 ``[tokens, hidden_size]``; arguments as in `step`."""
         return self.parts.embed(ids, positions)
 
-    @torch.no_grad()
     def read_embedded(self, embeddings: Tensor, positions: Tensor, sequences: Tensor, cache: Cache) -> None:
-        """Read tokens of which the embeddings ``[tokens, width]`` are given; other arguments as in `step`."""
-        hidden = embeddings.to(self._dtype)
+        """Read tokens of which the embeddings ``[tokens, width]`` are given; other arguments as in `step`.
+
+        Raises ValueError for embeddings that need a gradient.
+        """
+        native_blocks.check_no_gradient(embeddings)
+        hidden = embeddings.detach().to(self._dtype)
         if self.parts.places is not None:
-            hidden = hidden + nn.functional.embedding(positions.long(), self.parts.places)
+            hidden = hidden + nn.functional.embedding(positions.long(), self.parts.places.detach())
         self.run(hidden.float(), positions, sequences, cache)
 
     def last_hidden(
@@ -237,9 +244,8 @@ class FusedModel:
     ) -> Tensor:
         """What leaves the model's last norm, float32 ``[tokens, hidden_size]``; arguments as in `step`."""
         left = self.run(self.embed(ids, positions), positions, sequences, cache, adapters=adapters)
-        return self.parts.norm(left).float()
+        return self.normed(left)
 
-    @torch.no_grad()
     def run(
         self,
         hidden: Tensor,
@@ -272,12 +278,14 @@ class FusedModel:
         Raises
         ------
         ValueError
-            For blocks that aren't there, hidden states of another shape, or as `step`.
+            For blocks that aren't there, hidden states of another shape or that need a gradient, or
+            as `step`.
         """
         last = len(self.blocks) if last is None else last
         if not 0 <= first <= last <= len(self.blocks):
             raise ValueError(f"blocks {first} to {last}; expected a range within 0 to {len(self.blocks)}")
-        found = hidden.clone(memory_format=torch.contiguous_format)
+        native_blocks.check_no_gradient(hidden)
+        found = hidden.detach().clone(memory_format=torch.contiguous_format)
         self._advance(found, positions, sequences, cache, first, last, adapters)
         return found
 
@@ -345,10 +353,11 @@ class FusedModel:
         """Logits of what left the last norm, as `normed` gives it."""
         return self._through_head(NormStructure(None, None, 0.0, NORM_KINDS["none"]), hidden)
 
-    @torch.no_grad()
     def normed(self, hidden: Tensor) -> Tensor:
         """What leaves the last norm, float32, of hidden states that left the last block."""
-        return self.parts.norm(hidden).float()
+        native_blocks.check_no_gradient(hidden)
+        with torch.no_grad():
+            return self.parts.norm(hidden).float()
 
     def _through_head(self, norm: NormStructure, hidden: Tensor) -> Tensor:
         began = time.perf_counter()

@@ -1,12 +1,15 @@
 """What is known of transformers' models: where each keeps its parts, and whether they are as expected.
 
 Compiled blocks replace modules, so nothing is taken on trust: a model whose parts aren't exactly the ones
-known here, because they were wrapped, hooked, replaced or are being trained, or don't fit together, is
-refused.
+known here, because they were wrapped, hooked, parametrized or replaced, or don't fit together, is refused,
+and so is one in training mode. Whether parameters require a gradient isn't asked: those of a model that was
+just loaded do. Compiled blocks compute none and refuse hidden states that need one (`fused.FusedModel`), and
+a model that is called itself runs through its modules, whatever was decoded before.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tailorbird.formats.modules import CompressedEmbedding, CompressedLinear
+from tailorbird.formats.modules import CompressedLinear
 from tailorbird.kernels import native
 from tailorbird.kernels.blocks import HEAD_MULTIPLE
-from tailorbird.run.embedding import Embed, embed_by
+from tailorbird.run.embedding import Embed, embed_by, scales_rows
 
 #: What configs call an activation function -> what it is.
 _FUNCTIONS = {
@@ -26,6 +29,11 @@ _FUNCTIONS = {
 }  # fmt: skip
 #: Ways in which transformers computes the same attention.
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+#: Where classes of modules are from, beside the file that defines the model.
+_ORIGINS = (
+    "torch.nn.modules.", "transformers.activations", "transformers.pytorch_utils",
+    "tailorbird.formats.modules",
+)  # fmt: skip
 #: Rotary embeddings whose angles depend on the position only.
 _STATIC_ROTARY = ("default", "linear", "llama3", "yarn", "proportional")
 
@@ -166,26 +174,34 @@ def check_rotary(module: nn.Module | None) -> None:
 def _check_untouched(model: Any) -> None:
     """Every module as transformers or tailorbird made it, none of them hooked."""
     everywhere = nn.modules.module
-    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+    if (
+        everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
+        or everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks
+    ):  # fmt: skip
         raise Unsuited("there are hooks on all modules")
     attention = model.config.get_text_config()._attn_implementation
     if attention not in _ATTENTION:
         raise Unsuited(f"attention of kind `{attention}`")
+    own = type(model).__module__
+    if not own.startswith("transformers."):
+        raise Unsuited(f"a model of class {type(model).__name__} of `{own}`")
     for name, module in model.named_modules():
-        hooks = (
-            module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
-            module._backward_pre_hooks,
+        hooks = itertools.chain(
+            module._forward_hooks.values(), module._forward_pre_hooks.values(),
+            module._backward_hooks.values(), module._backward_pre_hooks.values(),
         )  # fmt: skip
-        scaled = isinstance(module, CompressedEmbedding) and len(module._forward_hooks) == 1
-        if any(hooks) and not scaled:
+        if not all(scales_rows(hook) for hook in hooks):
             raise Unsuited(f"`{name}` has hooks")
         if "forward" in vars(module):
             raise Unsuited(f"the forward of `{name}` was replaced")
         if module.training:
             raise Unsuited("the model is in training mode")
         origin = type(module).__module__
-        if not origin.startswith(("transformers.", "torch.nn.", "tailorbird.")):
+        if origin != own and not origin.startswith(_ORIGINS):
             raise Unsuited(f"`{name}` is a {type(module).__name__} of `{origin}`")
+        forward = str(getattr(type(module).forward, "__module__", None))
+        if not forward.startswith(("transformers.", "torch.nn.modules.", "tailorbird.")):
+            raise Unsuited(f"the forward of {type(module).__name__} is one of `{forward}`")
 
 
 def _check_layer(layer: Layer, width: int) -> None:
@@ -299,9 +315,14 @@ def epsilon(module: Any) -> float:
     return 1e-5  # OLMo's, which states none
 
 
-def _function(name: str) -> str:
+def _function(name: str, module: nn.Module) -> str:
+    """What the activation function is that configs call `name`, and that `module` computes."""
+    from transformers.activations import ACT2FN
+
     if name not in _FUNCTIONS:
         raise Unsuited(f"activation function `{name}`")
+    if type(module) is not type(ACT2FN[name]):
+        raise Unsuited(f"a {type(module).__name__} in place of the activation function `{name}`")
     return _FUNCTIONS[name]
 
 
@@ -335,7 +356,10 @@ def _llama_like(model: Any) -> Parts:
             query=getattr(attention, "q_norm", None),
             key=getattr(attention, "k_norm", None),
             whole_norms=kind == "olmo2",
-            activation=_function(config.hidden_activation if gemma else config.hidden_act),
+            activation=_function(
+                config.hidden_activation if gemma else config.hidden_act,
+                mlp.activation_fn if kind == "phi3" else mlp.act_fn,
+            ),
             gated=True,
             heads=_rows(attention, "q_proj", config.num_attention_heads, head_dim),
             kv_heads=_rows(attention, "k_proj", config.num_key_value_heads, head_dim),
@@ -394,7 +418,7 @@ def _gpt2(model: Any) -> Parts:
         return Layer(
             attention_in=[attention.c_attn], attention_out=attention.c_proj,
             mlp_in=[mlp.c_fc], mlp_out=mlp.c_proj, before_attention=layer.ln_1, before_mlp=layer.ln_2,
-            activation=_function(config.activation_function), gated=False, heads=config.n_head,
+            activation=_function(config.activation_function, mlp.act), gated=False, heads=config.n_head,
             kv_heads=config.n_head, head_dim=head_dim,
             scale=head_dim**-0.5 if config.scale_attn_weights else 1.0,
         )  # fmt: skip
@@ -413,8 +437,8 @@ def _gpt_neox(model: Any) -> Parts:
         return Layer(
             attention_in=[attention.query_key_value], attention_out=attention.dense,
             mlp_in=[mlp.dense_h_to_4h], mlp_out=mlp.dense_4h_to_h, before_attention=layer.input_layernorm,
-            before_mlp=layer.post_attention_layernorm, activation=_function(config.hidden_act), gated=False,
-            heads=heads, kv_heads=heads, head_dim=head_dim, scale=float(attention.scaling),
+            before_mlp=layer.post_attention_layernorm, activation=_function(config.hidden_act, mlp.act),
+            gated=False, heads=heads, kv_heads=heads, head_dim=head_dim, scale=float(attention.scaling),
             places=tuple((i * head_dim, 3 * head_dim, 0) for i in range(3)),
             parallel=bool(config.use_parallel_residual),
         )  # fmt: skip
@@ -451,7 +475,7 @@ def _falcon(model: Any) -> Parts:
         return Layer(
             attention_in=[attention.query_key_value], attention_out=attention.dense,
             mlp_in=[mlp.dense_h_to_4h], mlp_out=mlp.dense_4h_to_h, before_attention=before_attention,
-            before_mlp=before_mlp, activation=_function(config.activation), gated=False, heads=heads,
+            before_mlp=before_mlp, activation=_function(config.activation, mlp.act), gated=False, heads=heads,
             kv_heads=keys, head_dim=d, scale=d**-0.5, places=places, parallel=parallel,
         )  # fmt: skip
 
@@ -472,8 +496,9 @@ def _opt(model: Any) -> Parts:
             attention_in=[attention.q_proj, attention.k_proj, attention.v_proj],
             attention_out=attention.out_proj, mlp_in=[layer.fc1], mlp_out=layer.fc2,
             before_attention=layer.self_attn_layer_norm, before_mlp=layer.final_layer_norm,
-            activation=_function(config.activation_function), gated=False, heads=attention.num_heads,
-            kv_heads=attention.num_heads, head_dim=attention.head_dim, scale=float(attention.scaling),
+            activation=_function(config.activation_function, layer.activation_fn), gated=False,
+            heads=attention.num_heads, kv_heads=attention.num_heads, head_dim=attention.head_dim,
+            scale=float(attention.scaling),
         )  # fmt: skip
 
     table = body.embed_positions
