@@ -646,6 +646,33 @@ def check_windows(work: Work) -> None:
         )
 
 
+def few_tokens(work: Work) -> tuple[str, ...]:
+    """What to say where the calibration text has fewer tokens than a Gram matrix has columns; else nothing.
+
+    With so few its rank is theirs at most, and error feedback divides by what damping adds.
+    """
+    if "gram" not in work.recipe.method.needs:
+        return ()
+    (windows, length), _ = _text_shapes(work)
+    widest = max(work.anatomy.linears(), key=lambda place: place.in_features)
+    tokens, needed = windows * length, widest.in_features
+    if tokens >= needed:
+        return ()
+    damping = getattr(work.recipe.method, "damping", Gptq.damping)
+    return (
+        f"calibration text has {tokens} tokens, and the Gram matrix of the {needed} inputs of "
+        f"`{widest.name}` needs {needed} at least: damping holds the rest, {damping:g} of the mean of its "
+        "diagonal",
+    )
+
+
+def remark_on_few_tokens(work: Work) -> None:
+    """Have the log and the result say so."""
+    for remark in few_tokens(work):
+        work.progress.note(remark)
+        work.remarks = (*work.remarks, remark)
+
+
 def check_resources(prediction: Prediction) -> None:
     """Stop before work starts where memory or disk can't suffice."""
     if prediction.advice is not None:
