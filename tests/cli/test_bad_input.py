@@ -368,6 +368,20 @@ def test_a_compressed_model_is_no_source(refused: Any, fitted: Path) -> None:
     refused(*COMPRESS, "--recipe", "rtn:bits=4,group=32", source=fitted, says=says)
 
 
+@pytest.mark.parametrize("learns", ["distil", "pv-tuning", "step-sizes", "signround", "efficientqat"])
+def test_gradients_through_the_codes_of_a_source_are_refused_by_name(
+    refused: Any, model: Path, fitted: Path, tmp_path: Path, learns: str
+) -> None:
+    says = ("compressed already", f"`{learns}` can't learn by gradients through its codes")
+    recipe = f"gptq+{learns}:bits=4,group=32"
+    refused(*COMPRESS, "--recipe", recipe, source=fitted, says=says)
+    refused(*FIT, "--method", f"gptq+{learns}", source=fitted, says=says)
+    foreign = tmp_path / "foreign"
+    shutil.copytree(model, foreign)
+    edit_json("config.json", quantization_config={"quant_method": "gptq", "bits": 4})(foreign)
+    refused(*COMPRESS, "--recipe", recipe, source=foreign, says=("already quantized by 'gptq'",))
+
+
 def test_only_what_tailorbird_made_is_exported(refused: Any, model: Path) -> None:
     refused(*LEAST["export"], source=model, says=(str(model),))
 
