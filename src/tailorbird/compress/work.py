@@ -688,14 +688,15 @@ def few_tokens(work: Work) -> tuple[str, ...]:
 
     With so few its rank is theirs at most, and error feedback divides by what damping adds.
     """
-    if "gram" not in work.recipe.method.needs:
+    method = work.recipe.method
+    damping = Gptq.damping if isinstance(method, Higgs) else getattr(method, "damping", None)
+    if damping is None or "gram" not in method.needs:
         return ()
     (windows, length), _ = _text_shapes(work)
     widest = max(work.anatomy.linears(), key=lambda place: place.in_features)
     tokens, needed = windows * length, widest.in_features
     if tokens >= needed:
         return ()
-    damping = getattr(work.recipe.method, "damping", Gptq.damping)
     return (
         f"calibration text has {tokens} tokens, and the Gram matrix of the {needed} inputs of "
         f"`{widest.name}` needs {needed} at least: damping holds the rest, {damping:g} of the mean of its "
