@@ -11,7 +11,9 @@ window by window; what is there isn't run again.
 
 `fit-fast@PEER`, `fit-balanced@PEER` and `fit-best@PEER` are what `fit` plans for the bytes that the peer's
 cell took, embedding and head left as that peer leaves them. Where those are float32, `fit` stores them in 16
-bits; its linears get none of what that saves.
+bits; its linears get none of what that saves. Tables set each beside its peer, window by window; others
+stand beside `--against`. `autoround-best` has the settings that AutoRound's README gives for most accuracy,
+but for the amount of text.
 
 A peer has cells only at the widths that it has. The environments lie in one folder, each with the name of its
 program; peers that aren't there are left out. `python -m venv FOLDER/NAME`, then
@@ -83,9 +85,10 @@ OWN = (
     "leanquant", "leanquant-tables", "decoupleq", "yaqa", "spqr", "llm-int8", "ganq", "bcq",
     "higgs", "higgs-pairs", "double-rounding", "billm", "billm-static",
     "gptq+eora", "gptq+lq-lora",
-    "gptq+signround", "decoupleq+signround", "gptq+flexround", "gptq+efficientqat", "rtn+omniquant",
-    "rtn+omniquant-transform", "rtn+cbq", "gptq+cbq", "cfp+rtn+cbq",
-    "gptq+distil", "gptq+step-sizes", "gptq+pv-tuning", "gptq+signround+distil", "spqr+signround+distil",
+    "gptq+signround", "decoupleq+signround", "gptq+flexround", "gptq+efficientqat",
+    "gptq+efficientqat+step-sizes", "rtn+omniquant", "rtn+omniquant-transform", "rtn+cbq", "gptq+cbq",
+    "cfp+rtn+cbq", "gptq+distil", "gptq+step-sizes", "gptq+pv-tuning", "gptq+signround+distil",
+    "spqr+signround+distil",
 )  # fmt: skip
 #: Subjects that have some widths only.
 WIDTHS = {
@@ -116,6 +119,7 @@ class Peer:
 
 PEERS = {
     "autoround": Peer("autoround", "auto-round", (2, 3, 4, 8)),
+    "autoround-best": Peer("autoround", "auto-round", (2, 3, 4, 8)),
     "llmcompressor-gptq": Peer("llmcompressor", "llmcompressor", (2, 3, 4, 8)),
     "llmcompressor-awq": Peer("llmcompressor", "llmcompressor", (2, 3, 4, 8)),
     "gptqmodel": Peer("gptqmodel", "gptqmodel", (2, 3, 4, 8)),
@@ -362,29 +366,38 @@ def paired_difference(windows: list[float], others: list[float]) -> tuple[float,
     return differences.mean().item(), error
 
 
+def beside(name: str, own: dict[str, dict[str, Any]], against: str) -> tuple[str, str, str]:
+    """Whom a subject is compared with, its divergence less theirs, and how many standard errors that is.
+
+    What `fit` makes within the bytes of a peer is compared with that peer, all others with `against`. Empty
+    texts where there is no such cell on the same text.
+    """
+    rival = FITS[name][1] if name in FITS else against
+    cell, other = own[name], own.get(rival)
+    if other is None or rival == name or other["held_out"] != cell["held_out"]:
+        return "", "", ""
+    mean, error = paired_difference(cell["kl_windows"], other["kl_windows"])
+    return rival, f"{mean:+.4f} ± {error:.4f}", f"{mean / error:+.1f}" if error > 0 else ""
+
+
 def show(model: str, cells: list[dict[str, Any]], against: str) -> None:
     """The table of one model, width by width, least divergence first."""
     columns = (
-        "bits", "subject", "bits per weight", "bytes", "KL", f"less {against}'s", "perplexity", "top-1", "s",
-        "peak MiB",
+        "bits", "subject", "bits per weight", "bytes", "KL", "beside", "less its KL", "errors", "perplexity",
+        "top-1", "s", "peak MiB",
     )  # fmt: skip
     table = Table(*columns, title=model)
     for bits in sorted({cell["bits"] for cell in cells}):
         own = {cell["subject"]: cell for cell in cells if cell["bits"] == bits}
         for name, cell in sorted(own.items(), key=lambda item: item[1]["kl_mean"]):
-            difference = ""
-            rival = own.get(against)
-            if rival is not None and name != against and rival["held_out"] == cell["held_out"]:
-                mean, error = paired_difference(cell["kl_windows"], rival["kl_windows"])
-                difference = f"{mean:+.4f} ± {error:.4f}"
             table.add_row(
                 str(bits), name, f"{cell['bits_per_weight']:.2f}", f"{cell['total_bytes']:,}",
-                f"{cell['kl_mean']:.4f}", difference,
+                f"{cell['kl_mean']:.4f}", *beside(name, own, against),
                 f"{100 * (cell['perplexity'] / cell['perplexity_before'] - 1):+.1f} %",
                 f"{cell['top1_agreement']:.1%}", f"{cell['seconds']:.0f}",
                 f"{cell['peak_rss_bytes'] / 2**20:.0f}",
             )  # fmt: skip
-    Console(width=140).print(table)
+    Console(width=180).print(table)
 
 
 def draw(against: str) -> None:
@@ -419,7 +432,7 @@ def main() -> None:
     parser.add_argument(
         "--draw", action="store_true", help="draw tables and figures from the cells; run none"
     )
-    parser.add_argument("--against", default="gptq", help="subject that the others are compared with")
+    parser.add_argument("--against", default="gptq", help="subject that all but fit@PEER are compared with")
     add_quiet_option(parser)
     arguments = parser.parse_args()
     if not arguments.draw:

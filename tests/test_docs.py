@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from typer.main import get_command
 
 from tailorbird.adapt.methods.registry import KNOWN
 from tailorbird.adapt.optimizers.registry import OPTIMIZERS
+from tailorbird.api import methods
 from tailorbird.cli.main import app
 
 ROOT = Path(__file__).parents[1]
@@ -57,8 +59,8 @@ def test_every_flag_of_every_command_is_documented_and_no_other(name: str) -> No
 
 def test_the_readme_counts_what_the_registries_have() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    methods, optimizers = re.findall(r"what the (\d+) methods\s+and (\d+) optimizers are", text)[0]
-    assert (int(methods), int(optimizers)) == (len(KNOWN), len(OPTIMIZERS))
+    counts = re.findall(r"what the (\d+) methods\s+and (\d+) optimizers are", text)
+    assert counts == [(str(len(KNOWN)), str(len(OPTIMIZERS)))]
 
 
 def test_every_method_of_tuning_has_a_row() -> None:
@@ -66,3 +68,28 @@ def test_every_method_of_tuning_has_a_row() -> None:
     assert [
         name for name in (*KNOWN, *OPTIMIZERS) if not re.search(rf"^\| `{name}` \|", text, re.MULTILINE)
     ] == []
+
+
+def test_costs_in_the_documents_are_those_of_the_catalogue() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    section = re.search(r"^### What they cost.*?\n(.*?)(?=^## )", text, flags=re.MULTILINE | re.DOTALL)
+    assert section is not None
+    rows = re.findall(r"^\| `([\w-]+)` \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", section[1], flags=re.MULTILINE)
+    known = {
+        row.name: (row.cost, row.memory)
+        for row in methods()
+        if row.family not in ("adapter", "full", "start", "optimizer")
+    }
+    assert {name: (cost, memory) for name, cost, memory, _ in rows} == known
+    assert len(rows) == len(known)
+
+
+def test_stated_times_are_those_of_the_measured_cells_but_for_a_factor_of_two() -> None:
+    cells = ROOT / "benchmarks/results/quality_per_byte/gpt2-wikitext2-1m/2-bits"
+    seconds = {path.stem: json.loads(path.read_text()).get("seconds") for path in cells.glob("*.json")}
+    stated = {row.name: float(row.cost.removesuffix("x gptq")) for row in methods() if "x gptq" in row.cost}
+    assert stated
+    for name, times in stated.items():
+        subjects = (name, f"gptq+{name}", f"{name}+gptq", f"rtn+{name}")
+        measured = next(seconds[subject] for subject in subjects if seconds.get(subject))
+        assert 0.5 <= measured / seconds["gptq"] / times <= 2, name

@@ -363,6 +363,7 @@ def _begin(
 
     unfinished = work_module.check_unfinished(work, output, what, resume)
     work_module.check_windows(work)
+    work_module.remark_on_few_tokens(work)
     prediction = work_module.foresee(work, output)
     for stage in stage_rows(prediction.as_dicts()):
         work.progress.note(

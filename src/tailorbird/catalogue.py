@@ -1,4 +1,4 @@
-"""Every method by name: where it comes from, what it needs, and what it fills."""
+"""Every method by name: where it comes from, what it needs, what it fills, and what it costs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from tailorbird.adapt.methods.registry import KNOWN
 from tailorbird.adapt.optimizers.registry import OPTIMIZERS
 from tailorbird.adapt.starts.registry import STARTS
+from tailorbird.compress.allocation import JUDGING
 from tailorbird.compress.blocks.flatquant import FlatQuant
 from tailorbird.compress.recipe import STAGES
 from tailorbird.formats.packed import (
@@ -52,6 +53,19 @@ _NEEDS = {
     "outputs": "outputs and gradients of the block",
     "logits": "both models in memory, gradients",
 }
+#: time of a compression at 2 bits beside one with `gptq`, to one digit; what stands before, beside or after a
+#: linear method with one (`benchmarks/results/quality_per_byte/gpt2-wikitext2-1m/2-bits`)
+_TIMES = {
+    "rtn": 0.02, "gptq": 1, "spqr": 1, "llm-int8": 0.4, "quantease": 1, "leanquant": 1, "ganq": 1, "bcq": 2,
+    "billm": 2, "decoupleq": 1, "yaqa": 2, "higgs": 0.04, "hadamard": 1, "awq": 1, "cfp": 1, "outliertune": 1,
+    "eora": 2, "lq-lora": 4, "signround": 10, "flexround": 8, "efficientqat": 30, "omniquant": 30, "cbq": 30,
+}  # fmt: skip
+_UNMEASURED = "not measured"
+#: what is in memory at once of the models, by the stage of a recipe where it isn't a block
+_MEMORY = {"block": "block, gradients", "whole": "source and result, gradients"}
+_BLOCK, _WINDOW, _SKETCHED = "block", "blocks of a window, gradients", "block, gradients, sketches"
+#: the same of allocators that judge whole models, and of what tunes
+_JUDGED, _TUNED = "source, versions of its places", "model, what is learned"
 _TUNING = {
     "adapter": "an adapter",
     "full": "the model's own weights",
@@ -70,6 +84,11 @@ class MethodRow:
         As its settings are if nothing is said.
     fills : str
         Which part of a result it makes.
+    cost : str
+        Time of a compression with it beside one with `gptq`, on a model of a million parameters; of planning
+        and tuning it wasn't measured.
+    memory : str
+        What of the models is in memory at once.
     """
 
     name: str
@@ -78,6 +97,8 @@ class MethodRow:
     paper: str
     needs: str
     fills: str
+    cost: str
+    memory: str
 
 
 def all_methods() -> list[MethodRow]:
@@ -87,11 +108,29 @@ def all_methods() -> list[MethodRow]:
     return [
         *_of_recipes(),
         *(
-            MethodRow(name, kind.family, kind.kind, kind.paper, kind.requirements, "the plan")
+            MethodRow(
+                name,
+                kind.family,
+                kind.kind,
+                kind.paper,
+                kind.requirements,
+                "the plan",
+                _UNMEASURED,
+                _JUDGED if name in JUDGING else _BLOCK,
+            )
             for name, kind in allocators.items()
         ),
         *(
-            MethodRow(name, kind.family, kind.kind, kind.paper, kind.needs, _TUNING[kind.family])
+            MethodRow(
+                name,
+                kind.family,
+                kind.kind,
+                kind.paper,
+                kind.needs,
+                _TUNING[kind.family],
+                _UNMEASURED,
+                _TUNED,
+            )
             for name, kind in tuning.items()
         ),
     ]
@@ -102,7 +141,20 @@ def _of_recipes() -> Iterator[MethodRow]:
         for name, kind in STAGES[stage].items():
             read = getattr(kind(), "needs", kind.requirements)
             needs = ", ".join(words for key, words in _NEEDS.items() if key in read) or "nothing"
-            yield MethodRow(name, kind.family, kind.kind, kind.paper, needs, _filled(kind) or fills)
+            cost = f"{_TIMES[name]:g}x gptq" if name in _TIMES else _UNMEASURED
+            yield MethodRow(
+                name, kind.family, kind.kind, kind.paper, needs, _filled(kind) or fills, cost,
+                _memory(stage, kind, read),
+            )  # fmt: skip
+
+
+def _memory(stage: str, kind: Any, read: frozenset[str]) -> str:
+    """What of the models a method of a recipe has in memory at once."""
+    if "sketch" in read:
+        return _SKETCHED
+    if stage == "block" and kind().window > 1:
+        return _WINDOW
+    return _MEMORY.get(stage, _BLOCK)
 
 
 def _filled(kind: Any) -> str:

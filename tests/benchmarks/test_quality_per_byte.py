@@ -17,6 +17,7 @@ import quality_per_byte as benchmark
 from fit_quality import Subject
 from results import text_file
 from tailorbird.calibrate.stream import StreamingModel
+from tailorbird.compress.recipe import parse_recipe
 from tailorbird.evaluate.streamed import measure_quality
 from tailorbird.formats.gguf import interleave_rotary
 from tailorbird.model.anatomy import read_anatomy
@@ -84,6 +85,38 @@ def test_what_two_subjects_share_falls_out_of_their_difference() -> None:
     assert math.isnan(benchmark.paired_difference([1.0], [0.0])[1])
 
 
+def test_what_fits_in_a_peers_bytes_is_paired_with_that_peer(capsys: pytest.CaptureFixture[str]) -> None:
+    windows = {
+        "gptq": [0.3, 0.5, 0.4, 0.6],
+        "hqq": [0.5, 0.9, 0.6, 1.2],
+        "fit-fast@hqq": [0.2, 0.5, 0.4, 0.9],
+        "fit-fast@quanto": [0.2, 0.5, 0.4, 0.9],
+        "rtn": [0.4, 0.6, 0.5, 0.7],
+    }
+    cells = [
+        {
+            "subject": name, "bits": 3, "bits_per_weight": 3.3, "total_bytes": 1234, "held_out": "text",
+            "kl_mean": sum(kl) / len(kl), "kl_windows": kl, "perplexity": 2.0, "perplexity_before": 1.0,
+            "top1_agreement": 0.5, "seconds": 1.0, "peak_rss_bytes": 1 << 20,
+        }
+        for name, kl in windows.items()
+    ]  # fmt: skip
+    own = {cell["subject"]: cell for cell in cells}
+    mean, error = benchmark.paired_difference(windows["fit-fast@hqq"], windows["hqq"])
+    told = ("hqq", f"{mean:+.4f} ± {error:.4f}", f"{mean / error:+.1f}")
+    assert benchmark.beside("fit-fast@hqq", own, "gptq") == told
+    assert benchmark.beside("fit-fast@quanto", own, "gptq") == ("", "", "")  # whose cell isn't there
+    assert benchmark.beside("hqq", own, "gptq")[0] == "gptq"
+    assert benchmark.beside("gptq", own, "gptq") == ("", "", "")
+    assert benchmark.beside("rtn", own, "gptq")[1].startswith("+0.1000 ± 0.0000")
+    own["hqq"]["held_out"] = "another text"
+    assert benchmark.beside("fit-fast@hqq", own, "gptq") == ("", "", "")
+    own["hqq"]["held_out"] = "text"
+    benchmark.show("tiny", cells, "gptq")
+    row = next(line for line in capsys.readouterr().out.splitlines() if "fit-fast@hqq" in line)
+    assert all(text in row for text in told)
+
+
 def test_fit_gets_the_bytes_of_the_peers_cell(
     opened: benchmark.Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +174,23 @@ def test_peers_get_an_equal_model_where_linears_are_stored_transposed(tmp_path: 
 
 def test_every_peer_has_its_run_and_no_other() -> None:
     assert set(benchmark.PEERS) == set(child.PEERS)
+
+
+def test_every_subject_of_ours_is_a_recipe() -> None:
+    for name in benchmark.OWN:
+        for bits in benchmark.WIDTHS.get(name, (2, 3, 4)):
+            parse_recipe(child.recipe_of(name, bits, benchmark.GROUP))
+
+
+def test_autorounds_best_settings_are_told_to_it_and_to_no_other() -> None:
+    def told(subject: str, bits: int, steps: int | None = None) -> dict[str, object]:
+        return child.autoround_settings({"subject": subject, "bits": bits, "steps": steps})
+
+    assert told("autoround", 2) == {}
+    assert told("autoround", 2, 7) == {"iters": 7}
+    assert told("autoround-best", 2) == {"iters": 1000, "enable_alg_ext": True}
+    assert told("autoround-best", 4) == {"iters": 1000}
+    assert told("autoround-best", 2, 7) == {"iters": 7, "enable_alg_ext": True}
 
 
 def test_what_a_child_leaves_where_it_runs_is_gone_and_its_paths_mean_the_same(

@@ -228,6 +228,8 @@ METHOD = {
     "paper": "2210.17323",
     "needs": "Gram matrix",
     "fills": "integers",
+    "cost": "1x gptq",
+    "memory": "block",
 }
 
 

@@ -376,6 +376,20 @@ def test_a_compressed_model_is_no_source(refused: Any, fitted: Path) -> None:
     refused(*COMPRESS, "--recipe", "rtn:bits=4,group=32", source=fitted, says=says)
 
 
+@pytest.mark.parametrize("learns", ["distil", "pv-tuning", "step-sizes", "signround", "efficientqat"])
+def test_gradients_through_the_codes_of_a_source_are_refused_by_name(
+    refused: Any, model: Path, fitted: Path, tmp_path: Path, learns: str
+) -> None:
+    says = ("compressed already", f"`{learns}` can't learn by gradients through its codes")
+    recipe = f"gptq+{learns}:bits=4,group=32"
+    refused(*COMPRESS, "--recipe", recipe, source=fitted, says=says)
+    refused(*FIT, "--method", f"gptq+{learns}", source=fitted, says=says)
+    foreign = tmp_path / "foreign"
+    shutil.copytree(model, foreign)
+    edit_json("config.json", quantization_config={"quant_method": "gptq", "bits": 4})(foreign)
+    refused(*COMPRESS, "--recipe", recipe, source=foreign, says=("already quantized by 'gptq'",))
+
+
 def test_only_what_tailorbird_made_is_exported(refused: Any, model: Path) -> None:
     refused(*LEAST["export"], source=model, says=(str(model),))
 
@@ -567,6 +581,73 @@ def test_a_gate_that_could_never_refuse(refused: Any, gate: str, value: str) -> 
 @pytest.mark.parametrize("name", LEAST)
 def test_a_device_other_than_the_processor(refused: Any, name: str) -> None:
     refused(*LEAST[name], "--device", "cuda", says=("cuda", "--device cpu"))
+
+
+# --- too little text to tell ---------------------------------------------------------------------
+
+FEW = ("--allow-slower", "--sequences", "1", "--recipe", "gptq:bits=8,group=32")
+
+
+def warnings_of(output: Path) -> list[str]:
+    found: list[str] = json.loads((output / "report.json").read_text())["result"]["warnings"]
+    return found
+
+
+@pytest.mark.parametrize("sequences", [4, 5])
+def test_fewer_tokens_than_a_linear_has_inputs_are_said_before_work_and_in_the_result(
+    command: Any, model: Path, text: Path, tmp_path: Path, sequences: int
+) -> None:
+    arguments = filled((*COMPRESS, *FEW, "--sequences", str(sequences)), model, text)
+    done = command(*arguments, "-o", str(tmp_path / "out"))
+    assert done.status == 0, done.err
+    tokens, needed = sequences * 32, DECODER["intermediate_size"]
+    said = f"calibration text has {tokens} tokens, and the Gram matrix of the {needed} inputs of "
+    few = [warning for warning in warnings_of(tmp_path / "out") if warning.startswith(said)]
+    assert len(few) == (tokens < needed)
+    assert (said in done.err) == (tokens < needed)
+    if few:
+        assert done.err.index(said) < done.err.index("statistics …")
+        assert f"needs {needed} at least: damping holds the rest, 0.01 of" in few[0]
+        assert "mlp.down_proj" in few[0]
+
+
+@pytest.mark.parametrize("recipe", ["rtn:bits=8,group=32", "llm-int8:bits=8,group=32"])
+def test_methods_that_divide_by_no_gram_matrix_ask_for_no_more_text(
+    model: Path, text: Path, tmp_path: Path, recipe: str
+) -> None:
+    result = tailorbird.compress(
+        str(model), tmp_path / "out", recipe=recipe, calibration=str(text), sequences=1, length=32,
+        measure_speed=False, measure_spread=False,
+    )  # fmt: skip
+    assert not any("Gram matrix" in warning for warning in result.warnings)
+
+
+def test_a_comparison_says_of_few_tokens_too(command: Any, model: Path, text: Path, tmp_path: Path) -> None:
+    few = ("--calibration", "TEXT", "--sequences", "2", "--length", "32")
+    line = filled(("compare", "MODEL", "--budgets", "45%", "--methods", "rtn,gptq", *few), model, text)
+    done = command(*line, "-o", str(tmp_path / "table"))
+    assert done.status == 0, done.err
+    assert done.err.count("calibration text has 64 tokens") == 1
+    said = json.loads((tmp_path / "table" / "comparison.json").read_text())["warnings"]
+    assert any("calibration text has 64 tokens" in warning for warning in said)
+
+
+def test_a_damping_that_had_to_be_raised_is_said_with_its_linear(
+    command: Any, model: Path, text: Path, tmp_path: Path
+) -> None:
+    recipe = "gptq:bits=8,group=32,damping=1e-9"
+    arguments = filled((*COMPRESS, *FEW, "--recipe", recipe), model, text)
+    done = command(*arguments, "-o", str(tmp_path / "out"))
+    assert done.status == 0, done.err
+    places = json.loads((tmp_path / "out" / "report.json").read_text())["plan"]["places"]
+    used = {place["name"]: place["measured"].get("damping") for place in places if place["measured"]}
+    raised = {name: damping for name, damping in used.items() if damping is not None}
+    assert raised
+    assert all(1e-9 < damping <= 1e-3 for damping in raised.values())
+    (said,) = (warning for warning in warnings_of(tmp_path / "out") if "damping was raised" in warning)
+    name, damping = next(iter(raised.items()))
+    assert f"{damping:g} at `{name}`" in said
+    assert said in done.err
 
 
 # --- plans ---------------------------------------------------------------------------------------

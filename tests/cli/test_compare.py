@@ -20,6 +20,20 @@ def test_every_flag_reaches_the_call(command: Any, api: Any) -> None:
     assert (given["sequences"], given["length"], given["seed"]) == (4, 32, 7)
 
 
+def test_a_unit_behind_the_last_budget_counts_for_those_before_it(command: Any, api: Any) -> None:
+    line = ["compare", "m", "--methods", "rtn", "-o", "d", "--budgets"]
+    assert command(*line, "2.25,3.25, 4.25bpw").status == 0
+    assert api.arguments["budgets"] == ["2.25bpw", "3.25bpw", "4.25bpw"]
+
+
+def test_without_an_output_it_is_named_after_the_model(command: Any, api: Any) -> None:
+    for model, name in (("demo", "demo"), ("hub/tiny-1.5", "tiny-1.5"), ("../models/mine/", "mine")):
+        done = command("compare", model, "--budgets", "3bpw", "--methods", "rtn")
+        assert done.status == 0
+        assert api.calls[-1][1]["output"] == Path(f"{name}-compared")
+        assert f"{name}-compared/comparison.html" in done.out
+
+
 def test_a_row_for_every_cell_and_the_page_below(command: Any, api: Any) -> None:
     (cell,) = api.answers["compare"]
     api.answers["compare"] = [cell, replace(cell, budget="2bpw", failure="the gate refused")]

@@ -1,14 +1,18 @@
-"""Any fold, method, correction, block method and model method together run, or are refused before work.
+"""Methods of all stages, and allocators over them, run together or are refused before work.
 
-Recipes are drawn at random, with codings and small settings. One that is refused must leave nothing on disk;
-one that runs must give a model that loads, and that stands far nearer to its source than a stranger does.
+Recipes are drawn at random, with codings and small settings, or with an allocator and a budget. One that is
+refused must say why, of something that was drawn, and leave nothing on disk; one that runs must give a model
+that loads, and that stands far nearer to its source than a stranger does.
 """
 
 from __future__ import annotations
 
 import random
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +20,20 @@ import pytest
 import torch
 
 from tailorbird import api
-from tailorbird.compress.recipe import STAGES, parse_recipe
-from tailorbird.errors import UserError
+from tailorbird.compress import allocation, effort
+from tailorbird.compress.recipe import STAGES, Recipe, parse_recipe, planned_recipe
+from tailorbird.errors import GateRefused, UserError
 from tailorbird.formats.codebooks import POINTS, bits_of
 from tailorbird.model.load import load
+from tailorbird.plan.allocators import ALLOCATORS
+from tailorbird.plan.allocators.evopress import Evopress
+from tailorbird.plan.planfile import load_plan
 from tiny import make_model, save_model
 
 #: recipes that are drawn, and those of them in a quick run
 RECIPES, QUICK = 200, 16
+#: budgets that are drawn, the first of which nothing meets
+BUDGETS = ("2%", "22%", "25%", "30%", "45%", "70%", "3bpw", "4.5bpw", "6bpw")
 #: widths that leave the last group of a row short; logits that are far from equal
 SIZES: dict[str, dict[str, Any]] = {
     "llama": {
@@ -90,14 +100,31 @@ BITS = {"double-rounding": [8, 8, 8, 8, 4]}
 SHARE = {2: 1.0, 3: 0.5, 4: 0.2, 5: 0.1, 6: 0.05, 8: 0.02}
 
 
+def planned(seed: int) -> bool:
+    """Whether an allocator and a budget are drawn beside methods, and not a coding and settings."""
+    return seed % 3 == 0 if seed < QUICK else seed % 7 == 2
+
+
+def methods_drawn(draw: random.Random, rotated: float = 0.27) -> dict[str, str]:
+    """Stage -> method, some of which go with nothing."""
+    return {
+        stage: draw.choice(sorted(known))
+        for stage, known in STAGES.items()
+        if stage == "method" or draw.random() < (rotated if stage == "rotation" else 0.27)
+    }
+
+
+def drawn_plan(seed: int) -> tuple[str, str, str]:
+    """Methods, an allocator and a budget, some of which go with nothing."""
+    draw = random.Random(seed)
+    names = methods_drawn(draw, rotated=0.5).values()
+    return "+".join(names), draw.choice(sorted(ALLOCATORS)), draw.choice(BUDGETS)
+
+
 def drawn(seed: int) -> str:
     """A recipe as one line, some of which no tool could follow."""
     draw = random.Random(seed)
-    stages = {
-        stage: draw.choice(sorted(known))
-        for stage, known in STAGES.items()
-        if stage == "method" or draw.random() < 0.27
-    }
+    stages = methods_drawn(draw)
     method = stages["method"]
     stated = []
     if method != "df11" or draw.random() < 0.2:
@@ -178,12 +205,22 @@ def output(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_every_method_is_drawn() -> None:
-    lines = [drawn(seed) for seed in range(RECIPES)]
+    seeds = [seed for seed in range(RECIPES) if not planned(seed)]
+    lines = [drawn(seed) for seed in seeds]
     joined = {name for line in lines for name in line.partition(":")[0].split("+")}
     assert joined == {name for known in STAGES.values() for name in known}
-    assert len(set(lines)) == RECIPES
+    assert len(set(lines)) == len(lines)
     # methods of tables go with nothing that folds or learns
-    assert sum(is_recipe(line) for line in lines) > 0.4 * RECIPES
+    assert sum(is_recipe(line) for line in lines) > 0.4 * len(lines)
+
+
+def test_every_allocator_is_drawn_with_and_without_a_rotation() -> None:
+    plans = [drawn_plan(seed) for seed in range(RECIPES) if planned(seed)]
+    assert 25 <= len(plans) <= 35
+    for rotated in (False, True):
+        drawn_with = {name for methods, name, _ in plans if methods.startswith("hadamard") == rotated}
+        assert drawn_with == set(ALLOCATORS)
+    assert sum(planned(seed) for seed in range(QUICK)) == 6
 
 
 def is_recipe(line: str) -> bool:
@@ -200,7 +237,11 @@ def is_recipe(line: str) -> bool:
 def test_a_recipe_runs_or_is_refused_before_work(
     seed: int, sources: dict[str, Source], text: Path, output: Path
 ) -> None:
-    check(drawn(seed), sources[list(SIZES)[seed % len(SIZES)]], text, output)
+    source = sources[list(SIZES)[seed % len(SIZES)]]
+    if planned(seed):
+        check_plan(*drawn_plan(seed), source, text, output)
+    else:
+        check(drawn(seed), source, text, output)
 
 
 @pytest.mark.parametrize("architecture", list(SIZES))
@@ -232,9 +273,55 @@ def check(recipe: str, source: Source, text: Path, output: Path) -> bool:
     except UserError as error:
         refused = error
     if refused is not None:
-        left = [path.name for path in output.parent.iterdir()]
-        assert not left, f"{recipe}: {refused}, and left {left}"
+        check_refusal(refused, recipe, re.split("[+:,=]", recipe), output)
         return False
     divergence = source.divergence(source.read(load(output)))
     assert divergence < SHARE[fewest_bits(recipe)] * source.stranger, recipe
     return True
+
+
+def check_plan(methods: str, allocator: str, memory: str, source: Source, text: Path, output: Path) -> bool:
+    """Whether the plan was made; within its bytes, whatever the gate thinks of a random model."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(allocation, "Evopress", partial(Evopress, generations=2, offspring=4))
+        patched.setattr(effort, "planned_recipe", quick_recipe)
+        try:
+            result = api.fit(
+                str(source.path), memory, output, method=methods, allocator=allocator,
+                calibration=str(text), sequences=4, length=32, measure_speed=False, measure_spread=False,
+                max_kl=100.0, max_perplexity_increase=1e9,
+            )  # fmt: skip
+        except GateRefused as refused:
+            result = refused.result  # type: ignore[attr-defined]
+        except UserError as refused:
+            parts = [*methods.split("+"), allocator, memory, "budget"]
+            check_refusal(refused, f"{methods} by {allocator} in {memory}", parts, output)
+            return False
+    assert result.total_bytes <= result.budget_bytes
+    plan = load_plan(Path(result.output) / "plan.yaml")
+    assert plan.allocator == allocator
+    assert plan.method is not None
+    assert plan.method.name == methods
+    assert source.divergence(source.read(load(result.output))) < source.stranger
+    return True
+
+
+def quick_recipe(name: str) -> Recipe:
+    """What `fit` makes of a name, with three updates where it learns hundreds."""
+    recipe = planned_recipe(name)
+    block, whole = (
+        None if method is None else replace(method, steps=3, batch=2)
+        for method in (recipe.block, recipe.whole)
+    )
+    return replace(recipe, block=block, whole=whole)
+
+
+def check_refusal(refused: UserError, line: str, parts: Iterable[str], output: Path) -> None:
+    """It says why, naming something that was drawn, and nothing is left."""
+    left = [path.name for path in output.parent.iterdir()]
+    assert not left, f"{line}: {refused}, and left {left}"
+    assert refused.given, line
+    assert refused.expected, line
+    assert refused.remedy, line
+    words = [part for part in parts if len(part) > 2 and not part.replace(".", "").isdigit()]
+    assert any(word in str(refused) for word in words), f"{line}: {refused}"

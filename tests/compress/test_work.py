@@ -16,6 +16,7 @@ from tailorbird.compress import planning
 from tailorbird.compress import work as work_module
 from tailorbird.errors import BudgetError, ResourceError, ResumeError, SettingsError, TextError, UserError
 from tailorbird.formats.packed import FloatCoding, IntegerCoding
+from tailorbird.plan import predict
 from tailorbird.plan.planfile import load_plan
 from tiny import save_model
 
@@ -97,6 +98,57 @@ def test_fit_finds_wrong_settings_first(
 ) -> None:
     with pytest.raises(error, match=message):
         tailorbird.fit(model, **{"memory": "45%", "output": tmp_path / "out", "dry_run": dry_run} | settings)
+
+
+LEARNED = "bits=4,group=32"
+
+
+@pytest.mark.parametrize("learns", ["distil", "pv-tuning", "step-sizes"])
+def test_gradients_of_a_model_that_must_stream_are_refused_by_name_before_work(
+    model: str, text: str, tmp_path: Path, learns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "_whole_peak", lambda *_: 1 << 50)
+    options: dict[str, Any] = {"calibration": text, "sequences": 4, "length": 32}
+    for before in ("gptq", "gptq+signround"):
+        with pytest.raises(ResourceError) as caught:
+            tailorbird.compress(model, tmp_path / "out", recipe=f"{before}+{learns}:{LEARNED}", **options)
+        assert f"`{learns}`, which needs gradients with source and result in memory" in str(caught.value)
+        assert f"leave out `{learns}`, without which the model streams through" in str(caught.value)
+    with pytest.raises(ResourceError, match=f"`{learns}`, which needs gradients"):
+        tailorbird.fit(model, "45%", tmp_path / "out", method=f"gptq+{learns}", **options)
+    dry = tailorbird.fit(model, "45%", method=f"gptq+{learns}", dry_run=True, **options)
+    assert dry.advice is not None
+    assert f"leave out `{learns}`" in dry.advice
+    assert [path.name for path in tmp_path.iterdir()] == [Path(text).name]
+
+
+@pytest.mark.parametrize(
+    "learns", ["signround", "flexround", "efficientqat", "omniquant", "cbq", "flatquant"]
+)
+def test_gradients_of_blocks_that_do_not_fit_are_refused_by_name_before_work(
+    model: str, text: str, tmp_path: Path, learns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "LEARNED_COPIES", 1 << 40)
+    options: dict[str, Any] = {"calibration": text, "sequences": 4, "length": 32}
+    with pytest.raises(ResourceError) as caught:
+        tailorbird.compress(model, tmp_path / "out", recipe=f"rtn+{learns}:{LEARNED}", **options)
+    assert f"`{learns}`, which needs gradients with all that the updates of a block keep" in str(caught.value)
+    if learns != "flatquant":
+        with pytest.raises(ResourceError, match=f"leave out `{learns}` and `distil`, without"):
+            tailorbird.compress(model, tmp_path / "out", recipe=f"rtn+{learns}+distil:{LEARNED}", **options)
+    assert [path.name for path in tmp_path.iterdir()] == [Path(text).name]
+
+
+def test_a_model_that_does_not_even_stream_blames_no_method(
+    model: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "available_bytes", lambda: 0)
+    monkeypatch.setattr(predict, "resident_bytes", lambda: 0)
+    with pytest.raises(ResourceError, match="of memory") as caught:
+        tailorbird.compress(
+            model, tmp_path / "out", recipe=f"gptq+distil:{LEARNED}", calibration=text, sequences=4, length=32
+        )
+    assert "distil" not in str(caught.value)
 
 
 def test_a_wrong_plan_is_found_first(model: str, tmp_path: Path, no_texts: None) -> None:

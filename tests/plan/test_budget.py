@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailorbird.errors import BudgetError, SettingsError
-from tailorbird.plan.budget import Budget, enough_size, format_size, parse_size, read_budget
+from tailorbird.plan.budget import Budget, enough_size, format_size, parse_size, read_budget, with_last_unit
 
 DENSE, PARAMETERS = 2_000_000, 1_000_000
 
@@ -48,6 +48,22 @@ def test_anything_else_is_refused_with_an_example(text):
     with pytest.raises(SettingsError) as caught:
         parse_size(text, DENSE, PARAMETERS)
     assert re.search(r"GiB", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("texts", "read"),
+    [
+        (["2.25", "3", "4.25bpw"], ["2.25bpw", "3bpw", "4.25bpw"]),
+        (["30", "1MB", "60 %"], ["30%", "1MB", "60 %"]),
+        ([".5", "1.", "2MiB"], [".5MiB", "1.MiB", "2MiB"]),
+        (["8B", "1MB"], ["8B", "1MB"]),
+        (["2.25bpw", "3.25"], ["2.25bpw", "3.25"]),
+        (["two", "3bpw"], ["two", "3bpw"]),
+        ([], []),
+    ],
+)
+def test_numbers_of_a_list_have_the_unit_of_the_last(texts, read):
+    assert with_last_unit(texts) == read
 
 
 @given(st.text(max_size=20))

@@ -11,7 +11,7 @@ from tailorbird.cli import options
 from tailorbird.cli.output import plain, print_comparison, print_json, working
 
 EXAMPLE = (
-    "Example: tailorbird compare demo --budgets 2.25bpw,3.25bpw --methods rtn,gptq,awq+gptq -o out/compared"
+    "Example: tailorbird compare demo --budgets 2.25,3.25bpw --methods rtn,gptq,awq+gptq -o out/compared"
 )
 
 
@@ -22,7 +22,8 @@ def compare(
         typer.Option(
             "--budgets",
             metavar="SIZE,...",
-            help="What the weights may take, each as `fit --memory` has it: 2.25bpw,3.25bpw,60%.",
+            help="What the weights may take, each as `fit --memory` has it: 1.5GiB,60%. Numbers without a "
+            "unit have the last one's: 2.25,3.25,4.25bpw.",
         ),
     ],
     methods: Annotated[
@@ -34,14 +35,15 @@ def compare(
         ),
     ],
     output: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--output",
             "-o",
             metavar="DIR",
-            help="Directory of the comparison. One that is there is gone on with: known cells stay.",
+            help="Directory of the comparison; MODEL-compared, here, if not given. One that is there is gone "
+            "on with: known cells stay.",
         ),
-    ],
+    ] = None,
     calibration: options.Calibration = None,
     evaluation: options.Evaluation = None,
     sequences: options.Sequences = None,
@@ -52,13 +54,15 @@ def compare(
 ) -> None:
     """Compare methods within budgets: size, quality, time and memory of each."""
     from tailorbird import api
+    from tailorbird.plan.budget import with_last_unit
 
+    directory = output or Path(f"{Path(model).absolute().name}-compared")
     with working() as progress:
         cells = api.compare(
             model,
-            _listed(budgets),
+            with_last_unit(_listed(budgets)),
             _listed(methods),
-            output,
+            directory,
             calibration=calibration,
             evaluation=evaluation,
             sequences=sequences,
@@ -71,7 +75,7 @@ def compare(
     if json:
         print_json(fields)
     else:
-        print_comparison(fields, output)
+        print_comparison(fields, directory)
     if any(cell["total_bytes"] is None for cell in fields):
         raise typer.Exit(1)
 

@@ -18,7 +18,7 @@ def methods(
     seed: options.IdleSeed = 0,
     device: options.Device = "cpu",
 ) -> None:
-    """List the methods with family, kind, paper, what they need and what they fill."""
+    """List the methods with family, kind, paper, what they need, fill and cost."""
     from tailorbird import api
 
     with working():
@@ -26,7 +26,7 @@ def methods(
     if json:
         print_json(fields)
         return
-    columns = ("name", "family", "kind", "needs", "fills", "paper")
+    columns = ("name", "family", "kind", "needs", "fills", "cost", "memory", "paper")
     print_table(
         columns, [[_text(row[column]) for column in columns] for row in fields], texts=range(len(columns))
     )

@@ -29,6 +29,7 @@ from tailorbird.compress.work import (
     Work,
     budget_of,
     check_resources,
+    few_tokens,
     foresee,
     machine,
     open_work,
@@ -132,7 +133,9 @@ def compare(
     limits = {text: budget_of(smallest, text, None, None) for text in texts}
     made = _make_directories(output)
     try:
-        remarks = work.texts.notes
+        few = (few_tokens(_with(work, recipe)) for recipe in recipes.values())
+        work.remarks += tuple(dict.fromkeys(remark for found in few for remark in found))
+        remarks = [*work.texts.notes, *work.remarks]
     except UserError:
         remove_empty(made)
         raise
@@ -309,7 +312,7 @@ def _facts(work: Work, command: str) -> dict[str, Any]:
         "versions": record["versions"],
         "machine": machine(),
         "command": command,
-        "warnings": list(work.texts.notes),
+        "warnings": [*work.texts.notes, *work.remarks],
         **{
             name: {"source": text.source, "tokens": text.tokens, "fingerprint": text.fingerprint}
             for name, text in texts.items()

@@ -27,6 +27,7 @@ from tailorbird.compress.planning import (
     fastest_step_seconds,
     predicted_losses,
     predicted_step_seconds,
+    remark_on_damping,
     remark_on_exact_inputs,
     with_rounded_inputs,
 )
@@ -120,6 +121,7 @@ def make(
     compression = compression_of(work, scores, cache, codings)
     remark_on_exact_inputs(work, codings, compression.rounded_inputs)
     measured = compress_into(work, job, compression)
+    remark_on_damping(work, measured)
     predicted = predicted_losses(work, scores, codings)
     predicted_kl = sum(p["kl"] for p in predicted.values())
     verdict = check(work, job, codings, predicted_kl, limits)

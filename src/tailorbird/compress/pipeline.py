@@ -42,6 +42,7 @@ from tailorbird.compress.streams import Passing, Streams, as_is
 from tailorbird.compress.whole.stage import learn_whole, put_learned
 from tailorbird.formats.modules import CompressedLinear
 from tailorbird.formats.packed import (
+    Coding,
     IntegerCoding,
     PackedWeight,
 )
@@ -51,6 +52,7 @@ from tailorbird.linear.correct.eora import Corrected
 from tailorbird.linear.ends import end_method
 from tailorbird.linear.error import output_error, row_errors
 from tailorbird.linear.folds import FOLDS_FILE
+from tailorbird.linear.quantize.gptq import raised_dampings
 from tailorbird.linear.quantize.rtn import Rtn
 from tailorbird.linear.rotate.weights import ROTATION_FILE
 from tailorbird.model.anatomy import BlockAnatomy, LinearPlace
@@ -109,7 +111,8 @@ class Pipeline:
         Returns
         -------
         dict
-            Place -> ``{"error": relative output error as measured when it was rounded}``.
+            Place -> ``{"error": relative output error as measured when it was rounded}``, with ``"damping"``
+            where its Gram matrix took more than the method states.
         """
         measured: dict[str, dict[str, float]] = {}
         blocks = self.anatomy.blocks
@@ -192,11 +195,13 @@ class Pipeline:
         else:
             statistics = self.compression.tied
             own = self.compression.method if statistics is not None else Rtn()
-            packed = end_method(own, coding)(weight, statistics, coding)
+            raised: list[float] = []
+            with raised_dampings(raised):
+                packed = end_method(own, coding)(weight, statistics, coding)
             tensors |= {f"{name}.{part}": tensor for part, tensor in packed.tensors.items()}
             replacement = packed.dequantize()
             gram = None if statistics is None else statistics.gram
-            done[name] = {"error": output_error(weight, replacement, gram)}
+            done[name] = _found(output_error(weight, replacement, gram), raised)
             self._write_row_errors("embedding", {name: row_errors(weight, replacement)})
         write_tensors(self.job.partial / file_name(self.anatomy, 0), tensors)
         if self.streamed:
@@ -294,18 +299,20 @@ class Pipeline:
                 )
                 if folding is not None:
                     statistics = folding.fold_norm(together, statistics)
-            rounded = self._prepared(statistics)
+            raised: list[float] = []
+            rounded = self._prepared(statistics, raised)
             for place in together:
                 if self.sketched and statistics is not None:
                     sketch = read_sketch(self.job.part(SKETCHES), place.name)
-                    rounded = self._prepared(replace(statistics, sketch=sketch))
+                    raised = []
+                    rounded = self._prepared(replace(statistics, sketch=sketch), raised)
                 weight = self.model.weight_of(working, place)
                 coding = self.compression.codings[place.name]
                 packed = rounded(weight, coding, self.compression.low_rank.get(place.name))
                 self._begin(block, place, weight, packed)
                 approximation = packed.dequantize()
                 gram = None if statistics is None else statistics.gram
-                block.done[place.name] = {"error": output_error(weight, approximation, gram)}
+                block.done[place.name] = _found(output_error(weight, approximation, gram), raised)
                 block.rows[place.name] = row_errors(weight, approximation)
                 tensors |= stored(place, packed)
                 self.model.set_weight(working, place, approximation)
@@ -443,9 +450,17 @@ class Pipeline:
                 self.model.capture_inputs(block.module, index, hidden, show)
         return {name: torch.tensor(search.scale) for name, search in found.items()}
 
-    def _prepared(self, statistics: LinearStatistics | None) -> Corrected:
-        """The method, and the correction after it, for weights that read one input."""
-        rounded = self.compression.method.prepare(statistics)
+    def _prepared(self, statistics: LinearStatistics | None, raised: list[float]) -> Corrected:
+        """The method, and the correction after it, for weights that read one input.
+
+        A damping that is higher than the method states is added to `raised`.
+        """
+        prepared = self.compression.method.prepare(statistics)
+
+        def rounded(weight: torch.Tensor, coding: Coding) -> PackedWeight:
+            with raised_dampings(raised):
+                return prepared(weight, coding)
+
         if self.compression.correction is None:
             return lambda weight, coding, part: rounded(weight, coding)
         return self.compression.correction.prepare(rounded, statistics)
@@ -528,10 +543,12 @@ class Pipeline:
         else:
             weight = self.model.end_weight(name)
             statistics = self._head_statistics() if self.gathers else None
-            packed = end_method(self.compression.method, coding)(weight, statistics, coding)
+            raised: list[float] = []
+            with raised_dampings(raised):
+                packed = end_method(self.compression.method, coding)(weight, statistics, coding)
             approximation = packed.dequantize()
             gram = None if statistics is None else statistics.gram
-            done[name] = {"error": output_error(weight, approximation, gram)}
+            done[name] = _found(output_error(weight, approximation, gram), raised)
             self._write_row_errors("head", {name: row_errors(weight, approximation)})
             tensors |= {f"{name}.{part}": tensor for part, tensor in packed.tensors.items()}
             self.model.release_ends()
@@ -586,3 +603,8 @@ class Pipeline:
         """Places whose columns the method stored in an order of its own."""
         names = Weights.open(self.job.partial).names
         return frozenset(name.removesuffix(".order") for name in names if name.endswith(".order"))
+
+
+def _found(error: float, raised: list[float]) -> dict[str, float]:
+    """What a step records of a place that was rounded, with the dampings that had to be raised for it."""
+    return {"error": error} | ({"damping": max(raised)} if raised else {})

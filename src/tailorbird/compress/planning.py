@@ -63,6 +63,8 @@ from tailorbird.plan.speed import SpeedPlanner
 STATISTICS, SENSITIVITY = "statistics", "sensitivity"
 #: Share of the predicted loss up to which a plan that isn't proved optimal is not remarked on.
 WORTH_SAYING = 1e-3
+#: Linears that a remark names of those whose damping was raised.
+DAMPINGS = 4
 
 
 def chosen(work: Work, job: Job, scores: Scores, budget: Budget, name: str = "plan") -> dict[str, Coding]:
@@ -418,6 +420,20 @@ def remark_on_exact_inputs(work: Work, codings: Mapping[str, Coding], rounded: M
             "this machine does so: all that was measured is with exact inputs"
         )
         work.remarks = (*work.remarks, remark)
+
+
+def remark_on_damping(work: Work, measured: Mapping[str, Mapping[str, float]]) -> None:
+    """Have the result say where Gram matrices could be factorized with more damping than asked only."""
+    raised = {name: found["damping"] for name, found in measured.items() if "damping" in found}
+    if raised:
+        named = [f"{damping:g} at `{name}`" for name, damping in raised.items()]
+        more = f" and {len(named) - DAMPINGS} more, in plan.yaml" if len(named) > DAMPINGS else ""
+        remark = (
+            "damping was raised, as Gram matrices could not be factorized with less: "
+            f"{', '.join(named[:DAMPINGS])}{more}; with more calibration text less may do"
+        )
+        work.remarks = (*work.remarks, remark)
+        work.progress.note(remark)
 
 
 def check_static_inputs(work: Work) -> None:

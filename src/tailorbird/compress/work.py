@@ -6,6 +6,7 @@ writing anything. Texts come last: to read them, or to sample them where there a
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import functools
 import platform
@@ -32,7 +33,7 @@ from tailorbird.calibrate.text import (
 )
 from tailorbird.compress.blocks.flatquant import MATRICES, FlatQuant
 from tailorbird.compress.blocks.method import LearningMethod
-from tailorbird.compress.recipe import Recipe
+from tailorbird.compress.recipe import JOINT, STAGES, Recipe
 from tailorbird.compress.rotation import rotate
 from tailorbird.errors import CheckpointError, ExportError, ResourceError, SettingsError, TextError, nearest
 from tailorbird.evaluate.checkpoint import HELD_OUT_TOKENS, LONGEST_HELD_OUT_WINDOW
@@ -80,6 +81,8 @@ SENSITIVITY_PARAMETERS = 200e6
 FEWER_SENSITIVITY_TOKENS = 512
 
 
+#: Stages of a recipe that learn by gradients, and what is in memory then; those that take most first.
+LEARNING = {"whole": "source and result", "block": "all that the updates of a block keep"}
 #: Stages that measure what errors cost; left out where there are none.
 SCORING = ("statistics", "sensitivity")
 #: Operations up to which sensitivity is measured, some four minutes of two CPU cores; beyond, gradients tell.
@@ -304,8 +307,10 @@ def open_work(
     return_freed_memory()
     checkpoint = open_checkpoint(model)
     if checkpoint.compressed:
+        learning = _learning(recipe, LEARNING)
+        frozen = f", and {learning} can't learn by gradients through its codes" if learning else ""
         raise SettingsError(
-            f"{model} is compressed already",
+            f"{model} is compressed already{frozen}",
             "a dense source",
             "start from the model it was made of (`plan.yaml` names it)",
         )
@@ -587,7 +592,39 @@ def as_stored(work: Work, name: str, coding: Coding) -> bool:
 
 
 def foresee(work: Work, output: Path) -> Prediction:
-    """Memory, disk and time per stage, and whether this machine has them; samples no text."""
+    """Memory, disk and time per stage, and whether this machine has them; samples no text.
+
+    Where memory is short and would do without the gradients that methods learn by, the shortage names these.
+    """
+    prediction = _foreseen(work, output)
+    if prediction.peak_rss_bytes <= prediction.available_bytes:
+        return prediction
+    left_out: dict[str, Any] = {}
+    for stage in (stage for stage in LEARNING if getattr(work.recipe, stage) is not None):
+        left_out[stage] = None
+        without = copy.copy(work)
+        without.recipe = replace(work.recipe, **left_out)
+        rest = _foreseen(without, output)
+        if rest.peak_rss_bytes <= rest.available_bytes:
+            learning, held = _learning(work.recipe, left_out), LEARNING[next(iter(left_out))]
+            need, free = format_size(prediction.peak_rss_bytes), format_size(prediction.available_bytes)
+            return replace(
+                prediction,
+                shortage=f"{learning}, which needs gradients with {held} in memory: {need}; {free} are free",
+                advice=f"leave out {learning}, without which the model streams through in "
+                f"{format_size(rest.peak_rss_bytes)}, or use a machine with more memory",
+            )
+    return prediction
+
+
+def _learning(recipe: Recipe, stages: Iterable[str]) -> str:
+    """Names of the methods of these stages, for messages."""
+    names = [name for name in recipe.name.split(JOINT) if any(name in STAGES[stage] for stage in stages)]
+    return " and ".join(f"`{name}`" for name in names)
+
+
+def _foreseen(work: Work, output: Path) -> Prediction:
+    """The same, where nobody is at fault."""
     calibration, held_out = _text_shapes(work)
     windows, length = calibration
     block = work.recipe.block
@@ -644,6 +681,34 @@ def check_windows(work: Work) -> None:
             "two windows or more",
             "give more text, or a higher --sequences",
         )
+
+
+def few_tokens(work: Work) -> tuple[str, ...]:
+    """What to say where the calibration text has fewer tokens than a Gram matrix has columns; else nothing.
+
+    With so few its rank is theirs at most, and error feedback divides by what damping adds.
+    """
+    method = work.recipe.method
+    damping = Gptq.damping if isinstance(method, Higgs) else getattr(method, "damping", None)
+    if damping is None or "gram" not in method.needs:
+        return ()
+    (windows, length), _ = _text_shapes(work)
+    widest = max(work.anatomy.linears(), key=lambda place: place.in_features)
+    tokens, needed = windows * length, widest.in_features
+    if tokens >= needed:
+        return ()
+    return (
+        f"calibration text has {tokens} tokens, and the Gram matrix of the {needed} inputs of "
+        f"`{widest.name}` needs {needed} at least: damping holds the rest, {damping:g} of the mean of its "
+        "diagonal",
+    )
+
+
+def remark_on_few_tokens(work: Work) -> None:
+    """Have the log and the result say so."""
+    for remark in few_tokens(work):
+        work.progress.note(remark)
+        work.remarks = (*work.remarks, remark)
 
 
 def check_resources(prediction: Prediction) -> None:

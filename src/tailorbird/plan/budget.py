@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -80,6 +80,20 @@ def parse_size(text: str | int, dense_bytes: int, parameters: int) -> int:
     if size < 1:
         raise SettingsError(f"the memory size `{shown}`, less than one byte", _EXPECTED_SIZE, "give more")
     return math.floor(size)
+
+
+def with_last_unit(texts: Sequence[str]) -> list[str]:
+    """Sizes of a list, of which those without a unit get that of the last: 2.25,3.25,4.25bpw.
+
+    What isn't a number stays as it is, for `parse_size` to refuse; so do all where the last has no unit.
+    """
+    read = [_SIZE.fullmatch(text) for text in texts]
+    last = read[-1] if read else None
+    unit = last[2] if last else ""
+    return [
+        f"{match[1]}{unit}" if match and not match[2] else text
+        for text, match in zip(texts, read, strict=True)
+    ]
 
 
 def format_size(size: int) -> str:

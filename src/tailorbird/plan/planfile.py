@@ -188,10 +188,14 @@ class TransformEntry(_Section):
 
 
 class Costs(_Section):
-    """What a choice costs: `error` relative to the place's own output, `kl` in nats per token."""
+    """What a choice costs: `error` relative to the place's own output, `kl` in nats per token.
+
+    `damping` stands where error feedback took more of it than its method states.
+    """
 
     error: Cost | None = None
     kl: Cost | None = None
+    damping: Cost | None = None
 
 
 class Place(_Section):

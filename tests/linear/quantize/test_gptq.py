@@ -12,7 +12,7 @@ from tailorbird.calibrate.statistics import LinearStatistics
 from tailorbird.errors import SettingsError, TailorbirdError
 from tailorbird.formats.packed import CodebookCoding, FloatCoding, GroupedCoding, IntegerCoding, PackedWeight
 from tailorbird.linear.error import output_error
-from tailorbird.linear.quantize.gptq import Gptq, column_residuals, inverse_factor
+from tailorbird.linear.quantize.gptq import Gptq, column_residuals, inverse_factor, raised_dampings
 from tailorbird.linear.quantize.grid import fit_grid
 from tailorbird.linear.quantize.rtn import Rtn
 
@@ -267,6 +267,25 @@ def test_damping_is_raised_until_the_matrix_can_be_factorized() -> None:
     assert float((found - weight).abs().max()) < 1
     strong = dataclasses.replace(PLAIN, damping=0.1)(weight, statistics, IntegerCoding(4, 32))
     assert torch.equal(found, strong.dequantize())
+
+
+def test_a_damping_that_was_raised_is_told_once_for_all_weights_of_an_input() -> None:
+    weight, statistics = case(4, 32)
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    indefinite = torch.outer(direction, direction)
+    indefinite -= 0.02 * torch.trace(indefinite) / 32 * torch.eye(32)
+    without = dataclasses.replace(statistics, gram=indefinite, cross=None)
+    coding = IntegerCoding(4, 32)
+    raised: list[float] = []
+    with raised_dampings(raised):
+        PLAIN(weight, statistics, coding)
+        assert raised == []
+        rounded = PLAIN.prepare(without)
+        rounded(weight, coding)
+        rounded(2 * weight, coding)
+    assert raised == [pytest.approx(0.1)]
+    PLAIN(weight, without, coding)
+    assert len(raised) == 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -23,6 +23,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -42,6 +44,7 @@ from tailorbird.linear.settings import GRIDS, check_feedback, check_setting, fee
 #: how often the damping is raised tenfold before the Gram matrix is given up
 DAMPING_RETRIES = 6
 RESIDUALS = ("whole", "column")
+_raised: ContextVar[list[float] | None] = ContextVar("raised dampings", default=None)
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Gptq:
         the same for every size, up to rounding errors.
     damping : float
         Added to the diagonal of the Gram matrix, as a fraction of the diagonal's mean. Raised tenfold, up
-        to `DAMPING_RETRIES` times, while the matrix can't be factorized.
+        to `DAMPING_RETRIES` times, while the matrix can't be factorized; `raised_dampings` tells.
     act_order : bool
         True: columns are rounded in the order of falling input energy `H_ii`. False: in their own order,
         and the grid of a group is fitted when its first column is reached, to the weights as they then
@@ -387,12 +390,25 @@ def _lower_factor(gram: Tensor, order: Tensor, damping: float) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(damped)
         del damped
         if int(failed) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+            raised = _raised.get()
+            if retry and raised is not None:
+                raised.append(damping * 10**retry)
             return lower
     raise TailorbirdError(
         f"a Gram matrix that can't be factorized with damping up to {damping * 10**DAMPING_RETRIES:g}",
         "the mean outer product of finite inputs",
         "calibrate in float32, or with other text",
     )
+
+
+@contextmanager
+def raised_dampings(raised: list[float]) -> Iterator[None]:
+    """Have factorizations in here add the damping that they take to `raised`, where it is more than asked."""
+    token = _raised.set(raised)
+    try:
+        yield
+    finally:
+        _raised.reset(token)
 
 
 def inverse_diagonal(factor: Tensor, order: Tensor) -> Tensor:
