@@ -1,4 +1,4 @@
-"""Compiled blocks under AddressSanitizer and UBSan, in the tests of what linears have beside codes."""
+"""Compiled blocks under sanitizers, in the tests of adapters and of what linears have beside codes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def test_blocks_touch_nothing_that_is_not_theirs(tmp_path: Path) -> None:
         "LD_PRELOAD": f"{runtime('libasan.so')}:{runtime('libubsan.so')}", "ASAN_OPTIONS": "detect_leaks=0",
         "PYTHONPATH": str(tmp_path / "src"), "OMP_NUM_THREADS": "2",
     }  # fmt: skip
-    tests = [str(ROOT / "tests" / "run" / f"test_fused_{name}.py") for name in ("sparse", "turns")]
+    files = ("test_fused_sparse.py", "test_fused_turns.py", "test_adapters.py")
+    tests = [str(ROOT / "tests" / "run" / name) for name in files]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "gpt2 or eora or apart"]
     done = subprocess.run(
         [*command, *tests], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
