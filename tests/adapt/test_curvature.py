@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from contextlib import nullcontext
 from pathlib import Path
@@ -152,19 +151,6 @@ def test_a_sample_is_taken_when_due_and_for_what_begins_to_learn() -> None:
     assert taken == [True, False, True, False, True, True, False]
     assert float(optimizer.state[parameter]["samples"]) == 2
     assert other not in optimizer.state
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_model(tmp_path_factory.mktemp("model") / "m"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    file = tmp_path_factory.mktemp("data") / "train.jsonl"
-    rows = [{"prompt": f"{n} plus {n} is ", "completion": f"{2 * n}, always"} for n in range(60)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Data(str(file), share=0.1)
 
 
 def settings(**changed: Any) -> TuneSettings:

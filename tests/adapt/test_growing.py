@@ -51,19 +51,6 @@ def test_lengths_are_those_of_each_rows_gradient(tmp_path: Path) -> None:
     assert square == pytest.approx(float(found.square().sum()), rel=1e-5)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_model(tmp_path_factory.mktemp("model") / "m"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    file = tmp_path_factory.mktemp("data") / "train.jsonl"
-    rows = [{"prompt": f"{n} plus {n} is ", "completion": f"{2 * n}, always"} for n in range(60)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Data(str(file), share=0.1)
-
-
 def settings(**changed: Any) -> TuneSettings:
     given = {
         "method_settings": {"rank": 2}, "steps": 6, "batch": 2, "length": 48, "rate": 5e-3, "save_every": 1,

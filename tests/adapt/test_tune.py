@@ -38,19 +38,6 @@ SHORT = TuneSettings(
 )
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_model(tmp_path_factory.mktemp("model") / "m"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    file = tmp_path_factory.mktemp("data") / "train.jsonl"
-    rows = [{"prompt": f"{n} plus {n} is ", "completion": f"{2 * n}, always"} for n in range(60)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Data(str(file), share=0.1)
-
-
 class Stopping(Silent):
     """Does something once a step is done."""
 

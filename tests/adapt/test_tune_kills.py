@@ -16,7 +16,6 @@ from tailorbird.adapt import checkpoints
 from tailorbird.adapt.settings import TuneSettings
 from tailorbird.adapt.tune import Data, tune
 from tailorbird.progress import Silent
-from tiny import save_model
 
 STEPS = 6
 METHODS: dict[str, dict[str, Any]] = {
@@ -30,19 +29,6 @@ METHODS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 #: what history.json has of a step that isn't the same in any two runs
 TIMES = ("seconds", "resident_bytes")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_model(tmp_path_factory.mktemp("model") / "m"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    file = tmp_path_factory.mktemp("data") / "train.jsonl"
-    rows = [{"prompt": f"{n} plus {n} is ", "completion": f"{2 * n}, always"} for n in range(60)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Data(str(file), share=0.1)
 
 
 def kill() -> None:

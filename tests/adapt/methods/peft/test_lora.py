@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,26 @@ peft = pytest.importorskip("peft")
 IDS = torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(3))
 
 
+def logits_of_both(
+    model: Any, places: dict[str, Any], method: Any, made: Any, *, scaled: bool
+) -> torch.Tensor:
+    """Ours, once they and all gradients are PEFT's; with `scaled`, PEFT's `up` has the scaling in it."""
+    expected = made(input_ids=IDS, use_cache=False).logits
+    with attached(model, places, method):
+        found = model(input_ids=IDS, use_cache=False).logits
+        functional.cross_entropy(found[0, :-1], IDS[0, 1:]).backward()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    functional.cross_entropy(expected[0, :-1], IDS[0, 1:]).backward()
+    for path in places:
+        addition, layer = method.addition(path), made.base_model.model.get_submodule(path)
+        assert isinstance(addition, LowRank)
+        down, up = layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad
+        torch.testing.assert_close(addition.down.grad, down, rtol=1e-3, atol=1e-6)
+        factor = addition.scaling if scaled else 1.0
+        torch.testing.assert_close(addition.up.grad, factor * up, rtol=1e-3, atol=1e-6)
+    return found
+
+
 @pytest.mark.parametrize("base", ["llama", "gpt2", "packed"])
 def test_peft_computes_the_same(base: str, tmp_path: Path) -> None:
     if base == "packed":
@@ -41,19 +62,7 @@ def test_peft_computes_the_same(base: str, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     write_adapter(tmp_path / "a", places, method, list(places), "base", {})
     made = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a", is_trainable=True).eval()
-    expected = made(input_ids=IDS, use_cache=False).logits
-    with attached(model, places, method):
-        found = model(input_ids=IDS, use_cache=False).logits
-        functional.cross_entropy(found[0, :-1], IDS[0, 1:]).backward()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    functional.cross_entropy(expected[0, :-1], IDS[0, 1:]).backward()
-    for path in places:
-        addition, layer = method.addition(path), made.base_model.model.get_submodule(path)
-        assert isinstance(addition, LowRank)
-        down, up = layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad
-        torch.testing.assert_close(addition.down.grad, down, rtol=1e-3, atol=1e-6)
-        # what is written has the scaling in `up`
-        torch.testing.assert_close(addition.up.grad, addition.scaling * up, rtol=1e-3, atol=1e-6)
+    logits_of_both(model, places, method, made, scaled=True)
 
 
 @pytest.mark.parametrize("rank", [1, 4, 9])
@@ -71,18 +80,7 @@ def test_rslora_is_what_peft_trains_with_use_rslora(rank: int, tmp_path: Path) -
             addition.up.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(path)))
             layer.lora_A["default"].weight.copy_(addition.down)
             layer.lora_B["default"].weight.copy_(addition.up)
-    expected = made(input_ids=IDS, use_cache=False).logits
-    with attached(model, places, method):
-        found = model(input_ids=IDS, use_cache=False).logits
-        functional.cross_entropy(found[0, :-1], IDS[0, 1:]).backward()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    functional.cross_entropy(expected[0, :-1], IDS[0, 1:]).backward()
-    for path in places:
-        addition, layer = method.addition(path), made.base_model.model.get_submodule(path)
-        assert isinstance(addition, LowRank)
-        down, up = layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad
-        torch.testing.assert_close(addition.down.grad, down, rtol=1e-3, atol=1e-6)
-        torch.testing.assert_close(addition.up.grad, up, rtol=1e-3, atol=1e-6)
+    found = logits_of_both(model, places, method, made, scaled=False)
     (tmp_path / "a").mkdir()
     write_adapter(tmp_path / "a", places, method, list(places), "base", {})
     read = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a").eval()
